@@ -1,0 +1,38 @@
+# make setup   build .venv with the pinned versions          make test   the test suite
+# make demo    prepare text, train over 4 processes, report   make lint   ruff and pyright
+# A GPU node that brings its own torch: make setup TORCH= PYTHON=python3.12 (and see README.md).
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: setup demo test lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@sed -n '1,3p' Makefile | cut -c3-
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or 3.12 is needed, %s is %d.%d; try make PYTHON=python3.11" % (sys.executable, *sys.version_info[:2]) if not (3, 11) <= sys.version_info[:2] <= (3, 12) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH),$(TORCH)) "setuptools>=77" wheel ninja py-cpuinfo
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@
+
+demo: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" tools/demo.sh
+
+test: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean:
+	rm -rf $(VENV) runs data build

@@ -1,0 +1,18 @@
+"""dqt_dist: distributed pre-training of LLaMA models whose linear weights exist only as low-bit integers."""
+
+import warnings
+
+__version__ = "0.1.0"
+
+# What megatron-core says on import or use where Transformer Engine and Apex are absent. Both are optional and this project
+# needs neither; other warnings stay.
+MEGATRON_NOTES = (
+    "Transformer Engine and Apex are not installed",
+    "Apex is not installed. Falling back to Torch Norm",
+    r"The following imports from `dynamic_context\.py`",
+    r"`torch\.jit\.script(_method)?` is deprecated",
+    "full scope is deprecated. Use empty cuda_graph_scope",
+    "When using .* it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
+)
+for _note in MEGATRON_NOTES:
+    warnings.filterwarnings("ignore", message=_note)

@@ -1,0 +1,124 @@
+"""The state of a run as logical tensors: views of everything that must survive, by the names of the model.
+
+    codes/<matrix>                 packed codes          uint8 or int8 [rows, packed columns]
+    scale/<matrix>                 scale                 fp32 [1, 1]
+    low_bit.<moment>/<matrix>      optimizer state       fp32, exp_avg and exp_avg_sq [rows, columns]
+    parameter/<name>               master value          fp32 [rows, columns]
+    parameter.<moment>/<name>      optimizer state       fp32 [rows, columns]
+
+Nothing is copied: saving reads the live tensors and loading writes into them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from dqt_dist.checkpoint.logical_tensor import LogicalState, LogicalTensor
+from dqt_dist.lowbit.coordinates import LogicalMatrix, ShardLayout
+from dqt_dist.parallel.engine import CombinedOptimizer
+from dqt_dist.parallel.low_bit_optimizer import OwnedRows
+from dqt_dist.parallel.model import Parameter, low_bit_matrices, parameters
+
+
+def logical_state(chunks: nn.Module, optimizer: CombinedOptimizer) -> LogicalState:
+    """Views of all of this rank's state, by logical name."""
+    state: LogicalState = {}
+    for weight in low_bit_matrices(chunks):
+        assert weight.layout is not None
+        per_byte = weight.grid.codes_per_byte
+        for matrix, row, local, count in weight.layout.pieces(0, weight.rows):
+            shape = (matrix.rows, weight.grid.packed_columns(matrix.columns))
+            view = weight.codes[local : local + count]
+            _add(state, f"codes/{matrix.name}", shape, (row, weight.layout.column_offset // per_byte), view)
+        for index, matrix in enumerate(weight.layout.matrices):
+            _add(state, f"scale/{matrix.name}", (1, 1), (0, 0), weight.scale[index].view(1, 1))
+    for rows in optimizer.low_bit.rows:
+        _add_low_bit_moments(state, rows)
+    for parameter in parameters(chunks):
+        _add_parameter(state, parameter, optimizer)
+    return state
+
+
+def _add(state: LogicalState, name: str, shape: tuple[int, int], offset: tuple[int, int], view: Tensor) -> None:
+    state.setdefault(name, LogicalTensor(shape, view.dtype)).add(offset, view)
+
+
+def _add_low_bit_moments(state: LogicalState, rows: OwnedRows) -> None:
+    """AdamW's moments have the matrix's shape; Adafactor's are a column [rows, 1] and a row [1, columns] a matrix."""
+    layout = rows.weight.layout
+    assert layout is not None
+    for name, tensor in rows.state.items():
+        if name == "column_mean":
+            for index, matrix in enumerate(layout.matrices):
+                view = tensor[index : index + 1]
+                _add(state, f"low_bit.{name}/{matrix.name}", (1, matrix.columns), (0, layout.column_offset), view)
+            continue
+        columns = 1 if tensor.dim() == 1 else layout.columns
+        for matrix, row, local, count in layout.pieces(rows.start, rows.stop):
+            view = tensor.view(-1, columns)[local - rows.start : local - rows.start + count]
+            shape, offset = (
+                ((matrix.rows, 1), (row, 0))
+                if tensor.dim() == 1
+                else (
+                    (matrix.rows, matrix.columns),
+                    (row, layout.column_offset),
+                )
+            )
+            _add(state, f"low_bit.{name}/{matrix.name}", shape, offset, view)
+
+
+def _add_parameter(state: LogicalState, parameter: Parameter, optimizer: CombinedOptimizer) -> None:
+    for kind, start, fragment in _fragments(parameter, optimizer):
+        for matrix, offset, view in rectangles(parameter.layout, start, fragment):
+            _add(state, f"{kind}/{matrix.name}", (matrix.rows, matrix.columns), offset, view)
+
+
+def _fragments(parameter: Parameter, optimizer: CombinedOptimizer) -> Iterator[tuple[str, int, Tensor]]:
+    """(kind, first element, flat fp32 memory) of a parameter's master value and moments that live on this rank."""
+    tensor, torch_optimizer = parameter.tensor, optimizer.torch_optimizer
+    start, narrow = 0, (0, tensor.numel())
+    if hasattr(tensor, "_hp_mapping"):
+        mapping = tensor._hp_mapping
+        if mapping is None:
+            return
+        start = mapping.lp_fragment_address.start
+        address = mapping.hp_fragment_address
+        narrow = (address.start, address.numel)
+        master = torch_optimizer.param_groups[mapping.param_group_index]["params"][0]
+    else:
+        master = optimizer.unsharded_master(tensor)
+    yield "parameter", start, master.detach().view(-1).narrow(0, *narrow)
+    for name, value in torch_optimizer.state[master].items():
+        if name != "step":
+            yield f"parameter.{name}", start, value.view(-1).narrow(0, *narrow)
+
+
+def rectangles(
+    layout: ShardLayout, start: int, flat: Tensor
+) -> Iterator[tuple[LogicalMatrix, tuple[int, int], Tensor]]:
+    """Cuts elements [start, start + len(flat)) of a row-major shard into rectangles of logical matrices.
+
+    ZeRO partitions flattened parameters anywhere: a range is the end of a row, whole rows, the beginning of a row.
+    """
+    columns, position, end = layout.columns, start, start + flat.numel()
+    while position < end:
+        row, column = divmod(position, columns)
+        if column == 0 and end - position >= columns:
+            stop_row, width = end // columns, columns
+        else:
+            stop_row, width = row + 1, min(columns - column, end - position)
+        for matrix, logical_row, local, count in layout.pieces(row, stop_row):
+            first = max(position, local * columns + column) - start
+            view = flat[first : first + count * width].view(count, width)
+            yield matrix, (logical_row, layout.column_offset + column), view
+        position += (stop_row - row) * width
+
+
+def after_load(optimizer: CombinedOptimizer, step: int) -> None:
+    """Brings what follows from the loaded state into line: step counts and the parameters the model computes with."""
+    optimizer.steps_done = step
+    for value in optimizer.torch_optimizer.state.values():
+        value["step"].fill_(float(step))
+    optimizer.refresh_parameters()

@@ -1,0 +1,344 @@
+"""Prepared data on disk: Megatron's indexed format and a manifest beside it.
+
+    NAME.bin    the token ids of all documents, one after another: uint16 if the vocabulary is below 65,500, else int32
+    NAME.idx    Megatron's index: length (int32) and byte offset (int64) of each sequence, sequence bounds of documents
+    NAME.json   our manifest: counts, file sizes, the vocabulary and the tokenizer's sha256 (class Manifest)
+
+Every document ends with the id `eod_id`. A prefix ("data/demo/train") names the three files. Writing is megatron.core's
+IndexedDatasetBuilder; this module feeds it from parallel processes, in the order of the input whatever their number,
+and checks the files before training, because Megatron maps them into memory unchecked: a truncated .bin is an error in
+the middle of a run, and ids above the vocabulary are an out-of-range read in the embedding.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+import struct
+import threading
+import warnings
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dqt_dist.data.tokenizer import Tokenizer, document_hash, load_tokenizer
+from dqt_dist.errors import UserError
+
+MANIFEST_FORMAT = 1
+_IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds (documents + 1)
+_IDX_MAGIC = b"MMIDIDX\x00\x00"
+_DTYPES = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}  # Megatron's codes of integer types
+_PROBED_TOKENS = 2**20  # ids looked at where no manifest states the vocabulary
+_BATCH_CHARACTERS = 2**20  # of text handed to a worker at a time: some 0.3 s of work
+
+
+@contextlib.contextmanager
+def quiet_megatron_import() -> Iterator[None]:
+    """Silence, by message, what `import megatron.core` says where Transformer Engine and Apex are absent (they are
+    optional)."""
+    with warnings.catch_warnings():
+        for message in (
+            "Transformer Engine and Apex are not installed",
+            r"The following imports from `dynamic_context\.py`",
+            r"`torch\.jit\.script(_method)?` is deprecated",
+        ):
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What NAME.json says about NAME.bin and NAME.idx. `text_bytes` (UTF-8) and `words` are those of the source text;
+    `tokens` includes the end-of-document marks; `request` identifies inputs and options, so that a repeated preparation
+    can see that there is nothing to do."""
+
+    documents: int
+    tokens: int
+    text_bytes: int
+    words: int
+    vocab_size: int
+    eod_id: int
+    dtype: str
+    tokenizer_sha256: str
+    bin_bytes: int
+    idx_bytes: int
+    request: str
+    format: int = MANIFEST_FORMAT
+
+    def write(self, path: Path) -> None:
+        """Write as JSON (not atomic: the caller renames)."""
+        path.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n")
+
+    @staticmethod
+    def read(path: Path) -> Manifest | None:
+        """Read a manifest; None where there is no such file. Raises UserError for one that cannot be understood."""
+        if not path.is_file():
+            return None
+        try:
+            fields = json.loads(path.read_text())
+            if fields.get("format") != MANIFEST_FORMAT:
+                raise ValueError(f"format is {fields.get('format')}, expected {MANIFEST_FORMAT}")
+            return Manifest(**fields)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{path}: not a manifest of tools/prepare_data.py ({error}); prepare the data again with --force"
+            ) from error
+
+
+# ---------------------------------------------------------------- writing
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedBatch:
+    """Some documents in input order, as token ids: document i is the next `lengths[i]` entries of `ids`, eod included.
+    `is_valid[i]` is whether the document belongs to the validation split."""
+
+    ids: np.ndarray
+    lengths: list[int]
+    text_bytes: list[int]
+    words: list[int]
+    is_valid: list[bool]
+
+
+def token_dtype(vocab_size: int) -> type[np.integer]:
+    """The type of the ids in .bin: uint16 where Megatron takes it, else int32."""
+    return np.uint16 if vocab_size < 65500 else np.int32  # the bound of Megatron's DType.optimal_dtype
+
+
+def belongs_to_valid(text: str, valid_fraction: float) -> bool:
+    """Whether a document is held out: a function of its text alone, so it stays when documents are added or reordered,
+    and equal texts are never in both splits."""
+    return document_hash(text)[0] < valid_fraction
+
+
+def encode_documents(
+    documents: Iterable[str], tokenizer_path: Path, *, workers: int, valid_fraction: float = 0.0
+) -> Iterator[EncodedBatch]:
+    """Tokenise documents in `workers` processes; batches come in input order. At most 4 batches a worker are in
+    memory."""
+    context = multiprocessing.get_context("spawn")  # reading text starts threads, which a fork would copy half-way
+    with ProcessPoolExecutor(workers, context, _start_worker, (str(tokenizer_path), valid_fraction)) as pool:
+        batches = _batched_by_characters(documents)
+        waiting: deque[Future[EncodedBatch]] = deque(
+            pool.submit(_encode_batch, b) for b in islice(batches, 4 * workers)
+        )
+        while waiting:
+            done = waiting.popleft().result()
+            waiting.extend(pool.submit(_encode_batch, b) for b in islice(batches, 1))
+            yield done
+
+
+def _batched_by_characters(documents: Iterable[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    characters = 0
+    for text in documents:
+        batch.append(text)
+        characters += len(text)
+        if characters >= _BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+_worker: tuple[Tokenizer, float]  # of a worker process: its tokenizer and the validation fraction
+
+
+def _start_worker(tokenizer_path: str, valid_fraction: float) -> None:
+    global _worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _worker = (load_tokenizer(tokenizer_path), valid_fraction)
+
+
+def _end_with_parent() -> None:
+    """A parent that is killed cannot stop its workers, and they would wait for more text for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
+
+
+def _encode_batch(texts: list[str]) -> EncodedBatch:
+    tokenizer, valid_fraction = _worker
+    # JSON may hold lone surrogates, which have no UTF-8 form.
+    texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
+    documents = [ids + [tokenizer.eod_id] for ids in tokenizer.encode_batch(texts)]
+    return EncodedBatch(
+        ids=np.fromiter(chain.from_iterable(documents), token_dtype(tokenizer.vocab_size)),
+        lengths=[len(ids) for ids in documents],
+        text_bytes=[len(text.encode()) for text in texts],
+        words=[len(text.split()) for text in texts],
+        is_valid=[belongs_to_valid(text, valid_fraction) for text in texts],
+    )
+
+
+class IndexedWriter:
+    """Writes one .bin/.idx pair with its manifest. Give it a prefix in a scratch folder and rename the files when all
+    is done."""
+
+    def __init__(self, prefix: Path, tokenizer: Tokenizer, request: str) -> None:
+        with quiet_megatron_import():
+            from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+        self.prefix, self.tokenizer, self.request = prefix, tokenizer, request
+        self.documents = self.tokens = self.text_bytes = self.words = 0
+        self._dtype = token_dtype(tokenizer.vocab_size)
+        self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=self._dtype)
+
+    def add(self, ids: np.ndarray, text_bytes: int, words: int) -> None:
+        """Append one document: `ids` [length], eod included."""
+        self._builder.add_document(ids, [len(ids)])  # type: ignore[arg-type]  # an array or a tensor
+        self.documents += 1
+        self.tokens += len(ids)
+        self.text_bytes += text_bytes
+        self.words += words
+
+    def close(self) -> None:
+        """Close the .bin file; what was written stays unfinished, unless `finish` was called."""
+        self._builder.data_file.close()
+
+    def finish(self) -> Manifest:
+        """Write .idx and .json; returns the manifest."""
+        self._builder.finalize(f"{self.prefix}.idx")
+        manifest = Manifest(
+            documents=self.documents,
+            tokens=self.tokens,
+            text_bytes=self.text_bytes,
+            words=self.words,
+            vocab_size=self.tokenizer.vocab_size,
+            eod_id=self.tokenizer.eod_id,
+            dtype=np.dtype(self._dtype).name,
+            tokenizer_sha256=self.tokenizer.sha256,
+            bin_bytes=os.path.getsize(f"{self.prefix}.bin"),
+            idx_bytes=os.path.getsize(f"{self.prefix}.idx"),
+            request=self.request,
+        )
+        manifest.write(Path(f"{self.prefix}.json"))
+        return manifest
+
+
+# ---------------------------------------------------------------- checking
+
+
+def check_indexed(
+    prefix: str | Path, *, where: str, vocab_size: int, tokenizer: Tokenizer | None = None
+) -> tuple[int, int]:
+    """Check a .bin/.idx pair before training; returns (sequences, tokens).
+
+    where: the config field that names it, for the messages. vocab_size: the model's. Data without our manifest (made by
+    Megatron's own tool) are accepted: sizes are checked against each other and the ids of the first 2**20 tokens are
+    looked at. Raises UserError: missing, truncated or foreign files, a vocabulary above the model's, another tokenizer
+    than the given one.
+    """
+    prefix = str(prefix)
+    _check_exists(prefix, where)
+    dtype, sequences, tokens = _read_idx(Path(f"{prefix}.idx"), where)
+    manifest = Manifest.read(Path(f"{prefix}.json"))
+    bin_bytes = os.path.getsize(f"{prefix}.bin")
+    expected_bytes = tokens * dtype.itemsize
+    if bin_bytes != expected_bytes:
+        raise UserError(
+            f"{where}: {prefix}.bin has {bin_bytes} bytes, but {prefix}.idx describes {tokens} tokens of"
+            f" {dtype.itemsize} bytes, {expected_bytes} bytes: the file is"
+            f" {'cut short' if bin_bytes < expected_bytes else 'another one'};"
+            " copy or prepare it again"
+        )
+    if tokens == 0:
+        raise UserError(f"{where}: {prefix}.bin holds no tokens")
+    if manifest is not None:
+        _check_manifest(manifest, prefix, where, tokens, vocab_size, tokenizer)
+    else:
+        largest = int(np.fromfile(f"{prefix}.bin", dtype, count=_PROBED_TOKENS).max())
+        if largest >= vocab_size:
+            raise UserError(
+                f"{where}: {prefix}.bin holds token id {largest}, but {_too_small(vocab_size, largest + 1)}"
+            )
+    return sequences, tokens
+
+
+def _check_exists(prefix: str, where: str) -> None:
+    missing = [suffix for suffix in (".bin", ".idx") if not os.path.isfile(prefix + suffix)]
+    if not missing:
+        return
+    if len(missing) == 1:
+        raise UserError(
+            f"{where}: {prefix}{missing[0]} is missing (its partner is there); copy it or prepare the data again"
+        )
+    message = f"{where}: neither {prefix}.bin nor {prefix}.idx exists"
+    folder = Path(prefix) if os.path.isdir(prefix) else Path(prefix).parent
+    there = sorted(str(path.with_suffix("")) for path in folder.glob("*.idx")) if folder.is_dir() else []
+    hint = (
+        f"it is the path without suffix; {folder} holds {', '.join(there)}"
+        if there
+        else "tools/prepare_data.py makes them"
+    )
+    raise UserError(f"{message}; {hint}")
+
+
+def _read_idx(path: Path, where: str) -> tuple[np.dtype[Any], int, int]:
+    """(token dtype, sequences, tokens) of a Megatron .idx file, after checking its size."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(_IDX_HEADER.size)
+        if len(head) < _IDX_HEADER.size or head[:9] != _IDX_MAGIC:
+            raise UserError(f"{where}: {path} is not a Megatron index file ({size} bytes)")
+        _, version, code, sequences, bounds = _IDX_HEADER.unpack(head)
+        if version != 1 or code not in _DTYPES:
+            raise UserError(
+                f"{where}: {path} has index version {version} and dtype code {code}; known is version 1 of integers"
+            )
+        dtype = np.dtype(_DTYPES[code])
+        expected = _IDX_HEADER.size + sequences * (4 + 8) + bounds * 8
+        if size != expected:
+            raise UserError(
+                f"{where}: {path} has {size} bytes, but its header describes {sequences} sequences, {expected} bytes;"
+                " copy or prepare it again"
+            )
+        if sequences == 0:
+            return dtype, 0, 0
+        file.seek(_IDX_HEADER.size + 4 * (sequences - 1))
+        last_length = struct.unpack("<i", file.read(4))[0]
+        file.seek(_IDX_HEADER.size + 4 * sequences + 8 * (sequences - 1))
+        last_offset_bytes = struct.unpack("<q", file.read(8))[0]
+    return dtype, sequences, last_offset_bytes // dtype.itemsize + last_length
+
+
+def _check_manifest(
+    manifest: Manifest, prefix: str, where: str, tokens: int, vocab_size: int, tokenizer: Tokenizer | None
+) -> None:
+    if manifest.tokens != tokens:
+        raise UserError(
+            f"{where}: {prefix}.json counts {manifest.tokens} tokens, but {prefix}.idx and .bin hold {tokens}: they"
+            " are not of one preparation; copy all three or prepare the data again"
+        )
+    if manifest.vocab_size > vocab_size:
+        raise UserError(
+            f"{where}: {prefix} was prepared with {manifest.vocab_size} pieces, but"
+            f" {_too_small(vocab_size, manifest.vocab_size)}"
+        )
+    if tokenizer is not None and manifest.tokenizer_sha256 != tokenizer.sha256:
+        raise UserError(
+            f"{where}: {prefix} was prepared with the tokenizer of sha256 {manifest.tokenizer_sha256[:16]}..., but"
+            f" data.tokenizer {tokenizer.path} is {tokenizer.sha256[:16]}...; set data.tokenizer to the tokenizer.model"
+            " that was used (it lies beside the data) or prepare the data again with --tokenizer"
+        )
+
+
+def _too_small(vocab_size: int, needed: int) -> str:
+    return f"model.vocab_size is {vocab_size}; set model.vocab_size to {needed} or more"

@@ -1,0 +1,116 @@
+"""Samples to micro-batches: which rank reads which sample at which step.
+
+Nothing here has a state. Step n of a run takes samples n*G ... (n+1)*G - 1 of the dataset, G the global batch size.
+With D data-parallel ranks and micro-batches of B samples, micro-batch m of rank r is B consecutive ones of them:
+
+    first sample = n*G + m*(D*B) + r*B            m = 0 .. G/(D*B) - 1
+
+so the set of samples of a step does not depend on D, resuming at step k is an addition, and nothing has to be saved.
+Ranks that share a data-parallel rank (tensor and pipeline parallel) read the same.
+
+With `num_workers` > 0, PyTorch's DataLoader reads in that many processes, two steps ahead each, and `pin_memory` puts
+the result where an asynchronous copy to the GPU can start; with 0 everything happens in the call. No global random
+state is read or moved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from dqt_dist.errors import UserError
+
+MicroBatch = dict[str, torch.Tensor]
+_FIELDS = ("tokens", "labels", "loss_mask")
+
+
+class Loader:
+    """The micro-batches of one data-parallel rank, step by step.
+
+    dataset: a map-style dataset of dicts with `tokens` and `labels` int64 [S] and `loss_mask` float32 [S] (dataset.py).
+    len(loader) is the number of whole steps in it. Raises UserError when the global batch is not a multiple of
+    data_parallel_size * micro_batch_size, or the dataset holds less than one step.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        samples_at_once = data_parallel_size * micro_batch_size
+        if global_batch_size % samples_at_once:
+            raise UserError(
+                f"training.global_batch_size: {global_batch_size} is not a multiple of data parallel size"
+                f" {data_parallel_size} * training.micro_batch_size {micro_batch_size} = {samples_at_once}"
+            )
+        self._steps = _Steps(dataset, micro_batch_size, global_batch_size, data_parallel_rank, data_parallel_size)
+        if len(self._steps) == 0:
+            samples = len(dataset)  # type: ignore[arg-type]
+            raise UserError(
+                f"training.global_batch_size: {global_batch_size} is more than the dataset's {samples} samples"
+            )
+        self._num_workers = num_workers
+        self._pin_memory = pin_memory
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def iterate(self, start_step: int = 0) -> Iterator[list[MicroBatch]]:
+        """Yield one list of micro-batches a step, from `start_step` to the end of the dataset.
+
+        Each micro-batch is {"tokens": int64 [B, S], "labels": int64 [B, S], "loss_mask": float32 [B, S]} on the CPU.
+        """
+        loader = DataLoader(
+            self._steps,
+            batch_size=None,  # an item is already a whole step
+            sampler=range(start_step, len(self._steps)),
+            num_workers=self._num_workers,
+            prefetch_factor=2 if self._num_workers else None,
+            pin_memory=self._pin_memory,
+            # DataLoader draws a seed for its workers, from the global generator unless it is given one.
+            generator=torch.Generator(),
+        )
+        for step in loader:
+            yield [dict(zip(_FIELDS, parts, strict=True)) for parts in zip(*(step[f] for f in _FIELDS), strict=True)]
+
+
+class _Steps(Dataset):
+    """Item n: all micro-batches of step n on this rank, as three tensors [M, B, S] (few large tensors cross from a
+    worker process more cheaply than many small ones, each of which would hold an open file)."""
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        micro_batch_size: int,
+        global_batch_size: int,
+        data_parallel_rank: int,
+        data_parallel_size: int,
+    ) -> None:
+        self.dataset = dataset
+        self.global_batch_size = global_batch_size
+        self.micro_batch_size = micro_batch_size
+        stride = data_parallel_size * micro_batch_size
+        # Offsets of this rank's samples in a step, micro-batch after micro-batch.
+        self.offsets = [
+            first + data_parallel_rank * micro_batch_size + i
+            for first in range(0, global_batch_size, stride)
+            for i in range(micro_batch_size)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.dataset) // self.global_batch_size  # type: ignore[arg-type]
+
+    def __getitem__(self, step: int) -> MicroBatch:
+        samples = [self.dataset[step * self.global_batch_size + offset] for offset in self.offsets]
+        return {
+            field: torch.stack([sample[field] for sample in samples]).unflatten(0, (-1, self.micro_batch_size))
+            for field in _FIELDS
+        }

@@ -1,0 +1,27 @@
+"""The one exception that speaks to the user.
+
+Code anywhere raises `UserError` when the input (a config field, a file, a command line) is wrong. The message alone
+must be enough to mend it: what is wrong, where (full field path or file), which numbers disagree, and what would be
+right. Entry points print it once and leave with `EXIT_CODE`; every other exception is a defect of ours and keeps its
+traceback.
+"""
+
+from __future__ import annotations
+
+EXIT_CODE = 2
+"""Wrong input by the user."""
+
+STOPPED_EXIT_CODE = 75
+"""A signal stopped the run after it had saved a checkpoint: the same command goes on from there (EX_TEMPFAIL)."""
+
+
+class UserError(Exception):
+    """Wrong input by the user; its text is shown as it is.
+
+    All ranks are taken to meet the same error, which rank 0 prints. `local` marks one that a single rank may meet alone
+    (a file missing on one node): the rank that raises it prints it too, with its number.
+    """
+
+    def __init__(self, message: str, *, local: bool = False) -> None:
+        super().__init__(message)
+        self.local = local

@@ -1,0 +1,41 @@
+"""Core attention for the layer spec: causal, grouped-query, through torch's fused scaled_dot_product_attention.
+
+Megatron's local DotProductAttention materialises the S x S scores; this one never does. On CUDA cuDNN's kernel is preferred:
+476 / 334 TFLOP/s forward / backward against 278 / 200 for flash on one H200 (head 128, 8 x 16 x 2048, torch 2.11).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+CUDA_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+
+
+class CausalAttention(nn.Module):
+    """Signature of Megatron's core attention; the mask argument is unused, causality is fixed."""
+
+    def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
+        super().__init__()
+        self.softmax_scale = softmax_scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
+        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d], heads and groups of this TP rank."""
+        # [s, b, n, d] -> [b, n, s, d]
+        query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
+        grouped = query.shape[1] != key.shape[1]
+        if query.is_cuda:
+            with sdpa_kernel(CUDA_BACKENDS, set_priority=True):
+                out = self._attend(query, key, value, grouped)
+        else:
+            out = self._attend(query, key, value, grouped)
+        return out.permute(2, 0, 1, 3).reshape(out.shape[2], out.shape[0], -1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, grouped: bool) -> Tensor:
+        return scaled_dot_product_attention(
+            query, key, value, is_causal=True, scale=self.softmax_scale, enable_gqa=grouped
+        )

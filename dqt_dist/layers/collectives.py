@@ -1,0 +1,77 @@
+"""Communication as autograd pairs: the backward of each is the conjugate of its forward.
+
+Megatron-core has the pairs for activations (`tensor_parallel/mappings.py`); these are the ones it lacks.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Group = dist.ProcessGroup
+
+
+class _SumPartials(torch.autograd.Function):
+    """Each rank holds a partial sum and each rank uses the total: all-reduce forward, all-reduce backward."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        x = x.clone()
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _SumGradient(torch.autograd.Function):
+    """Replicated parameter, each rank sees other tokens: identity forward, all-reduce backward."""
+
+    @staticmethod
+    def forward(ctx, parameter: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        grad = grad.clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+def sum_partials(x: Tensor, group: Group) -> Tensor:
+    """Total of partial sums over `group`, differentiable."""
+    return x if group.size() == 1 else _SumPartials.apply(x, group)
+
+
+def sum_gradient(parameter: Tensor, group: Group) -> Tensor:
+    """`parameter` itself; its gradient is summed over `group`."""
+    return parameter if group.size() == 1 else _SumGradient.apply(parameter, group)
+
+
+def gather_sequence(x: Tensor, group: Group) -> Tensor:
+    """Concatenates shards [s / n, ...] along the sequence to [s, ...]. Not differentiable: used inside Functions."""
+    if group.size() == 1:
+        return x
+    gathered = torch.empty(x.shape[0] * group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
+    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+    return gathered
+
+
+def scatter_sum_sequence(x: Tensor, group: Group) -> Tensor:
+    """Sums [s, ...] over `group` and keeps this rank's part [s / n, ...] of the sequence. Not differentiable."""
+    if group.size() == 1:
+        return x
+    part = torch.empty(x.shape[0] // group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
+    dist.reduce_scatter_tensor(part, x.contiguous(), group=group)
+    return part
+
+
+def local_sequence(x: Tensor, group: Group) -> Tensor:
+    """This rank's part [s / n, ...] of a sequence [s, ...] that every rank holds."""
+    return x.chunk(group.size(), dim=0)[group.rank()]

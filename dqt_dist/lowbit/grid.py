@@ -1,0 +1,48 @@
+"""Grids: the integers a low-bit weight may take, and how many of them share a byte.
+
+    name      codes           stored as               bytes a weight
+    ternary   -1 .. 1         4 codes a byte, 2 bits   1/4
+    2 bit     -2 .. 1         4 codes a byte, 2 bits   1/4
+    3 bit     -4 .. 3         2 codes a byte, 4 bits   1/2
+    4 bit     -8 .. 7         2 codes a byte, 4 bits   1/2
+    5..8 bit  -2^(b-1) ..     one int8                 1
+
+A code is an integer on the grid; the weight it stands for is `scale * code`. Two's complement fixes Qn = -2^(b-1) and
+Qp = 2^(b-1) - 1; ternary is symmetric and is the 1.58 bit of the BitNet b1.58 paper (arXiv 2402.17764).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Bits = Literal["ternary", 2, 3, 4, 5, 6, 7, 8]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One grid. `qmin` and `qmax` are the ends (Qn, Qp in the papers), both reachable."""
+
+    bits: Bits
+    qmin: int
+    qmax: int
+    storage_bits: int
+    """Bits one code takes in memory: 2, 4 or 8."""
+
+    @property
+    def codes_per_byte(self) -> int:
+        return 8 // self.storage_bits
+
+    def packed_columns(self, columns: int) -> int:
+        """Bytes that hold one row of `columns` codes; a row always ends on a byte."""
+        return -(-columns // self.codes_per_byte)
+
+
+def make_grid(bits: Bits) -> Grid:
+    """Returns the grid of `bits` ("ternary" or 2..8). Raises ValueError for anything else."""
+    if bits == "ternary":
+        return Grid(bits, -1, 1, storage_bits=2)
+    if isinstance(bits, bool) or bits not in range(2, 9):
+        raise ValueError(f"bits must be 'ternary' or an integer from 2 to 8, not {bits!r}")
+    storage_bits = 2 if bits == 2 else 4 if bits <= 4 else 8
+    return Grid(bits, -(1 << (bits - 1)), (1 << (bits - 1)) - 1, storage_bits)

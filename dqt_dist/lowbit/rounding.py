@@ -1,0 +1,35 @@
+"""Rounding a wanted weight onto the grid.
+
+The wanted weight t is in units of one code. Stochastic rounding takes the neighbour above with the probability of the
+fraction, so it is right on average, E[C'] = t, and small updates are not lost but taken in a small share of the weights:
+
+    C' = clamp(floor(t) + [u < t - floor(t)], qmin, qmax)
+
+The form floor(t + u) is wrong in floating point: 127 + 0.99999999 is 128 in fp32, so an exact code could move.
+t - floor(t) is exact (Sterbenz), hence a zero update never flips a code.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dqt_dist.lowbit.grid import Grid
+
+Rounding = Literal["stochastic", "nearest"]
+
+
+def round_stochastic(wanted: Tensor, uniform: Tensor, grid: Grid) -> Tensor:
+    """Rounds `wanted` (fp32, in codes) with `uniform` in [0, 1), same shape; returns int8 codes on the grid.
+
+    Direct Quantized Training, arXiv 2412.04787, equation for SR.
+    """
+    below = wanted.floor()
+    return (below + (uniform < wanted - below)).clamp_(grid.qmin, grid.qmax).to(torch.int8)
+
+
+def round_nearest(wanted: Tensor, grid: Grid) -> Tensor:
+    """Rounds half to even and clamps; returns int8 codes. Used at initialisation and as the control that does not train."""
+    return wanted.round().clamp_(grid.qmin, grid.qmax).to(torch.int8)

@@ -1,0 +1,72 @@
+"""The update of Direct Quantized Training (arXiv 2412.04787): a direction lands on the grid by stochastic rounding.
+
+    t  = C - (lr / s) * direction - lr * wd * C          the wanted weight in units of one code, fp32
+    C' = clamp(floor(t) + [u < t - floor(t)])            u = Philox(ROUND, seed, step, matrix, row, column)
+
+There is no float weight before or after: t lives for one block of rows. A step that is not finite keeps the codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dqt_dist.lowbit.coordinates import Purpose, uniform
+from dqt_dist.lowbit.grid import Grid
+from dqt_dist.lowbit.matrix import LowBitMatrix
+from dqt_dist.lowbit.rounding import Rounding, round_nearest, round_stochastic
+
+
+@dataclass(frozen=True)
+class RoundingKey:
+    """Which draws an update takes: with the logical coordinates it fixes every u."""
+
+    seed: int
+    step: int
+    mode: Rounding
+
+
+def wanted_codes(
+    codes: Tensor, direction: Tensor, row_scale: Tensor, learning_rate: float, weight_decay: float
+) -> Tensor:
+    """t in fp32 for codes and direction [rows, columns], row_scale [rows]."""
+    wanted = codes.float()
+    if weight_decay:
+        wanted = wanted * (1.0 - learning_rate * weight_decay)
+    return wanted - direction * (learning_rate / row_scale)[:, None]
+
+
+def round_to_grid(wanted: Tensor, uniforms: Tensor | None, grid: Grid) -> Tensor:
+    """Stochastic rounding with `uniforms`, to nearest without."""
+    return round_nearest(wanted, grid) if uniforms is None else round_stochastic(wanted, uniforms, grid)
+
+
+def update_rows(
+    weight: LowBitMatrix,
+    direction: Tensor,
+    start: int,
+    learning_rate: float,
+    weight_decay: float,
+    key: RoundingKey,
+) -> Tensor:
+    """Updates rows [start, start + len(direction)) of `weight` in place.
+
+    Returns int64 [matrices, 3], a line a logical matrix: codes that changed, codes that are now zero, wanted weights that
+    lay outside the grid.
+    """
+    assert weight.layout is not None
+    stop = start + direction.shape[0]
+    codes = weight.unpack(start, stop)
+    wanted = wanted_codes(codes, direction, weight.row_scale()[start:stop], learning_rate, weight_decay)
+    wanted = torch.where(wanted.isfinite(), wanted, codes.float())
+    uniforms = None
+    if key.mode == "stochastic":
+        uniforms = uniform(Purpose.ROUND, key.seed, key.step, weight.layout, start, stop, wanted.device)
+    clamped = (wanted < weight.grid.qmin) | (wanted > weight.grid.qmax)
+    updated = round_to_grid(wanted, uniforms, weight.grid)
+    row_counts = torch.stack([(updated != codes).sum(1), (updated == 0).sum(1), clamped.sum(1)], dim=1)
+    weight.set_codes(updated, start)
+    counts = row_counts.new_zeros(len(weight.scale), 3)
+    return counts.index_add_(0, weight.row_matrix[start:stop].int(), row_counts)

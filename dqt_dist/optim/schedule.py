@@ -1,0 +1,33 @@
+"""Learning-rate schedules as a function of the step: nothing to save, nothing to restore.
+
+warm-up   linear from 1/warmup_steps to 1 over the first warmup_steps updates
+cosine    half a cosine from 1 to the floor at the last update
+linear    a line from 1 to the floor
+constant  1
+wsd       warm-up, stable, decay: 1, then a line to the floor over the last decay_steps (arXiv 2404.06395)
+"""
+
+from __future__ import annotations
+
+import math
+
+from dqt_dist.config import OptimizerConfig
+
+
+def schedule_factor(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Multiplier of the peak learning rate for update `step` (1 .. steps)."""
+    warmup = config.warmup_steps
+    if step <= warmup:
+        return step / warmup
+    floor = config.min_learning_rate_ratio
+    if config.schedule == "constant":
+        return 1.0
+    if config.schedule == "wsd":
+        begin = steps - (config.decay_steps or 0)
+    else:
+        begin = warmup
+    if step <= begin:
+        return 1.0
+    progress = (step - begin) / (steps - begin)
+    shape = (1.0 + math.cos(math.pi * progress)) / 2 if config.schedule == "cosine" else 1.0 - progress
+    return floor + (1.0 - floor) * shape

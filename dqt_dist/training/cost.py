@@ -1,0 +1,146 @@
+"""What a step costs: arithmetic, memory, and what a low-bit weight really takes.
+
+Model FLOPs follow the PaLM paper (arXiv 2204.02311, appendix B) with causal attention counted once: a matrix product costs
+6 FLOPs a weight and token over forward and backward, scores and values 6 * layers * hidden * sequence a token; recomputation
+and the embedding look-up count nothing. MFU = model FLOP/s over the peak of all devices.
+"""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dqt_dist.config import Config, ModelConfig
+from dqt_dist.parallel.groups import Groups
+from dqt_dist.parallel.low_bit_optimizer import LowBitOptimizer
+
+# Dense bf16 peak in TFLOP/s by device name, from the vendor's datasheets (NVIDIA, SXM parts, without sparsity).
+PEAK_BF16_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
+MATMUL_SIZE, MATMUL_SECONDS = 512, 0.3
+
+
+def linear_weights(model: ModelConfig) -> int:
+    """Weights of all block linears."""
+    hidden = model.hidden_size
+    key_value = hidden // model.num_attention_heads * model.num_query_groups
+    return model.num_layers * (2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * model.ffn_hidden_size)
+
+
+def flops_per_token(model: ModelConfig) -> int:
+    """Model FLOPs of one training token, forward and backward."""
+    products = linear_weights(model) + model.vocab_size * model.hidden_size
+    return 6 * products + 6 * model.num_layers * model.hidden_size * model.seq_length
+
+
+@dataclass(frozen=True)
+class Peak:
+    """Peak of all devices of the run together."""
+
+    flops: float
+    source: str
+
+
+def peak_flops(config: Config, groups: Groups) -> Peak:
+    """From the config, the datasheet table, or (a device not in it) a product all ranks run at once. A collective call."""
+    world = groups.world.size()
+    if config.logging.peak_tflops is not None:
+        return Peak(config.logging.peak_tflops * 1e12 * world, "logging.peak_tflops")
+    if groups.device.type == "cuda":
+        name = torch.cuda.get_device_name(groups.device)
+        for known, tflops in PEAK_BF16_TFLOPS.items():
+            if known in name:
+                return Peak(tflops * 1e12 * world, f"datasheet, {known} bf16")
+    measured = torch.tensor(_measure_matmul(groups), dtype=torch.float64)
+    dist.all_reduce(measured)
+    return Peak(float(measured), f"measured, fp32 product of {MATMUL_SIZE} x {MATMUL_SIZE} on every rank at once")
+
+
+def _measure_matmul(groups: Groups) -> float:
+    """FLOP/s of this rank while all ranks compute, so that shared cores are shared here too."""
+    a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=groups.device)
+    torch.mm(a, a)
+    dist.barrier()
+    products, start = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - start) < MATMUL_SECONDS:
+        torch.mm(a, a)
+        products += 1
+    if a.is_cuda:
+        torch.cuda.synchronize()
+        seconds = time.perf_counter() - start
+    return products * 2 * MATMUL_SIZE**3 / seconds
+
+
+def peak_memory_bytes(groups: Groups) -> int:
+    """Largest over the ranks: device memory on CUDA, resident memory of the process on a CPU. A collective call."""
+    if groups.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(groups.device)
+    else:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    largest = torch.tensor(peak, dtype=torch.int64)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest)
+
+
+def storage_bytes(tensors: list[Tensor]) -> int:
+    """Bytes of the distinct memory behind `tensors`, whole allocations, views counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def low_bit_bytes(optimizer: LowBitOptimizer) -> dict[str, float]:
+    """Bytes a low-bit weight takes between steps, from the tensors alive on all ranks. A collective call.
+
+    Codes, scales with their row index, moments, and a gradient buffer that outlives the step; each summed over all ranks and
+    divided by the weights all ranks hold. Empty without low-bit weights.
+    """
+    kinds = ("codes", "scales", "moments", "gradient")
+    tensors: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
+    held = 0
+    for rows in optimizer.rows:
+        weight = rows.weight
+        held += weight.numel
+        tensors["codes"].append(weight.codes)
+        tensors["scales"] += [weight.scale, weight.row_matrix]
+        tensors["moments"] += list(rows.state.values())
+        tensors["gradient"] += [t for t in (weight.main_grad, rows.gradient) if t is not None]
+    totals = torch.tensor([held, *(storage_bytes(tensors[kind]) for kind in kinds)], dtype=torch.int64)
+    dist.all_reduce(totals)
+    if totals[0] == 0:
+        return {}
+    return {kind: float(totals[i + 1] / totals[0]) for i, kind in enumerate(kinds)}
+
+
+def count_parameters(chunks: nn.Module, optimizer: LowBitOptimizer, groups: Groups) -> tuple[int, int]:
+    """Weights of the whole model and the low-bit ones among them, each counted once. A collective call."""
+    from dqt_dist.parallel.model import parameters
+
+    low_bit = sum(rows.weight.numel for rows in optimizer.rows)
+    other = sum(p.tensor.numel() for p in parameters(chunks) if not (p.replicated and groups.tensor.rank() > 0))
+    if groups.data.rank() > 0:
+        low_bit, other = 0, 0
+    totals = torch.tensor([low_bit + other, low_bit], dtype=torch.int64)
+    dist.all_reduce(totals)
+    return int(totals[0]), int(totals[1])
+
+
+def versions() -> dict[str, Any]:
+    """Versions a result depends on."""
+    import platform
+    from importlib.metadata import version
+
+    packages = ("dqt_dist", "torch", "megatron-core", "deepspeed", "numpy")
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except Exception:
+            import dqt_dist
+
+            found[package] = dqt_dist.__version__ if package == "dqt_dist" else "unknown"
+    return found

@@ -1,0 +1,242 @@
+"""The training loop: build, resume, step until done, evaluate, record, save.
+
+Everything a step does is in `step.train_step`; here is what happens between steps and how often.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from dqt_dist.checkpoint import store
+from dqt_dist.config import Config, Layout, layout
+from dqt_dist.data.dataset import build_datasets
+from dqt_dist.data.loader import Loader
+from dqt_dist.data.tokenizer import load_tokenizer
+from dqt_dist.parallel.engine import build_engine
+from dqt_dist.parallel.groups import Groups, finalize, initialize
+from dqt_dist.parallel.launch import Launch
+from dqt_dist.parallel.model import build_model
+from dqt_dist.training import cost, report
+from dqt_dist.training.low_bit_figures import LowBitTable
+from dqt_dist.training.recorder import Recorder
+from dqt_dist.training.sample import generate
+from dqt_dist.training.step import StepResult, evaluate, mean_over_data, train_step
+from dqt_dist.training.stop import StopSignal
+
+
+def train(config: Config, launch: Launch, resume: str) -> bool:
+    """Trains as the config says, on this rank. `resume` is "auto", "none" or a path.
+
+    Returns whether the run is finished; False when a signal stopped it, with its state saved. Raises UserError for wrong
+    data or checkpoints.
+    """
+    groups = initialize(config, launch)
+    try:
+        return Trainer(config, groups, resume).run()
+    finally:
+        finalize()
+
+
+class Trainer:
+    """One run on this rank: holds its parts and sequences what happens between steps."""
+
+    def __init__(self, config: Config, groups: Groups, resume: str) -> None:
+        self.config, self.groups = config, groups
+        self.layout: Layout = layout(config, groups.world.size())
+        checkpoint = store.find(config, resume)
+        self.train_loader, self.valid_loader = build_loaders(config, groups)
+        self.chunks = build_model(config, groups)
+        self.engine = build_engine(self.chunks, config, groups)
+        self.optimizer = self.engine.optimizer
+        self.low_bit_table = LowBitTable(self.optimizer.low_bit, config, groups)
+        self.step = 0
+        if checkpoint is not None:
+            self.step = store.load(checkpoint, self.chunks, self.optimizer, config).step
+        self.recorder = Recorder(config, groups.world.rank(), self.step)
+        if checkpoint is not None:
+            self.recorder.say(f"resumed from {checkpoint} at step {self.step}")
+        self.peak = cost.peak_flops(config, groups)
+        self.last_loss, self.valid_loss, self.tokens_per_second = math.nan, math.nan, 0.0
+        self.saved_step = self.step if checkpoint is not None else -1
+        self.clock, self.clock_step, self.training_seconds = time.perf_counter(), self.step, 0.0
+        self.start_step = self.step
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.config.training.global_batch_size * self.config.model.seq_length
+
+    def run(self) -> bool:
+        """From the current step to the last one, then validation, checkpoint, summary and report; whether it got there."""
+        training = self.config.training
+        stop = StopSignal()
+        try:
+            batches = self.train_loader.iterate(self.step)
+            while self.step < training.steps:
+                result = train_step(self.engine, self.chunks, next(batches), self.config, self.groups)
+                self.step += 1
+                self._after_step(result)
+                if stop.agreed() and self.step < training.steps:
+                    self._save()
+                    self.recorder.say(f"stopped by a signal after step {self.step}; --resume auto goes on from there")
+                    return False
+            self._finish()
+            return True
+        finally:
+            stop.restore()
+            self.recorder.close()
+
+    def _after_step(self, result: StepResult) -> None:
+        logging, training, checkpoint = self.config.logging, self.config.training, self.config.checkpoint
+        self.recorder.step_done()
+        if self.step % logging.interval == 0 or self.step in (1, training.steps):
+            self._log(result)
+        if self.step % logging.histogram_interval == 0:
+            self._log_codes()
+        if training.eval_interval and self.step % training.eval_interval == 0 and self.step < training.steps:
+            self._validate()
+        if checkpoint.interval and self.step % checkpoint.interval == 0 and self.step < training.steps:
+            self._save()
+
+    def _stop_clock(self) -> float:
+        """Seconds a step since the clock was started, validation and saving not counted."""
+        if self.groups.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds, steps = time.perf_counter() - self.clock, self.step - self.clock_step
+        self.training_seconds += seconds
+        return seconds / max(1, steps)
+
+    def _start_clock(self) -> None:
+        self.clock, self.clock_step = time.perf_counter(), self.step
+
+    def _log(self, result: StepResult) -> None:
+        """One line of metrics; the only place where numbers of a step come to the host."""
+        seconds = self._stop_clock()
+        self.tokens_per_second = self.tokens_per_step / seconds
+        self.last_loss = float(mean_over_data(result.loss, self.groups))
+        figures = self.low_bit_table.figures().overall if self.optimizer.low_bit.used else {}
+        factor = self.optimizer.last_factor
+        flops = cost.flops_per_token(self.config.model) * self.tokens_per_second
+        self.recorder.log(
+            {
+                "step": self.step,
+                "loss": self.last_loss,
+                "grad_norm": float(result.grad_norm),
+                "lr": self.config.optimizer.learning_rate * factor,
+                "low_bit_lr": self.config.optimizer.low_bit_learning_rate * factor,
+                "tokens": self.step * self.tokens_per_step,
+                "tokens_per_s": self.tokens_per_second,
+                "mfu": flops / self.peak.flops,
+                "peak_memory_bytes": cost.peak_memory_bytes(self.groups),
+                **figures,
+            }
+        )
+        if not math.isfinite(self.last_loss):
+            raise FloatingPointError(
+                f"the loss is {self.last_loss} at step {self.step}; no checkpoint was written after it"
+            )
+        self._start_clock()
+
+    def _log_codes(self) -> None:
+        if not self.optimizer.low_bit.used or not self.config.logging.tensorboard:
+            return
+        self._stop_clock()
+        grid = self.optimizer.low_bit.grid
+        self.recorder.log_codes(
+            self.step, self.low_bit_table.figures(), self.low_bit_table.code_histograms(grid), grid.qmin
+        )
+        self._start_clock()
+
+    def _validate(self) -> None:
+        self._stop_clock()
+        self.valid_loss = evaluate(self.chunks, self.valid_loader.iterate(), self.config, self.groups)
+        self.recorder.log_validation(self.step, self.valid_loss, math.exp(min(self.valid_loss, 700.0)))
+        self._start_clock()
+
+    def _save(self) -> None:
+        if self.step == self.saved_step:
+            return
+        self._stop_clock()
+        facts = {"layout": asdict(self.layout), "versions": cost.versions()}
+        progress = store.Progress(self.step, self.step * self.tokens_per_step)
+        path = store.save(self.chunks, self.optimizer, self.config, progress, facts)
+        self.recorder.say(f"step {self.step}: saved {path}")
+        self.saved_step = self.step
+        self._start_clock()
+
+    def _finish(self) -> None:
+        self._validate()
+        self._save()
+        summary = self._summary()
+        self.recorder.write_summary(summary)
+        prompt = self.config.training.sample_prompt
+        sample = None
+        if prompt is not None:
+            sample = generate(self.chunks, load_tokenizer(self.config.data.tokenizer), self.config, self.groups)
+        self.recorder.close()
+        if self.groups.world.rank() == 0:
+            report.show(summary, sample, self.config)
+
+    def _summary(self) -> dict[str, Any]:
+        """summary.json; a collective call."""
+        total, low_bit = cost.count_parameters(self.chunks, self.optimizer.low_bit, self.groups)
+        breakdown = cost.low_bit_bytes(self.optimizer.low_bit)
+        # The writer alone has the file; the others' summary is never used.
+        losses = self.recorder.losses() if self.recorder.is_writer else [math.nan]
+        steps_here = self.step - self.start_step
+        speed = steps_here * self.tokens_per_step / self.training_seconds if steps_here else self.tokens_per_second
+        return {
+            "first_loss": losses[0],
+            "last_loss": losses[-1],
+            "valid_loss": self.valid_loss,
+            "valid_perplexity": math.exp(min(self.valid_loss, 700.0)),
+            "steps": self.step,
+            "tokens": self.step * self.tokens_per_step,
+            "tokens_per_s": speed,
+            "parameters": total,
+            "low_bit_parameters": low_bit,
+            "static_bytes_per_low_bit_weight": sum(breakdown.values()) if breakdown else None,
+            "static_bytes_breakdown": breakdown,
+            "peak_memory_bytes": cost.peak_memory_bytes(self.groups),
+            "peak_flops": asdict(self.peak),
+            "layout": asdict(self.layout)
+            | {"sequence": self.config.parallel.sequence, "zero_stage": self.config.zero_stage},
+            "versions": cost.versions(),
+        }
+
+
+def build_loaders(config: Config, groups: Groups) -> tuple[Loader, Loader]:
+    """Loaders of the training and the validation set; raises UserError for missing or unfit files."""
+    training, data = config.training, config.data
+    train_set, valid_set = build_datasets(
+        train=[(source.path, source.weight) for source in data.train],
+        valid=None if data.valid is None else [(source.path, source.weight) for source in data.valid],
+        valid_fraction=data.valid_fraction,
+        sequence_length=config.model.seq_length,
+        vocab_size=config.model.vocab_size,
+        tokenizer_path=data.tokenizer,
+        seed=training.seed,
+        num_train_samples=training.steps * training.global_batch_size,
+        num_valid_samples=training.eval_batches * training.global_batch_size,
+        cache_dir=f"{config.checkpoint.dir}/data_index",
+        build_here=groups.local_rank == 0,
+        barrier=dist.barrier,
+    )
+
+    def loader(dataset: Any, num_workers: int) -> Loader:
+        return Loader(
+            dataset,
+            micro_batch_size=training.micro_batch_size,
+            global_batch_size=training.global_batch_size,
+            data_parallel_rank=groups.data.rank(),
+            data_parallel_size=groups.data.size(),
+            num_workers=num_workers,
+            pin_memory=groups.device.type == "cuda",
+        )
+
+    return loader(train_set, data.num_workers), loader(valid_set, 0)

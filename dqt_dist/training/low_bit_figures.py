@@ -1,0 +1,78 @@
+"""What the codes are doing: flips, zeros, saturation and code histograms of every logical matrix, summed over all ranks.
+
+    flip_rate       share of codes the last step changed
+    zero_fraction   share of codes that are 0 after it
+    saturation      share of wanted weights that lay outside the grid, so that the clamp moved them
+
+Each rank fills its part of one table [logical matrices, ...]; one all-reduce completes it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dqt_dist.config import Config
+from dqt_dist.lowbit.grid import Grid
+from dqt_dist.parallel.groups import Groups
+from dqt_dist.parallel.low_bit_optimizer import LowBitOptimizer
+
+PARTS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+FIGURES = ("flip_rate", "zero_fraction", "saturation")
+
+
+@dataclass(frozen=True)
+class LowBitFigures:
+    """Figures of the whole model and of each matrix, on the host."""
+
+    names: tuple[str, ...]
+    per_matrix: Tensor
+    """fp64 [matrices, 3], columns as FIGURES."""
+    overall: dict[str, float]
+
+
+class LowBitTable:
+    """Collects the figures of one run; built once."""
+
+    def __init__(self, optimizer: LowBitOptimizer, config: Config, groups: Groups) -> None:
+        self.optimizer, self.config, self.groups = optimizer, config, groups
+        self.names = tuple(f"layers.{i}.{part}" for i in range(config.model.num_layers) for part in PARTS)
+        self.index = {name: row for row, name in enumerate(self.names)}
+        # Without sharding every data-parallel rank has the same rows: only one of them counts.
+        self.counts_here = optimizer.sharded or groups.data.rank() == 0
+
+    def figures(self) -> LowBitFigures:
+        """Of the last update. A collective call."""
+        table = torch.zeros(len(self.names), len(FIGURES) + 1, dtype=torch.int64, device=self.groups.device)
+        if self.counts_here:
+            for rows in self.optimizer.rows:
+                assert rows.weight.layout is not None and rows.counts is not None
+                lines = torch.tensor([self.index[m.name] for m in rows.weight.layout.matrices], device=table.device)
+                row_counts = torch.bincount(rows.row_matrix, minlength=len(lines))
+                table[lines, :3] += rows.counts
+                table[lines, 3] += row_counts * rows.weight.columns
+        dist.all_reduce(table, group=self.groups.world)
+        table = table.cpu().double()
+        sums = table.sum(dim=0)
+        overall = {name: float(sums[i] / sums[3]) for i, name in enumerate(FIGURES)}
+        return LowBitFigures(self.names, table[:, :3] / table[:, 3:], overall)
+
+    def code_histograms(self, grid: Grid) -> Tensor:
+        """How often each code of the grid occurs in each matrix: int64 [matrices, levels]. A collective call."""
+        levels = grid.qmax - grid.qmin + 1
+        table = torch.zeros(len(self.names), levels, dtype=torch.int64, device=self.groups.device)
+        if self.counts_here:
+            for rows in self.optimizer.rows:
+                weight = rows.weight
+                assert weight.layout is not None
+                for matrix, _, row, count in weight.layout.pieces(rows.start, rows.stop):
+                    codes = weight.unpack(row, row + count).flatten().long() - grid.qmin
+                    table[self.index[matrix.name]] += torch.bincount(codes, minlength=table.shape[1])
+        dist.all_reduce(table, group=self.groups.world)
+        return table.cpu()

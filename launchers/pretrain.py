@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""Pre-train one model: the command that every launcher starts, once per process."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+
+from dqt_dist.config import check_world, load_config
+from dqt_dist.errors import EXIT_CODE, STOPPED_EXIT_CODE, UserError
+from dqt_dist.parallel.launch import discover, export, report
+from dqt_dist.parallel.plan import describe
+
+EXAMPLES = """
+one process:         python launchers/pretrain.py --config configs/130m_ternary.json
+one machine:         deepspeed launchers/pretrain.py --config configs/1b_ternary.json
+                     torchrun --nproc-per-node 8 launchers/pretrain.py --config configs/1b_ternary.json
+MPI:                 mpirun -n 8 python launchers/pretrain.py --config configs/1b_ternary.json
+SLURM:               srun --ntasks-per-node 8 python launchers/pretrain.py --config configs/1b_ternary.json
+                     sbatch launchers/slurm/pretrain.sbatch configs/1b_ternary.json
+no GPU:              DS_ACCELERATOR=cpu deepspeed --num_gpus 4 launchers/pretrain.py --config configs/demo_cpu.json
+other values:        ... --set training.steps=100 --set checkpoint.dir=runs/try   (JSON or plain text)
+only look:           ... --dry-run
+
+A wrong config or file ends with one message and exit code 2; a run that a signal stops saves first and ends with 75.
+"""
+
+
+def main() -> int:
+    launch = None
+    try:
+        launch = discover()
+        args = parse_arguments()
+        config = load_config(args.config, args.set)
+        check_world(config, launch.world_size)
+        if args.dry_run:
+            if launch.rank == 0:
+                print(describe(config, launch.world_size))
+            return 0
+        export(launch)
+        choose_accelerator()
+        from dqt_dist.training.loop import train  # imports torch, DeepSpeed and Megatron: not before the checks
+
+        if train(config, launch, resume=args.resume):
+            return 0
+        # Stopped by a signal. Launchers end the other ranks when one leaves, which must not change our exit code.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        return STOPPED_EXIT_CODE
+    except UserError as error:
+        report(error, launch)
+        return EXIT_CODE
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """A parser whose complaints are, like every other, printed by one rank only."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message}; --help explains")
+
+
+def parse_arguments() -> argparse.Namespace:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=style)
+    add = parser.add_argument
+    add("--config", required=True, metavar="FILE", help="JSON file of the run; see configs/")
+    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value; may be repeated")
+    resume = "auto: the newest complete checkpoint of checkpoint.dir, or from scratch when there is none"
+    add("--resume", default="auto", metavar="{auto,none,PATH}", help=resume)
+    add("--dry-run", action="store_true", help="check the config, print layout, batch and weights, and stop")
+    add("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)  # deepspeed's launcher adds it
+    return parser.parse_args()
+
+
+def choose_accelerator() -> None:
+    """Tell DeepSpeed, before it is imported, that a machine without CUDA computes on its CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

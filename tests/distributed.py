@@ -1,0 +1,141 @@
+"""Runs a test function on several gloo ranks of this machine.
+
+    def check(rank, world_size, value): ...          # a module-level function, so that it can be pickled
+    results = run_distributed(check, 2, 5)           # one result a rank, in rank order
+
+Importing torch, Megatron and DeepSpeed takes seconds a process, so the processes stay and are used again: each call gives them
+a new world (a file store of its own) and takes it down afterwards. An exception on any rank is raised here with that rank's
+traceback; when a rank does not answer in time, or others are left waiting for one that failed, all are killed and the next
+call starts new ones.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+TIMEOUT_SECONDS = 120.0
+# How long the other ranks may take to fail too, once one has failed.
+GRACE_SECONDS = 5.0
+
+_workers: list[tuple[BaseProcess, Connection]] = []
+
+
+class RankError(AssertionError):
+    """A rank raised; the message holds its traceback."""
+
+
+def run_distributed(
+    function: Callable[..., Any], world_size: int, *args: Any, timeout: float = TIMEOUT_SECONDS
+) -> list[Any]:
+    """Calls function(rank, world_size, *args) on `world_size` ranks and returns their results in rank order."""
+    _start_workers(world_size)
+    with tempfile.TemporaryDirectory() as folder:
+        for rank in range(world_size):
+            _workers[rank][1].send((function, rank, world_size, f"{folder}/store", args))
+        return _collect(world_size, timeout)
+
+
+def _start_workers(count: int) -> None:
+    context = get_context("spawn")
+    while len(_workers) < count:
+        here, there = context.Pipe()
+        process = context.Process(target=_serve, args=(there,), daemon=True)
+        process.start()
+        there.close()
+        _workers.append((process, here))
+
+
+def _collect(world_size: int, timeout: float) -> list[Any]:
+    results: dict[int, Any] = {}
+    failures: dict[int, str] = {}
+    waiting = {_workers[rank][1]: rank for rank in range(world_size)}
+    deadline = time.monotonic() + timeout
+    while waiting:
+        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for connection in ready:
+            rank = waiting.pop(connection)
+            try:
+                succeeded, value = connection.recv()
+            except EOFError:
+                succeeded, value = False, "the process died"
+            (results if succeeded else failures)[rank] = value
+            if not succeeded:
+                deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
+    stuck = sorted(waiting.values())
+    if stuck or any(not process.is_alive() for process, _ in _workers):
+        _kill_workers()
+    if failures:
+        rank = min(failures)
+        raise RankError(
+            f"rank {rank} of {world_size} failed (failed: {sorted(failures)}, stuck: {stuck})\n{failures[rank]}"
+        )
+    if stuck:
+        raise RankError(f"ranks {stuck} of {world_size} did not answer within {timeout:.0f} s")
+    return [results[rank] for rank in range(world_size)]
+
+
+@atexit.register
+def _kill_workers() -> None:
+    for process, connection in _workers:
+        process.kill()
+        process.join()
+        connection.close()
+    _workers.clear()
+
+
+def _serve(connection: Connection) -> None:
+    """A worker: one world after the other, until the parent goes."""
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    import torch
+
+    torch.set_num_threads(1)
+    while True:
+        try:
+            function, rank, world_size, store, args = connection.recv()
+        except EOFError:
+            return
+        try:
+            connection.send((True, _in_world(function, rank, world_size, store, args)))
+        except BaseException:
+            connection.send((False, traceback.format_exc()))
+
+
+def _in_world(function: Callable[..., Any], rank: int, world_size: int, store: str, args: tuple[Any, ...]) -> Any:
+    import torch.distributed as dist
+
+    import dqt_dist  # noqa: F401  (silences Megatron's notes)
+
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)
+    )
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world_size)
+    try:
+        return function(rank, world_size, *args)
+    finally:
+        _leave_world()
+
+
+def _leave_world() -> None:
+    """Takes down what a test may have built: Megatron's groups, DeepSpeed's view of the world, the world."""
+    import sys
+
+    import torch.distributed as dist
+
+    if "megatron.core.parallel_state" in sys.modules:
+        sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
+    if "deepspeed.comm.comm" in sys.modules:
+        sys.modules["deepspeed.comm.comm"].cdb = None
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,46 @@
+"""The small configurations the tests share, and the parts of a run built from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from dqt_dist.config import Config, load_config
+
+# Two layers, two query groups, every dimension a multiple of 4 under TP 2.
+VALUES: dict[str, Any] = {
+    "model": {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "vocab_size": 64,
+        "seq_length": 16,
+    },
+    "quantization": {"method": "dqt", "bits": "ternary", "compute": "fp32"},
+    "optimizer": {"learning_rate": 1e-2, "low_bit_learning_rate": 5e-3, "schedule": "constant"},
+    "data": {"train": [{"path": "unused"}], "tokenizer": "unused", "num_workers": 0},
+    "training": {"steps": 10, "micro_batch_size": 2, "global_batch_size": 12},
+    "checkpoint": {"dir": "unused"},
+}
+
+
+def small_config(folder: Any, *overrides: str) -> Config:
+    """The configuration above with `section.key=value` overrides; `folder` (a Path) gets its JSON file."""
+    import json
+
+    path = folder / "small.json"
+    path.write_text(json.dumps(VALUES))
+    return load_config(path, overrides)
+
+
+def random_batches(config: Config, step: int, data_rank: int, data_size: int) -> list[dict[str, torch.Tensor]]:
+    """The micro-batches of one step for one data-parallel rank; the global batch depends on the step alone."""
+    training, model = config.training, config.model
+    generator = torch.Generator().manual_seed(step)
+    tokens = torch.randint(model.vocab_size, (training.global_batch_size, model.seq_length + 1), generator=generator)
+    micro = tokens.view(-1, data_size, training.micro_batch_size, model.seq_length + 1)[:, data_rank]
+    mask = torch.ones(training.micro_batch_size, model.seq_length)
+    return [{"tokens": t[:, :-1].contiguous(), "labels": t[:, 1:].contiguous(), "loss_mask": mask} for t in micro]
