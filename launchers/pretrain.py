@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import NoReturn
@@ -47,11 +46,7 @@ def main() -> int:
         choose_accelerator()
         from dqt_dist.training.loop import train  # imports torch, DeepSpeed and Megatron: not before the checks
 
-        if train(config, launch, resume=args.resume):
-            return 0
-        # Stopped by a signal. Launchers end the other ranks when one leaves, which must not change our exit code.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        return STOPPED_EXIT_CODE
+        return 0 if train(config, launch, resume=args.resume) else STOPPED_EXIT_CODE
     except UserError as error:
         report(error, launch)
         return EXIT_CODE

@@ -17,13 +17,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 from dqt_dist.errors import EXIT_CODE, UserError
 
 if TYPE_CHECKING:  # the functions import what they need when they run, so that --help is quick
+    from dqt_dist.data.indexed import EncodedBatch
     from dqt_dist.data.ingest import Source
 
 DESCRIPTION = "Turn text into the token files that training reads: trains or takes a tokenizer, then tokenises."
@@ -237,27 +237,26 @@ def write_tokens(
 
     model = scratch / "tokenizer.model"
     tokenizer = load_tokenizer(model)
-    with contextlib.ExitStack() as closing:
-        writers = [closing.enter_context(contextlib.closing(IndexedWriter(scratch / n, tokenizer, request))) for n in names]
-        fill(writers)
 
-    def write(source: Source, what: str, writer_of: Callable[[bool], IndexedWriter], held_out_fraction: float) -> None:
-        documents = progress(read_documents(source), what, count if what == "tokenizing" else None)
-        for batch in encode_documents(documents, model, workers=args.workers, valid_fraction=held_out_fraction):
-            ends = list(itertools.accumulate(batch.lengths))
-            for i, end in enumerate(ends):
-                ids = batch.ids[end - batch.lengths[i] : end]
-                writer_of(batch.is_valid[i]).add(ids, batch.text_bytes[i], batch.words[i])
+    def tokenise(source: Source, what: str, count: int | None, held_out_fraction: float) -> Iterator[EncodedBatch]:
+        documents = progress(read_documents(source), what, count)
+        return encode_documents(documents, model, workers=args.workers, valid_fraction=held_out_fraction)
 
-    if valid_source is not None:
-        write(valid_source, "tokenizing validation", lambda _: writers[1], 0.0)
-        write(source, "tokenizing", lambda _: writers[0], 0.0)
-    else:
-        write(source, "tokenizing", lambda is_valid: writers[is_valid], args.valid_fraction)
-    for writer in writers:
-        if writer.documents == 0:
-            refuse_empty(args, writer.prefix.name == names[0], sum(w.documents for w in writers))
-        writer.finish()
+    with contextlib.ExitStack() as open_files:
+        writers = [IndexedWriter(scratch / name, tokenizer, request) for name in names]
+        for writer in writers:
+            open_files.callback(writer.close)
+        if valid_source is not None:
+            for batch in tokenise(valid_source, "tokenizing validation", None, 0.0):
+                writers[1].add_batch(batch)
+        for batch in tokenise(source, "tokenizing", count, 0.0 if valid_source else args.valid_fraction):
+            writers[0].add_batch(batch, only_valid=False)
+            if valid_source is None and len(writers) == 2:
+                writers[1].add_batch(batch, only_valid=True)
+        for writer in writers:
+            if writer.documents == 0:
+                refuse_empty(args, writer is writers[0], sum(w.documents for w in writers))
+            writer.finish()
 
 
 def refuse_empty(args: argparse.Namespace, is_train: bool, documents: int) -> None:
@@ -289,11 +288,11 @@ def report(output: Path, names: list[str], seconds: float) -> None:
         manifest = Manifest.read(output / f"{name}.json")
         assert manifest is not None
         total_tokens += manifest.tokens
+        per_byte, per_word = manifest.tokens / manifest.text_bytes, manifest.tokens / manifest.words
         print(
             f"{output / name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens ({manifest.dtype},"
             f" vocabulary {manifest.vocab_size:,}) from {manifest.text_bytes:,} bytes of text:"
-            f" {manifest.tokens / manifest.text_bytes:.3f} tokens a byte, {manifest.tokens / manifest.words:.2f} a word;"
-            f" .bin {manifest.bin_bytes:,} bytes"
+            f" {per_byte:.3f} tokens a byte, {per_word:.2f} a word; .bin {manifest.bin_bytes:,} bytes"
         )
     rate = total_tokens / seconds
     print(f"{total_tokens:,} tokens in {seconds:.1f} s, {rate:,.0f} tokens/s, reading and tokenizer included")

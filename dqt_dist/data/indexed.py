@@ -179,7 +179,7 @@ def _encode_batch(texts: list[str]) -> EncodedBatch:
     tokenizer, valid_fraction = _worker
     # JSON may hold lone surrogates, which have no UTF-8 form.
     texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-    documents = [ids + [tokenizer.eod_id] for ids in tokenizer.encode_batch(texts)]
+    documents = [[*ids, tokenizer.eod_id] for ids in tokenizer.encode_batch(texts)]
     return EncodedBatch(
         ids=np.fromiter(chain.from_iterable(documents), token_dtype(tokenizer.vocab_size)),
         lengths=[len(ids) for ids in documents],
@@ -201,8 +201,15 @@ class IndexedWriter:
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=self._dtype)
 
-    def add(self, ids: np.ndarray, text_bytes: int, words: int) -> None:
-        """Append one document: `ids` [length], eod included."""
+    def add_batch(self, batch: EncodedBatch, only_valid: bool | None = None) -> None:
+        """Append the documents of a batch; with `only_valid`, those whose is_valid equals it."""
+        end = 0
+        for i, length in enumerate(batch.lengths):
+            end += length
+            if only_valid is None or batch.is_valid[i] == only_valid:
+                self._add(batch.ids[end - length : end], batch.text_bytes[i], batch.words[i])
+
+    def _add(self, ids: np.ndarray, text_bytes: int, words: int) -> None:
         self._builder.add_document(ids, [len(ids)])  # type: ignore[arg-type]  # an array or a tensor
         self.documents += 1
         self.tokens += len(ids)

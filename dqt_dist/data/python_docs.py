@@ -71,13 +71,14 @@ def _documents_of(path: Path) -> list[list[str]]:
 def _docstrings(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """(line number, text) of the docstrings of the module, its classes and functions."""
     for node in ast.walk(tree):
-        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            if (text := ast.get_docstring(node, clean=True)) is not None:
-                yield node.body[0].lineno, text
+        if not isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            continue
+        if (text := ast.get_docstring(node, clean=True)) is not None:
+            yield node.body[0].lineno, text
 
 
 def _comments(source: str) -> Iterator[tuple[int, str]]:
-    """(line number, text) of each run of comments that stand alone on consecutive lines; those behind code are notes."""
+    """(line number, text) of each run of comments that stand alone on consecutive lines, not behind code."""
     first, lines = 0, []
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT and token.line.lstrip().startswith("#"):

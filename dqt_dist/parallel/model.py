@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -191,8 +192,7 @@ def assign_layouts(chunks: nn.ModuleList, config: Config, group: Group) -> None:
         if chunk.pre_process:
             weight = chunk.embedding.word_embeddings.weight
             _set(weight, _rows_split(group, LogicalMatrix("embed_tokens", vocabulary, hidden)))
-        layers: Iterable[TransformerLayer] = chunk.decoder.layers
-        for layer in layers:
+        for layer in cast(Iterable[TransformerLayer], chunk.decoder.layers):
             _assign_layer(layer, config, group, hidden, ffn)
         if chunk.post_process:
             _set_vector(chunk.decoder.final_layernorm.weight, "norm", hidden)

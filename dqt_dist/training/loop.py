@@ -83,12 +83,13 @@ class Trainer:
                 self._after_step(result)
                 if stop.agreed() and self.step < training.steps:
                     self._save()
+                    stop.ignore()
                     self.recorder.say(f"stopped by a signal after step {self.step}; --resume auto goes on from there")
                     return False
             self._finish()
+            stop.restore()
             return True
         finally:
-            stop.restore()
             self.recorder.close()
 
     def _after_step(self, result: StepResult) -> None:

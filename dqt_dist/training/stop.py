@@ -31,6 +31,13 @@ class StopSignal:
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
+    def ignore(self) -> None:
+        """For a rank that is leaving after a stop: launchers send SIGTERM when the first rank leaves, which must not
+        change the exit code of the others."""
+        for number in self.SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def restore(self) -> None:
+        """Gives the signals back to whoever had them."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

@@ -1,4 +1,4 @@
-"""tools/prepare_data.py as it is used: the files it leaves, that nothing half made is left, and its words when input is wrong."""
+"""tools/prepare_data.py as it is used: the files it leaves, nothing half made, and its words when input is wrong."""
 
 from __future__ import annotations
 
