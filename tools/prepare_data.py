@@ -306,7 +306,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"prepare_data: {error}", file=sys.stderr)
         return EXIT_CODE
     except KeyboardInterrupt:
-        print("prepare_data: interrupted; nothing was changed", file=sys.stderr)
+        print("prepare_data: interrupted; run it again to start over", file=sys.stderr)
         return 130
     return 0
 

@@ -171,11 +171,12 @@ def _megatron_config(
     sequence_length: int, vocab_size: int, tokenizer: Tokenizer | None, seed: int, cache_dir: Path, build_here: bool
 ) -> EpochDatasetConfig:
     eod = None if tokenizer is None else tokenizer.eod_id
+    # What Megatron's datasets ask of a tokenizer. It has no `pad`: nothing is padded.
+    wanted_of_tokenizer = SimpleNamespace(vocab_size=vocab_size, eod=eod, eos=eod, unique_identifiers={})
     return EpochDatasetConfig(
         random_seed=seed,
         sequence_length=sequence_length,
-        # What Megatron's datasets ask of a tokenizer. It has no `pad`: nothing is padded.
-        tokenizer=SimpleNamespace(vocab_size=vocab_size, eod=eod, eos=eod, unique_identifiers={}),  # type: ignore[arg-type]
+        tokenizer=wanted_of_tokenizer,  # type: ignore[arg-type]
         # The blend and the split are made here; without these two Megatron would take itself to be mocked.
         blend=([], None),
         split="1",

@@ -41,14 +41,20 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         # Megatron's schedule runs the micro-batches; engine.step() is the boundary.
         "managed_gradient_accumulation": False,
         "gradient_clipping": 0.0,
-        "bf16": {"enabled": bf16},
+        # With fp32 sums (below) a hook adds each micro-batch's gradient as it is made; without ZeRO the key means nothing.
+        "bf16": {"enabled": bf16, "immediate_grad_update": bf16 and config.zero_stage == 1},
     }
     settings.setdefault("zero_allow_untested_optimizer", True)
     settings.setdefault("steps_per_print", None)
-    settings.setdefault("zero_optimization", {}).setdefault("stage", config.zero_stage)
-    if bf16 and config.zero_stage == 1:
-        # Sum micro-batches in fp32, as Megatron does.
-        settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+    zero = settings.setdefault("zero_optimization", {})
+    zero.setdefault("stage", config.zero_stage)
+    if config.zero_stage == 1:
+        if bf16:
+            # Sum micro-batches in fp32, as Megatron does. Makes DeepSpeed choose its BF16_Optimizer.
+            settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+        else:
+            # The norm is ours; BF16_Optimizer does not take this key, see `_leave_norm_to_us`.
+            zero["compute_grad_norm"] = False
     return settings
 
 
@@ -87,6 +93,7 @@ class CombinedOptimizer:
         self.parameters = parameters(chunks)
         torch_optimizer.register_step_pre_hook(self._scale_gradients)
         _create_moments(torch_optimizer)
+        _leave_norm_to_us(high_precision, groups)
         self.steps_done = 0
         self.last_factor = 0.0
         self.grad_norm = torch.zeros((), device=groups.device)
@@ -164,6 +171,17 @@ def _create_moments(optimizer: torch.optim.AdamW) -> None:
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+
+
+def _leave_norm_to_us(high_precision: Any, groups: Groups) -> None:
+    """Gives BF16_Optimizer's own norm one zero to work on.
+
+    It would spend a pass over all gradients on a number nobody reads, and fails on a stage whose only parameters are norms
+    (an empty list, on tensor-parallel ranks above 0).
+    """
+    if hasattr(high_precision, "get_grads_for_norm"):
+        zero = torch.zeros(1, device=groups.device)
+        high_precision.get_grads_for_norm = lambda for_clipping=False: ([zero], {})
 
 
 def owned_gradient(parameter: Parameter, groups: Groups) -> Tensor | None:

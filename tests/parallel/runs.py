@@ -1,0 +1,167 @@
+"""A run inside a test worker, and what the tests compare: whole logical tensors, put together from all ranks.
+
+    run = start("parallel.tensor=2")          # in a worker, on every rank
+    run.step(1); whole_state(run)             # the state of the model by logical name, the same on every rank
+
+Comparing by logical name is what makes layouts comparable: no rank's shard appears in a test.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dqt_dist.checkpoint.logical_tensor import LogicalState, LogicalTensor
+from dqt_dist.checkpoint.state import logical_state, rectangles
+from dqt_dist.config import Config
+from dqt_dist.lowbit.grid import make_grid
+from dqt_dist.lowbit.packing import unpack
+from dqt_dist.parallel.engine import CombinedOptimizer, build_engine, owned_gradient
+from dqt_dist.parallel.groups import Groups, initialize
+from dqt_dist.parallel.launch import Launch
+from dqt_dist.parallel.model import build_model, parameters
+from dqt_dist.training.step import StepResult, mean_over_data, train_step
+from tests.small import random_batches, small_config
+
+Whole = dict[str, Tensor]
+"""Tensors of the whole model by logical name."""
+
+
+@dataclass
+class Run:
+    """The parts of a run on this rank."""
+
+    config: Config
+    groups: Groups
+    chunks: nn.ModuleList
+    engine: Any
+
+    @property
+    def optimizer(self) -> CombinedOptimizer:
+        return self.engine.optimizer
+
+    def step(self, number: int) -> StepResult:
+        """Step `number` on the batch of that number."""
+        batches = random_batches(self.config, number, self.groups.data.rank(), self.groups.data.size())
+        return train_step(self.engine, self.chunks, batches, self.config, self.groups)
+
+    def mean_loss(self, result: StepResult) -> float:
+        return float(mean_over_data(result.loss, self.groups))
+
+
+def start(*overrides: str) -> Run:
+    """Groups, model and engine of the small configuration with `overrides`; a collective call of the whole world."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = small_config(Path(folder), *overrides)
+    rank, size = dist.get_rank(), dist.get_world_size()
+    groups = initialize(config, Launch(rank, size, rank, size, "tests", "", 0))
+    chunks = build_model(config, groups)
+    return Run(config, groups, chunks, build_engine(chunks, config, groups))
+
+
+# ---- from rectangles to whole tensors ----
+
+
+def assemble(state: LogicalState) -> Whole:
+    """Whole tensors from every rank's rectangles. Elements that several ranks hold must have the same bits; all must be held."""
+    of_ranks: list[LogicalState] = [{}] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, state)
+    whole: Whole = {}
+    covered: dict[str, Tensor] = {}
+    for rank, part in enumerate(of_ranks):
+        for name, tensor in part.items():
+            whole.setdefault(name, torch.zeros(tensor.shape, dtype=tensor.dtype))
+            seen = covered.setdefault(name, torch.zeros(tensor.shape, dtype=torch.bool))
+            for (row, column), chunk in tensor.chunks.items():
+                place = (slice(row, row + chunk.shape[0]), slice(column, column + chunk.shape[1]))
+                known = seen[place]
+                assert torch.equal(whole[name][place][known], chunk[known]), f"rank {rank} holds another {name}"
+                whole[name][place], seen[place] = chunk, True
+    missing = {name: int((~seen).sum()) for name, seen in covered.items() if not seen.all()}
+    assert not missing, f"elements that no rank holds: {missing}"
+    return whole
+
+
+def whole_state(run: Run) -> Whole:
+    """Everything that a checkpoint holds, by its names there, as a copy."""
+    return assemble(logical_state(run.chunks, run.optimizer))
+
+
+def whole_gradients(run: Run) -> Whole:
+    """Reduced gradients before clipping, by logical name. Only inside a step: see `record_gradients`."""
+    state: LogicalState = {}
+
+    def add(name: str, shape: tuple[int, int], offset: tuple[int, int], view: Tensor) -> None:
+        state.setdefault(name, LogicalTensor(shape, torch.float32)).add(offset, view.float())
+
+    for rows in run.optimizer.low_bit.rows:
+        layout = rows.weight.layout
+        assert layout is not None and rows.gradient is not None
+        for matrix, row, local, count in layout.pieces(rows.start, rows.stop):
+            view = rows.gradient[local - rows.start : local - rows.start + count]
+            add(matrix.name, (matrix.rows, matrix.columns), (row, layout.column_offset), view)
+    for parameter in parameters(run.chunks):
+        gradient = owned_gradient(parameter, run.groups)
+        if gradient is None:
+            continue
+        mapping = getattr(parameter.tensor, "_hp_mapping", None)
+        first = mapping.lp_fragment_address.start if mapping is not None else 0
+        for matrix, offset, view in rectangles(parameter.layout, first, gradient.reshape(-1)):
+            add(matrix.name, (matrix.rows, matrix.columns), offset, view)
+    return assemble(state)
+
+
+def record_gradients(run: Run) -> list[Whole]:
+    """A list that every following step adds its reduced gradients to, taken where the step computes their norm."""
+    recorded: list[Whole] = []
+    low_bit = run.optimizer.low_bit
+    square_norm = low_bit.square_norm
+
+    def record_and_go_on() -> Tensor:
+        recorded.append({name: gradient.clone() for name, gradient in whole_gradients(run).items()})
+        return square_norm()
+
+    low_bit.square_norm = record_and_go_on  # type: ignore[method-assign]
+    return recorded
+
+
+# ---- comparing ----
+
+
+def assert_equal(found: Whole, wanted: Whole, kinds: str | tuple[str, ...] = "") -> None:
+    """The same names (beginning with one of `kinds`), and the same bits under each."""
+    names = {name for name in wanted if name.startswith(kinds)}
+    assert names and names == {name for name in found if name.startswith(kinds)}
+    different = [name for name in sorted(names) if not torch.equal(found[name], wanted[name])]
+    assert not different, f"{len(different)} of {len(names)} differ: {different[:5]}"
+
+
+def relative_difference(found: Whole, wanted: Whole) -> float:
+    """Largest difference of any element, relative to the largest element of its tensor."""
+    assert found.keys() == wanted.keys()
+    return max(
+        float((found[name].double() - wanted[name].double()).abs().max() / wanted[name].double().abs().max())
+        for name in wanted
+    )
+
+
+def codes(whole: Whole, config: Config) -> Iterator[tuple[str, Tensor]]:
+    """The codes of each logical matrix, unpacked: int8 [rows, columns]."""
+    grid = make_grid(config.quantization.bits)
+    for name, packed in whole.items():
+        if name.startswith("codes/"):
+            yield name, unpack(packed, grid, packed.shape[1] * grid.codes_per_byte)
+
+
+def fraction_of_codes_that_differ(found: Whole, wanted: Whole, config: Config) -> float:
+    """Over all low-bit matrices together."""
+    other = dict(codes(found, config))
+    different = [(other[name] != tensor).flatten() for name, tensor in codes(wanted, config)]
+    return float(torch.cat(different).float().mean())

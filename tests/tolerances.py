@@ -1,0 +1,52 @@
+"""Tolerances, each with its cause. Tests ask for equality first and come here when two computations may differ.
+
+u is the unit roundoff of a format: one rounding changes a value by at most u relative to it. A sum of n products taken in any
+order, with one rounding a product and one an addition, is within n * u * sum |a_i b_i| of the exact value (Higham, Accuracy
+and Stability of Numerical Algorithms, section 3.1); two different orders are within twice that of each other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
+
+
+def product_bound(a: Tensor, b: Tensor) -> Tensor:
+    """How far two fp32 evaluations of a [m, n] @ b [n, k] may be apart; a few n u of its absolute product.
+
+    The 4 beside n is for the roundings around the sum: a scale a side, applied before or after it.
+    """
+    magnitude = a.double().abs() @ b.double().abs()
+    return 2 * (a.shape[-1] + 4) * UNIT_ROUNDOFF[torch.float32] * magnitude
+
+
+def assert_within(actual: Tensor, expected: Tensor, bound: Tensor | float) -> None:
+    """|actual - expected| <= bound for every element; says where it is worst."""
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    excess = (actual.double() - expected.double()).abs() - bound
+    assert excess.isfinite().all() and excess.max() <= 0, f"worst element is {excess.max():.3e} over its bound"
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Relative to the largest expected magnitude: in a network an element near zero carries the error of large ones."""
+
+    relative: float
+    reason: str
+
+    def assert_close(self, actual: Tensor, expected: Tensor, what: str = "") -> None:
+        assert actual.shape == expected.shape, (what, actual.shape, expected.shape)
+        error = (actual.double() - expected.double()).abs().max() / expected.double().abs().max()
+        assert error <= self.relative, f"{what}: {error:.3e} of the largest element, {self.relative:.0e} allowed"
+
+
+ELEMENTWISE_FP32 = Tolerance(
+    2.0**-20, "a dozen fp32 roundings of elementwise operations taken in another order, 2^-24 each"
+)
+NETWORK_FP32 = Tolerance(
+    1e-5, "two layers of fp32 products of at most 64 terms summed in another order: measured 1e-6, ten times that allowed"
+)
