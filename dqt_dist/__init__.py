@@ -12,6 +12,8 @@ MEGATRON_NOTES = (
     r"The following imports from `dynamic_context\.py`",
     r"`torch\.jit\.script(_method)?` is deprecated",
     "full scope is deprecated. Use empty cuda_graph_scope",
+    # what both megatron-core and DeepSpeed still call under torch 2.13
+    r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
     "When using .* it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
 )
 for _note in MEGATRON_NOTES:

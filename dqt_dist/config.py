@@ -80,6 +80,8 @@ class QuantizationConfig(Section):
     """dqt: weights are integer codes only; bitnet: b1.58, float master, straight-through; none: ordinary weights."""
     bits: Bits = "ternary"
     """Grid of the codes: "ternary" (-1, 0, 1) or 2..8 bits, -2^(b-1) to 2^(b-1)-1."""
+    embeddings: bool = False
+    """Store embedding and head as codes too, as the DQT authors' code does; by default they stay in high precision."""
     activation: Literal["int8", "none"] = Field(
         default_factory=lambda data: "none" if data["method"] == "none" else "int8"
     )
@@ -105,11 +107,13 @@ class OptimizerConfig(Section):
     """Update rule and learning-rate schedule."""
 
     name: Literal["adamw", "adafactor"] = "adamw"
-    """adamw: two moments a weight; adafactor: factored second moment, which saves memory."""
+    """Update rule of the low-bit weights. adamw: two moments a weight; adafactor: factored second moment, which saves memory.
+    Everything else keeps AdamW, since DeepSpeed's flat partitions cannot be factored."""
     learning_rate: PositiveFloat
-    """Peak rate of embeddings, head and norms (of everything when quantization.method is none)."""
+    """Peak rate of embeddings, head and norms."""
     low_bit_learning_rate: PositiveFloat = Field(default_factory=lambda data: data["learning_rate"])
-    """Peak rate of the low-bit weights, in weight units, not codes. Default: learning_rate."""
+    """Peak rate of the linears of the blocks, in weight units, not codes: the low-bit weights, or their counterparts in the
+    methods none and bitnet. Default: learning_rate."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled weight decay of the high-precision matrices."""
     low_bit_weight_decay: NonNegativeFloat = 0.0
@@ -505,6 +509,16 @@ def _pipeline_problems(config: Config) -> Iterable[str]:
 
 def _quantization_problems(config: Config) -> Iterable[str]:
     quantization = config.quantization
+    if quantization.method != "dqt" and config.optimizer.name == "adafactor":
+        yield (
+            f'optimizer.name: adafactor updates low-bit weights only, and quantization.method = "{quantization.method}" '
+            f'has none; use "adamw", or method "dqt"'
+        )
+    if quantization.method != "dqt" and quantization.embeddings:
+        yield (
+            f'quantization.embeddings: true does not go with quantization.method = "{quantization.method}", whose '
+            f'embeddings are ordinary weights; use false, or method "dqt"'
+        )
     if quantization.method == "bitnet" and quantization.bits != "ternary":
         yield (
             f'quantization.bits: {quantization.bits} does not go with quantization.method = "bitnet", which is '

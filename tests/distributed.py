@@ -17,7 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any
@@ -45,6 +45,9 @@ def run_distributed(
 
 
 def _start_workers(count: int) -> None:
+    if parent_process() is not None:
+        # A worker imports the caller's main module: without a guard there it would start workers of its own, without end.
+        raise RuntimeError('run_distributed in a worker; put the call under `if __name__ == "__main__":`')
     context = get_context("spawn")
     while len(_workers) < count:
         here, there = context.Pipe()

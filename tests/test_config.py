@@ -430,3 +430,11 @@ def test_dry_run_prints_the_plan(tmp_path: Path) -> None:
     assert "84,934,656 weights in linears, 21,233,664 bytes as 2-bit codes" in done.stdout
     assert "49,171,200 in embedding, head and norms" in done.stdout
     assert "65,536 tokens a step" in done.stdout
+
+
+@pytest.mark.parametrize("override", ["optimizer.name=adafactor", "quantization.embeddings=true"])
+@pytest.mark.parametrize("method", ["none", "bitnet"])
+def test_what_needs_low_bit_weights_is_refused_without_them(file: Path, override: str, method: str) -> None:
+    message = refusal(file, f"quantization.method={method}", override)
+    assert override.split("=")[0] in message and method in message and "dqt" in message
+    load_config(file, [override])  # with method dqt it is fine

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-9}
+UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
 
 def product_bound(a: Tensor, b: Tensor) -> Tensor:
@@ -48,5 +48,6 @@ ELEMENTWISE_FP32 = Tolerance(
     2.0**-20, "a dozen fp32 roundings of elementwise operations taken in another order, 2^-24 each"
 )
 NETWORK_FP32 = Tolerance(
-    1e-5, "two layers of fp32 products of at most 64 terms summed in another order: measured 1e-6, ten times that allowed"
+    5e-5,
+    "two layers of fp32 products of at most 64 terms, forward and backward, against float64: 7e-6 measured at worst",
 )

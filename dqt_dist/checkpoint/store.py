@@ -35,7 +35,7 @@ MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 # Fields that say what the state IS; a checkpoint with others is of another model.
-IDENTITY = {"model": None, "quantization": ("method", "bits"), "optimizer": ("name",)}
+IDENTITY = {"model": None, "quantization": ("method", "bits", "embeddings"), "optimizer": ("name",)}
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,19 @@ from dqt_dist.lowbit.coordinates import ShardLayout
 SCALE_FLOOR = 1e-5
 
 
-def _straight_through(x: Tensor, quantized: Tensor) -> Tensor:
-    return x + (quantized.to(x.dtype) - x).detach()
+class _StraightThrough(torch.autograd.Function):
+    """`quantized` forward, the gradient to x backward.
+
+    The usual x + (quantized - x).detach() rounds twice and lands beside the grid: the weights would not be ternary.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, quantized: Tensor) -> Tensor:
+        return quantized.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 def ternarize(weight: Tensor, layout: ShardLayout, group: Group) -> Tensor:
@@ -39,7 +50,7 @@ def ternarize(weight: Tensor, layout: ShardLayout, group: Group) -> Tensor:
         numel = torch.tensor([m.rows * m.columns for m in layout.matrices], device=weight.device)
         scale = (abs_sum / numel).clamp(min=SCALE_FLOOR)[row_matrix][:, None]
         quantized = (wide / scale).round().clamp(-1, 1) * scale
-    return _straight_through(weight, quantized)
+    return _StraightThrough.apply(weight, quantized)
 
 
 def fake_quantize_tokens(x: Tensor, width_group: Group | None = None) -> Tensor:
@@ -50,7 +61,7 @@ def fake_quantize_tokens(x: Tensor, width_group: Group | None = None) -> Tensor:
             dist.all_reduce(absmax, op=dist.ReduceOp.MAX, group=width_group)
         codes, scale = quantize_tokens(x, absmax)
         quantized = codes * scale
-    return _straight_through(x, quantized)
+    return _StraightThrough.apply(x, quantized)
 
 
 class _BitNetOperands:

@@ -11,6 +11,10 @@ from torch import Tensor
 
 Group = dist.ProcessGroup
 
+# torch 2.13 renamed these two and warns about the old names, which are all that torch 2.11 has.
+all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
 
 class _SumPartials(torch.autograd.Function):
     """Each rank holds a partial sum and each rank uses the total: all-reduce forward, all-reduce backward."""
@@ -59,7 +63,7 @@ def gather_sequence(x: Tensor, group: Group) -> Tensor:
     if group.size() == 1:
         return x
     gathered = torch.empty(x.shape[0] * group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
-    dist.all_gather_into_tensor(gathered, x.contiguous(), group=group)
+    all_gather_single(gathered, x.contiguous(), group=group)
     return gathered
 
 
@@ -68,7 +72,7 @@ def scatter_sum_sequence(x: Tensor, group: Group) -> Tensor:
     if group.size() == 1:
         return x
     part = torch.empty(x.shape[0] // group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
-    dist.reduce_scatter_tensor(part, x.contiguous(), group=group)
+    reduce_scatter_single(part, x.contiguous(), group=group)
     return part
 
 

@@ -6,7 +6,8 @@ fraction, so it is right on average, E[C'] = t, and small updates are not lost b
     C' = clamp(floor(t) + [u < t - floor(t)], qmin, qmax)
 
 The form floor(t + u) is wrong in floating point: 127 + 0.99999999 is 128 in fp32, so an exact code could move.
-t - floor(t) is exact (Sterbenz), hence a zero update never flips a code.
+An exact code has t - floor(t) = 0, so a zero update never flips it. The difference is exact (Sterbenz) but for t in (-1/2, 0),
+where it is rounded by at most 2^-25: less than the 2^-24 step of u.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     direction = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon)
 
 The weight itself does not appear: for a low-bit weight it exists only as a code, and landing on the grid is the rounding's
-business (`low_bit_update.py`). Decoupled weight decay acts there too.
+business (`lowbit/update.py`). Decoupled weight decay acts there too.
 """
 
 from __future__ import annotations

@@ -22,10 +22,7 @@ def schedule_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     floor = config.min_learning_rate_ratio
     if config.schedule == "constant":
         return 1.0
-    if config.schedule == "wsd":
-        begin = steps - (config.decay_steps or 0)
-    else:
-        begin = warmup
+    begin = steps - (config.decay_steps or 0) if config.schedule == "wsd" else warmup
     if step <= begin:
         return 1.0
     progress = (step - begin) / (steps - begin)

@@ -59,20 +59,31 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
 
 
 def high_precision_optimizer(chunks: nn.Module, config: Config) -> torch.optim.AdamW:
-    """AdamW over the parameters DeepSpeed manages; vectors (norms) are not decayed."""
+    """AdamW over the parameters DeepSpeed manages; vectors (norms) are not decayed.
+
+    The block linears of a baseline have the learning rate that the low-bit ones have under method dqt, so that methods are
+    compared with the same two rates. Each group keeps its own peak rate.
+    """
     optimizer = config.optimizer
-    matrices = [p.tensor for p in parameters(chunks) if p.layout.columns > 1]
-    vectors = [p.tensor for p in parameters(chunks) if p.layout.columns == 1]
+    everything = parameters(chunks)
+    matrices = [p for p in everything if p.layout.columns > 1]
+    linears = [p.tensor for p in matrices if p.layout.matrices[0].name.startswith("layers.")]
+    others = [p.tensor for p in matrices if not p.layout.matrices[0].name.startswith("layers.")]
+    vectors = [p.tensor for p in everything if p.layout.columns == 1]
+    rate, linear_rate, decay = optimizer.learning_rate, optimizer.low_bit_learning_rate, optimizer.weight_decay
     param_groups = [
-        {"params": matrices, "weight_decay": optimizer.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
+        {"params": others, "weight_decay": decay, "peak_learning_rate": rate},
+        {"params": vectors, "weight_decay": 0.0, "peak_learning_rate": rate},
+        {"params": linears, "weight_decay": decay, "peak_learning_rate": linear_rate},
     ]
     return torch.optim.AdamW(
         [group for group in param_groups if group["params"]],
-        lr=optimizer.learning_rate,
+        # Set before each step. DeepSpeed's bf16 optimizer without ZeRO makes a step on zero gradients when it is built, which
+        # must not decay the weights.
+        lr=0.0,
         betas=(DEFAULT_BETA1 if optimizer.beta1 is None else optimizer.beta1, optimizer.beta2),
         eps=optimizer.epsilon,
-        fused=matrices[0].is_cuda if matrices else False,
+        fused=vectors[0].is_cuda,
     )
 
 
@@ -113,8 +124,10 @@ class CombinedOptimizer:
         self.grad_norm = self._global_norm()
         self.clip = clip_factor(self.grad_norm, optimizer.max_grad_norm)
         # Phase 3 update.
+        # A step that is clipped to nothing has no rate either: the first moments would still move the weights.
+        moves = self.clip > 0
         for group in self.high_precision.param_groups:
-            group["lr"] = optimizer.learning_rate * factor
+            group["lr"] = group["peak_learning_rate"] * factor * moves
         self.high_precision.step()
         self.low_bit.update(step, optimizer.low_bit_learning_rate * factor, self.clip)
         # Phase 4 gather: packed codes.

@@ -24,11 +24,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dqt_dist.config import Config, OptimizerConfig
+from dqt_dist.kernels.low_bit_update import update_rows
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
+from dqt_dist.lowbit.update import RoundingKey
 from dqt_dist.optim import adafactor
 from dqt_dist.optim.adamw import adamw_direction
-from dqt_dist.optim.low_bit_update import RoundingKey, update_rows
 from dqt_dist.parallel.groups import Groups
 from dqt_dist.parallel.row_sharding import gather_rows, reduce_rows, row_bounds
 
@@ -206,6 +207,8 @@ class LowBitOptimizer:
             gradient.mul_(clip).nan_to_num_(nan=0.0)
             counts = torch.zeros(len(rows.weight.scale), 3, dtype=torch.int64, device=gradient.device)
             for block, direction in self.rule.directions(rows, gradient, step):
+                # Nor may the first moment move codes then.
+                direction = direction * (clip > 0)
                 counts += update_rows(rows.weight, direction, rows.start + block.start, learning_rate, decay, key)
             rows.counts = counts
 

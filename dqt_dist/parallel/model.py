@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dqt_dist.config import Config
 from dqt_dist.layers.bitnet import ColumnParallelBitLinear, RowParallelBitLinear
+from dqt_dist.layers.low_bit_embedding import LowBitEmbedding, LowBitHead
 from dqt_dist.layers.spec import SubNormLinear, block_spec
 from dqt_dist.layers.transformer_config import LlamaTransformerConfig
 from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout, normal
@@ -109,10 +110,24 @@ def build_model(config: Config, groups: Groups) -> nn.ModuleList:
                 rotary_base=config.model.rope_base,
                 vp_stage=virtual_stage,
             )
+            if config.quantization.embeddings:
+                _quantize_embeddings(chunk, megatron_config, config, groups)
             chunks.append(chunk.to(groups.device))
     assign_layouts(chunks, config, groups.tensor)
     initialize(chunks, config, groups.tensor)
     return chunks
+
+
+def _quantize_embeddings(
+    chunk: GPTModel, megatron_config: LlamaTransformerConfig, config: Config, groups: Groups
+) -> None:
+    """Puts low-bit modules in the place of embedding and head."""
+    vocabulary = config.model.vocab_size
+    if chunk.pre_process:
+        chunk.embedding.word_embeddings = LowBitEmbedding(megatron_config, vocabulary, groups.tensor, groups.device)
+    if chunk.post_process:
+        hidden = config.model.hidden_size
+        chunk.output_layer = LowBitHead(hidden, vocabulary, config=megatron_config, tp_group=groups.tensor)
 
 
 # ---- coordinates ----
@@ -171,7 +186,10 @@ def _inner(linear: nn.Module) -> nn.Module:
     return inner
 
 
-def _set(parameter: nn.Parameter, layout: ShardLayout, replicated: bool = False) -> None:
+def _set(parameter: nn.Parameter | LowBitMatrix, layout: ShardLayout, replicated: bool = False) -> None:
+    if isinstance(parameter, LowBitMatrix):
+        parameter.assign(layout)
+        return
     parameter.description = Parameter(parameter, layout, replicated)  # type: ignore[attr-defined]
     # DeepSpeed and Megatron look for this name.
     parameter.tensor_model_parallel = not replicated  # type: ignore[attr-defined]
@@ -202,10 +220,7 @@ def assign_layouts(chunks: nn.ModuleList, config: Config, group: Group) -> None:
 def _assign_layer(layer: TransformerLayer, config: Config, group: Group, hidden: int, ffn: int) -> None:
     name = f"layers.{layer.layer_number - 1}"
     for linear, layout in _linear_layouts(layer, config, group):
-        if isinstance(linear.weight, LowBitMatrix):
-            linear.weight.assign(layout)
-        else:
-            _set(linear.weight, layout)
+        _set(linear.weight, layout)
         if isinstance(linear, ColumnParallelBitLinear | RowParallelBitLinear):
             linear.layout = layout
     _set_vector(layer.input_layernorm.weight, f"{name}.input_layernorm", hidden)

@@ -7,7 +7,7 @@ Parameters of a block of hidden size H, feed-forward size F, heads of width d, A
     gate, up, down        3 * H * F
     norms                 2 * H     (with sub-norms: + A*d + F)
 
-The linears are cut by tensor parallel rank, the norms are not. The first pipeline stage adds the embedding, the last
+The linears and the sub-norms are cut by tensor parallel rank, the other norms are not. The first pipeline stage adds the embedding, the last
 the head and the final norm. Only stored weights are counted: gradients, moments and activations come on top.
 """
 
@@ -44,7 +44,7 @@ def largest_rank(config: Config) -> RankWeights:
     key_value = hidden // model.num_attention_heads * model.num_query_groups
     num_layers = model.num_layers // parallel.pipeline
     linear = num_layers * (2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * ffn) // parallel.tensor
-    norms = num_layers * (2 * hidden + (hidden + ffn if model.sub_norm else 0))
+    norms = num_layers * (2 * hidden + ((hidden + ffn) // parallel.tensor if model.sub_norm else 0))
     vocabulary_matrix = model.vocab_size * hidden // parallel.tensor
     if parallel.pipeline == 1:
         return RankWeights(linear, norms + 2 * vocabulary_matrix + hidden)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor
 
+from dqt_dist.layers.collectives import all_gather_single
 from dqt_dist.parallel.groups import Group
 
 
@@ -58,11 +59,11 @@ def gather_rows(matrix: Tensor, group: Group) -> None:
     start, stop = row_bounds(rows, num_ranks)[rank]
     share = -(-rows // num_ranks)
     if rows == share * num_ranks:
-        dist.all_gather_into_tensor(matrix, matrix[start:stop].clone(), group=group)
+        all_gather_single(matrix, matrix[start:stop].clone(), group=group)
         return
     # Uneven rows: pad each part to the largest, which costs at most one share of packed bytes.
     mine = matrix.new_zeros(share, *matrix.shape[1:])
     mine[: stop - start] = matrix[start:stop]
     gathered = matrix.new_empty(share * num_ranks, *matrix.shape[1:])
-    dist.all_gather_into_tensor(gathered, mine, group=group)
+    all_gather_single(gathered, mine, group=group)
     matrix.copy_(gathered[:rows])

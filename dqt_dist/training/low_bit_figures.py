@@ -43,6 +43,8 @@ class LowBitTable:
     def __init__(self, optimizer: LowBitOptimizer, config: Config, groups: Groups) -> None:
         self.optimizer, self.config, self.groups = optimizer, config, groups
         self.names = tuple(f"layers.{i}.{part}" for i in range(config.model.num_layers) for part in PARTS)
+        if config.quantization.embeddings:
+            self.names += ("embed_tokens", "lm_head")
         self.index = {name: row for row, name in enumerate(self.names)}
         # Without sharding every data-parallel rank has the same rows: only one of them counts.
         self.counts_here = optimizer.sharded or groups.data.rank() == 0

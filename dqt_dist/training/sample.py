@@ -17,8 +17,9 @@ from dqt_dist.data.tokenizer import Tokenizer
 from dqt_dist.parallel import megatron_cpu
 from dqt_dist.parallel.groups import Groups
 
-TEMPERATURE = 0.8
-TOP_P = 0.9
+# Cool, so that the sample of a short run is made of words rather than of word pieces.
+TEMPERATURE = 0.5
+TOP_P = 0.8
 
 
 def nucleus(logits: Tensor, generator: torch.Generator) -> int:

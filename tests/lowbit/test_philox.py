@@ -98,5 +98,3 @@ def test_uniform_has_the_mean_and_variance_of_uniform_and_neighbours_do_not_corr
     for lag in (1, 2, 3, 4):
         correlation = float(((u[lag:] - 0.5) * (u[:-lag] - 0.5)).mean()) * 12
         assert abs(correlation) < 5 / math.sqrt(count), lag
-
-

@@ -8,6 +8,7 @@ Comparing by logical name is what makes layouts comparable: no rank's shard appe
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from dqt_dist.parallel.groups import Groups, initialize
 from dqt_dist.parallel.launch import Launch
 from dqt_dist.parallel.model import build_model, parameters
 from dqt_dist.training.step import StepResult, mean_over_data, train_step
+from tests.distributed import run_distributed
 from tests.small import random_batches, small_config
 
 Whole = dict[str, Tensor]
@@ -132,6 +134,37 @@ def record_gradients(run: Run) -> list[Whole]:
     return recorded
 
 
+@dataclass
+class Record:
+    """What some steps of a run left, in whole tensors."""
+
+    config: Config
+    initial: Whole
+    gradients: list[Whole]
+    """Of each step: reduced over data parallel, before clipping."""
+    losses: list[float]
+    grad_norms: list[float]
+    final: Whole
+
+
+def _record(rank: int, world_size: int, steps: int, *overrides: str) -> Record | None:
+    run = start(*overrides)
+    initial = whole_state(run)
+    gradients = record_gradients(run)
+    results = [run.step(number) for number in range(1, steps + 1)]
+    losses, norms = [run.mean_loss(result) for result in results], [float(result.grad_norm) for result in results]
+    record = Record(run.config, initial, gradients, losses, norms, whole_state(run))
+    return record if rank == 0 else None
+
+
+@functools.cache
+def recorded(world_size: int, steps: int, *overrides: str) -> Record:
+    """Runs `steps` steps on `world_size` ranks; the same arguments give the same record without running again."""
+    record = run_distributed(_record, world_size, steps, *overrides)[0]
+    assert record is not None
+    return record
+
+
 # ---- comparing ----
 
 
@@ -141,15 +174,6 @@ def assert_equal(found: Whole, wanted: Whole, kinds: str | tuple[str, ...] = "")
     assert names and names == {name for name in found if name.startswith(kinds)}
     different = [name for name in sorted(names) if not torch.equal(found[name], wanted[name])]
     assert not different, f"{len(different)} of {len(names)} differ: {different[:5]}"
-
-
-def relative_difference(found: Whole, wanted: Whole) -> float:
-    """Largest difference of any element, relative to the largest element of its tensor."""
-    assert found.keys() == wanted.keys()
-    return max(
-        float((found[name].double() - wanted[name].double()).abs().max() / wanted[name].double().abs().max())
-        for name in wanted
-    )
 
 
 def codes(whole: Whole, config: Config) -> Iterator[tuple[str, Tensor]]:

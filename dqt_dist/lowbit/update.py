@@ -43,7 +43,7 @@ def round_to_grid(wanted: Tensor, uniforms: Tensor | None, grid: Grid) -> Tensor
     return round_nearest(wanted, grid) if uniforms is None else round_stochastic(wanted, uniforms, grid)
 
 
-def update_rows(
+def update_rows_reference(
     weight: LowBitMatrix,
     direction: Tensor,
     start: int,
@@ -53,8 +53,8 @@ def update_rows(
 ) -> Tensor:
     """Updates rows [start, start + len(direction)) of `weight` in place.
 
-    Returns int64 [matrices, 3], a line a logical matrix: codes that changed, codes that are now zero, wanted weights that
-    lay outside the grid.
+    `direction` is fp32 [n, columns]. Returns int64 [n, 3], a line a row: codes that changed, codes that are now zero, wanted
+    weights that lay outside the grid.
     """
     assert weight.layout is not None
     stop = start + direction.shape[0]
@@ -66,7 +66,7 @@ def update_rows(
         uniforms = uniform(Purpose.ROUND, key.seed, key.step, weight.layout, start, stop, wanted.device)
     clamped = (wanted < weight.grid.qmin) | (wanted > weight.grid.qmax)
     updated = round_to_grid(wanted, uniforms, weight.grid)
-    row_counts = torch.stack([(updated != codes).sum(1), (updated == 0).sum(1), clamped.sum(1)], dim=1)
+    # Before the write: codes of 5 to 8 bits are not packed, so `codes` shares the memory that is about to change.
+    counts = torch.stack([(updated != codes).sum(1), (updated == 0).sum(1), clamped.sum(1)], dim=1)
     weight.set_codes(updated, start)
-    counts = row_counts.new_zeros(len(weight.scale), 3)
-    return counts.index_add_(0, weight.row_matrix[start:stop].int(), row_counts)
+    return counts

@@ -1,0 +1,268 @@
+"""The whole model against a LLaMA written out below in 60 lines of torch, from the same logical weights.
+
+The reference knows nothing of Megatron, shards, fused matrices or packed codes: it takes a weight by its Hugging Face name,
+computes in float64 and splits heads, rotates halves and groups queries as Hugging Face's LlamaForCausalLM does. Compared are
+the logits and the gradient of the loss with respect to EVERY logical weight, at TP 1 and at TP 2 with sequence parallelism.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dqt_dist.config import Config
+from dqt_dist.lowbit.coordinates import ShardLayout
+from dqt_dist.parallel import groups as process_groups
+from dqt_dist.parallel import megatron_cpu
+from dqt_dist.parallel.launch import Launch
+from dqt_dist.parallel.model import build_model, low_bit_matrices, parameters
+from tests.distributed import run_distributed
+from tests.small import random_batches, small_config
+from tests.tolerances import NETWORK_FP32, Tolerance
+
+Weights = dict[str, Tensor]
+Linear = Callable[[Tensor, Tensor], Tensor]
+
+# ---- the reference ----
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + epsilon).sqrt() * weight
+
+
+def rotate(x: Tensor, base: float) -> Tensor:
+    """RoPE on [b, heads, s, d]: the pair (i, i + d/2) turns by position * base^(-2i/d)."""
+    half = x.shape[-1] // 2
+    frequency = base ** (-torch.arange(half, dtype=x.dtype) / half)
+    angle = torch.arange(x.shape[2], dtype=x.dtype)[:, None] * frequency
+    left, right = x[..., :half], x[..., half:]
+    return torch.cat(
+        [left * angle.cos() - right * angle.sin(), right * angle.cos() + left * angle.sin()],
+        dim=-1,
+    )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal softmax attention, [b, heads, s, d] on keys and values of fewer heads."""
+    share, length = q.shape[1] // k.shape[1], q.shape[2]
+    k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
+    scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
+    future = torch.ones(length, length, dtype=torch.bool).triu(1)
+    return scores.masked_fill(future, float("-inf")).softmax(-1) @ v
+
+
+def llama(tokens: Tensor, w: Weights, config: Config, linear: Linear) -> Tensor:
+    """Logits [b, s, vocabulary] of tokens [b, s]; `linear(x, weight)` is a linear of a block."""
+    model = config.model
+    batch, length = tokens.shape
+
+    def heads(x: Tensor, count: int) -> Tensor:
+        return x.view(batch, length, count, -1).transpose(1, 2)
+
+    def sub_norm(x: Tensor, name: str) -> Tensor:
+        return rms_norm(x, w[name], model.norm_epsilon) if model.sub_norm else x
+
+    x = w["embed_tokens"][tokens]
+    for i in range(model.num_layers):
+        a, m = f"layers.{i}.self_attn", f"layers.{i}.mlp"
+        h = rms_norm(x, w[f"layers.{i}.input_layernorm"], model.norm_epsilon)
+        q = rotate(heads(linear(h, w[f"{a}.q_proj"]), model.num_attention_heads), model.rope_base)
+        k = rotate(heads(linear(h, w[f"{a}.k_proj"]), model.num_query_groups), model.rope_base)
+        v = heads(linear(h, w[f"{a}.v_proj"]), model.num_query_groups)
+        h = attend(q, k, v).transpose(1, 2).reshape(batch, length, -1)
+        x = x + linear(sub_norm(h, f"{a}.attn_sub_norm"), w[f"{a}.o_proj"])
+        h = rms_norm(x, w[f"layers.{i}.post_attention_layernorm"], model.norm_epsilon)
+        h = F.silu(linear(h, w[f"{m}.gate_proj"])) * linear(h, w[f"{m}.up_proj"])
+        x = x + linear(sub_norm(h, f"{m}.ffn_sub_norm"), w[f"{m}.down_proj"])
+    return rms_norm(x, w["norm"], model.norm_epsilon) @ w["lm_head"].t()
+
+
+def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.t()
+
+
+def eight_bit(x: Tensor) -> Tensor:
+    """Rounded to 8 bits a token, straight-through."""
+    scale = x.detach().abs().amax(-1, keepdim=True) / 127
+    return x + ((x / scale).round() * scale - x).detach()
+
+
+def int8_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return plain_linear(eight_bit(x), weight)
+
+
+def ternary(weight: Tensor) -> Tensor:
+    scale = weight.detach().abs().mean()
+    return weight + ((weight / scale).round().clamp(-1, 1) * scale - weight).detach()
+
+
+def bitnet_linear(x: Tensor, weight: Tensor) -> Tensor:
+    return plain_linear(x, ternary(weight))
+
+
+def reference(weights: Weights, config: Config, batch: dict[str, Tensor], linear: Linear) -> tuple[Tensor, Weights]:
+    """Logits, and gradients of the mean loss with respect to every weight, in float64."""
+    leaves = {name: weight.double().requires_grad_() for name, weight in weights.items()}
+    logits = llama(batch["tokens"], leaves, config, linear)
+    F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).backward()
+    return logits.detach(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+
+
+# ---- the model under test ----
+
+
+def rectangles(layout: ShardLayout, shard: Tensor) -> list[tuple[str, tuple[int, int], int, int, np.ndarray]]:
+    """Each block of a shard as (name, shape of the whole, first row, first column, values)."""
+    found, first = [], 0
+    shard = shard.detach().view(layout.rows, layout.columns)
+    for block in layout.blocks:
+        matrix = layout.matrices[block.matrix]
+        values = shard[first : first + block.num_rows].numpy()
+        found.append((matrix.name, (matrix.rows, matrix.columns), block.row, layout.column_offset, values))
+        first += block.num_rows
+    return found
+
+
+def run_model(rank: int, world_size: int, config: Config) -> dict[str, Any]:
+    """Builds the model, runs one batch forward and backward; returns this rank's logits, weights and gradients."""
+    groups = process_groups.initialize(config, Launch(rank, world_size, rank, world_size, "test", "", 0))
+    chunks = build_model(config, groups)
+    shake_norms(chunks)
+    batch = random_batches(config, step=1, data_rank=0, data_size=1)[0]
+    positions = torch.arange(config.model.seq_length).expand_as(batch["tokens"])
+    with megatron_cpu.cuda_or_cpu():
+        (model,) = chunks
+        with torch.no_grad():
+            logits = model(batch["tokens"], positions, None)
+        model(batch["tokens"], positions, None, labels=batch["labels"]).mean().backward()
+    weights, gradients = [], []
+    for parameter in parameters(chunks):
+        assert parameter.tensor.grad is not None
+        weights += rectangles(parameter.layout, parameter.tensor)
+        gradients += rectangles(parameter.layout, parameter.tensor.grad)
+    for matrix in low_bit_matrices(chunks):
+        assert matrix.layout is not None and matrix.main_grad is not None
+        weights += rectangles(matrix.layout, matrix.dequantize())
+        gradients += rectangles(matrix.layout, matrix.main_grad)
+    return {"logits": logits.numpy(), "weights": weights, "gradients": gradients}
+
+
+@torch.no_grad()
+def shake_norms(chunks: nn.ModuleList) -> None:
+    """Norm weights other than 1, a function of the place in the whole vector, so that a misplaced one shows."""
+    for parameter in parameters(chunks):
+        if parameter.layout.columns == 1:
+            parameter.tensor.copy_(1 + 0.5 * torch.sin(parameter.layout.row_logical().float()))
+
+
+def whole_weights(results: list[dict[str, Any]], key: str) -> Weights:
+    """The logical tensors from the rectangles of every rank; replicated vectors must agree, and none may be missing."""
+    whole: Weights = {}
+    for result in results:
+        for name, shape, row, column, values in result[key]:
+            tensor = whole.setdefault(name, torch.full(shape, float("nan")))
+            place = tensor[row : row + values.shape[0], column : column + values.shape[1]]
+            new = torch.from_numpy(values)
+            assert bool((place.isnan() | (place == new)).all()), f"{name} differs between ranks"
+            place.copy_(new)
+    assert not any(bool(tensor.isnan().any()) for tensor in whole.values())
+    return {name: tensor[:, 0] if tensor.shape[1] == 1 else tensor for name, tensor in whole.items()}
+
+
+# ---- the comparison ----
+
+METHODS: dict[str, tuple[list[str], Linear]] = {
+    "none": (["quantization.method=none"], plain_linear),
+    "dqt": (["quantization.method=dqt", "quantization.activation=none"], plain_linear),
+    "dqt 4 bit": (["quantization.bits=4", "quantization.activation=none"], plain_linear),
+    "dqt embeddings": (["quantization.embeddings=true", "quantization.activation=none"], plain_linear),
+    "dqt int8": (["quantization.method=dqt"], int8_linear),
+    "bitnet": (["quantization.method=bitnet", "quantization.activation=none"], bitnet_linear),
+}
+
+INT8_NETWORK = Tolerance(
+    2e-3,
+    "an activation within fp32 noise of the border between two int8 codes may take the other one: 1/127 of its token's "
+    "maximum in one of 32 inputs",
+)
+
+
+def setting(folder: Path, world_size: int, *overrides: str) -> Config:
+    """Initial weights fifteen times larger than in training: attention is then far from uniform, and RoPE matters."""
+    parallel = [f"parallel.tensor={world_size}", f"parallel.sequence={'true' if world_size > 1 else 'false'}"]
+    return small_config(folder, "model.init_std=0.3", *parallel, *overrides)
+
+
+def run(config: Config) -> tuple[Tensor, Weights, Weights]:
+    """Whole logits, weights and gradients from the ranks of one model."""
+    results = run_distributed(run_model, config.parallel.tensor, config)
+    logits = torch.cat([torch.from_numpy(result["logits"]) for result in results], dim=-1)
+    return logits, whole_weights(results, "weights"), whole_weights(results, "gradients")
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("sub_norm", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_model_equals_the_written_out_llama(tmp_path: Path, method: str, sub_norm: bool, world_size: int) -> None:
+    overrides, linear = METHODS[method]
+    config = setting(tmp_path, world_size, f"model.sub_norm={str(sub_norm).lower()}", *overrides)
+    logits, weights, gradients = run(config)
+    expected_logits, expected_gradients = reference(weights, config, random_batches(config, 1, 0, 1)[0], linear)
+    tolerance = INT8_NETWORK if linear is int8_linear else NETWORK_FP32
+    tolerance.assert_close(logits, expected_logits, "logits")
+    assert gradients.keys() == expected_gradients.keys() == weights.keys()
+    for name, expected in expected_gradients.items():
+        tolerance.assert_close(gradients[name], expected, name)
+
+
+# ---- its controls ----
+
+
+def without_rope(x: Tensor, base: float) -> Tensor:
+    return x
+
+
+def rope_of_neighbours(x: Tensor, base: float, rotate: Callable[..., Tensor] = rotate) -> Tensor:
+    """RoPE's other convention: the pair (2i, 2i + 1) turns."""
+    half = x.shape[-1] // 2
+    order = torch.arange(2 * half).view(half, 2).t().flatten()
+    return rotate(x[..., order], base)[..., order.argsort()]
+
+
+def other_groups(q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor] = attend) -> Tensor:
+    return attend(q, k.flip(1), v.flip(1))
+
+
+@pytest.mark.parametrize(
+    ("part", "wrong"),
+    [
+        ("rotate", without_rope),
+        ("rotate", rope_of_neighbours),
+        ("attend", other_groups),
+    ],
+)
+def test_a_reference_that_is_wrong_in_one_part_is_far_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, wrong: Callable[..., Tensor]
+) -> None:
+    """The comparison above can tell the conventions apart: over 1 was measured, 5e-5 is its tolerance."""
+    config = setting(tmp_path, 1, "quantization.method=none")
+    logits, weights, _ = run(config)
+    monkeypatch.setattr(sys.modules[__name__], part, wrong)
+    wrong_logits, _ = reference(weights, config, random_batches(config, 1, 0, 1)[0], plain_linear)
+    assert float((logits - wrong_logits).abs().max() / logits.abs().max()) > 0.1
+
+
+def test_a_reference_without_8_bit_activations_is_far_away(tmp_path: Path) -> None:
+    """0.037 was measured, 2e-3 is the tolerance."""
+    config = setting(tmp_path, 1, "quantization.method=dqt")
+    logits, weights, _ = run(config)
+    wrong_logits, _ = reference(weights, config, random_batches(config, 1, 0, 1)[0], plain_linear)
+    assert float((logits - wrong_logits).abs().max() / logits.abs().max()) > 0.01
