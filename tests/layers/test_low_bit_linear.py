@@ -294,6 +294,18 @@ def test_sequence_parallel_equals_without(direction: str, world_size: int, activ
         assert torch.equal(sequence[name], plain[name]), name
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_sequence_parallel_keeps_each_token_with_its_scale(direction: str, world_size: int) -> None:
+    """Ordinary inputs, every token with a scale of its own: the forward is still exact. Control: dyadic tokens all have the
+    same scale and would not show another token's."""
+    case = Case(direction, dyadic=False)
+    plain, sequence = run(case, world_size), run(replace(case, sequence=True), world_size)
+    assert torch.equal(sequence["y"], plain["y"])
+    for name, bound in bounds(case).items():
+        assert_within(sequence[name], plain[name], bound)
+
+
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("bits", ["ternary", 8])
 def test_bf16_rounds_results_only(direction: str, bits: Bits) -> None:

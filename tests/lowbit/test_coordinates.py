@@ -105,11 +105,13 @@ def test_the_gather_path_gives_the_words_of_the_fast_path(columns: int, offset: 
 
 
 def test_working_in_chunks_changes_nothing() -> None:
-    """More counters than one CPU chunk holds, with a chunk border inside."""
-    matrix = LogicalMatrix("layers.2.mlp.gate_proj", 700, 512)
-    assert CPU_CHUNK < matrix.rows * matrix.columns // 4 < 2 * CPU_CHUNK
-    row_by_row = [random_words(Purpose.ROUND, SEED, STEP, whole(matrix), r, r + 1, CPU) for r in (0, 511, 512, 699)]
-    assert torch.equal(words(whole(matrix))[[0, 511, 512, 699]], torch.cat(row_by_row))
+    """More counters than one CPU chunk holds, in a fused shard, so that matrices and rows differ behind the chunk border."""
+    gate, up = (LogicalMatrix(f"layers.2.mlp.{x}_proj", 350, 512) for x in ("gate", "up"))
+    fused = ShardLayout((gate, up), (RowBlock(0, 0, 350), RowBlock(1, 0, 350)), 512)
+    assert CPU_CHUNK < fused.rows * fused.columns // 4 < 2 * CPU_CHUNK
+    rows = [0, 349, 350, 511, 512, 699]
+    row_by_row = [random_words(Purpose.ROUND, SEED, STEP, fused, row, row + 1, CPU) for row in rows]
+    assert torch.equal(words(fused)[rows], torch.cat(row_by_row))
 
 
 @st.composite
@@ -200,6 +202,13 @@ def test_ids_never_change() -> None:
     """Initial weights and every rounding draw of a resumed run depend on them; sha256 is not Python's salted hash."""
     assert LogicalMatrix("layers.17.mlp.up_proj", 1, 1).id == 0x2B43CBA0
     assert LogicalMatrix("a", 1, 1).id == LogicalMatrix("a", 2, 3).id
+
+
+def test_normal_takes_the_quantile_of_the_top_16_bits() -> None:
+    """The definition, element by element: initial weights may not change between versions."""
+    matrix = LogicalMatrix("layers.0.mlp.up_proj", 3, 5)
+    expected = [[word_at(Purpose.INIT, SEED, 0, matrix.id, 5, i, j) >> 16 for j in range(5)] for i in range(3)]
+    assert torch.equal(normal(SEED, whole(matrix), 0, 3, CPU), normal_quantiles()[torch.tensor(expected)])
 
 
 def test_normal_is_standard_normal() -> None:

@@ -1,7 +1,7 @@
 """A run inside a test worker, and what the tests compare: whole logical tensors, put together from all ranks.
 
     run = start("parallel.tensor=2")          # in a worker, on every rank
-    run.step(1); whole_state(run)             # the state of the model by logical name, the same on every rank
+    run.step(1); whole_state(run)             # the state of the model by logical name, on rank 0
 
 Comparing by logical name is what makes layouts comparable: no rank's shard appears in a test.
 """
@@ -72,9 +72,14 @@ def start(*overrides: str) -> Run:
 
 
 def assemble(state: LogicalState) -> Whole:
-    """Whole tensors from every rank's rectangles. Elements that several ranks hold must have the same bits; all must be held."""
-    of_ranks: list[LogicalState] = [{}] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, state)
+    """Whole tensors on rank 0 (nothing elsewhere) from every rank's rectangles; a collective call.
+
+    Elements that several ranks hold must have the same bits, and every element must be held.
+    """
+    of_ranks: list[Any] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(state, of_ranks)
+    if of_ranks is None:
+        return {}
     whole: Whole = {}
     covered: dict[str, Tensor] = {}
     for rank, part in enumerate(of_ranks):
@@ -157,9 +162,13 @@ def _record(rank: int, world_size: int, steps: int, *overrides: str) -> Record |
     return record if rank == 0 else None
 
 
-@functools.cache
 def recorded(world_size: int, steps: int, *overrides: str) -> Record:
     """Runs `steps` steps on `world_size` ranks; the same arguments give the same record without running again."""
+    return _recorded(world_size, steps, tuple(sorted(overrides)))
+
+
+@functools.cache
+def _recorded(world_size: int, steps: int, overrides: tuple[str, ...]) -> Record:
     record = run_distributed(_record, world_size, steps, *overrides)[0]
     assert record is not None
     return record
