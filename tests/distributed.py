@@ -26,7 +26,11 @@ TIMEOUT_SECONDS = 120.0
 # How long the other ranks may take to fail too, once one has failed.
 GRACE_SECONDS = 5.0
 
+# New processes after so many calls: a bound on whatever a library keeps of a world that is gone.
+CALLS_A_WORKER = 40
+
 _workers: list[tuple[BaseProcess, Connection]] = []
+_calls = 0
 
 
 class RankError(AssertionError):
@@ -48,6 +52,10 @@ def _start_workers(count: int) -> None:
     if parent_process() is not None:
         # A worker imports the caller's main module: without a guard there it would start workers of its own, without end.
         raise RuntimeError('run_distributed in a worker; put the call under `if __name__ == "__main__":`')
+    global _calls
+    _calls += 1
+    if _calls % CALLS_A_WORKER == 0:
+        _kill_workers()
     context = get_context("spawn")
     while len(_workers) < count:
         here, there = context.Pipe()
@@ -132,6 +140,7 @@ def _in_world(function: Callable[..., Any], rank: int, world_size: int, store: s
 
 def _leave_world() -> None:
     """Takes down what a test may have built: Megatron's groups, DeepSpeed's view of the world, the world."""
+    import gc
     import sys
 
     import torch.distributed as dist
@@ -142,3 +151,5 @@ def _leave_world() -> None:
         sys.modules["deepspeed.comm.comm"].cdb = None
     if dist.is_initialized():
         dist.destroy_process_group()
+    # Engines are full of cycles, and each group they still hold keeps three gloo threads: thousands after some hundred worlds.
+    gc.collect()

@@ -2,8 +2,9 @@
 
     errors < config < lowbit < kernels < layers < optim < parallel < data < checkpoint < export < training
 
-The order is held on the source text: every import statement counts, also inside functions and under TYPE_CHECKING, relative
-ones too. launchers/ and tools/ stand on top and may import anything of the package; nothing of the package imports them.
+The order is held on the source text: every import statement counts, also inside functions and under TYPE_CHECKING,
+relative ones too. launchers/ and tools/ stand on top and may import anything of the package; nothing of the package
+imports them.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Tolerances, each with its cause. Tests ask for equality first and come here when two computations may differ.
 
-u is the unit roundoff of a format: one rounding changes a value by at most u relative to it. A sum of n products taken in any
-order, with one rounding a product and one an addition, is within n * u * sum |a_i b_i| of the exact value (Higham, Accuracy
-and Stability of Numerical Algorithms, section 3.1); two different orders are within twice that of each other.
+u is the unit roundoff of a format: one rounding changes a value by at most u relative to it. A sum of n products taken
+in any order, with one rounding a product and one an addition, is within n * u * sum |a_i b_i| of the exact value
+(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); two different orders are within twice that of
+each other.
 """
 
 from __future__ import annotations

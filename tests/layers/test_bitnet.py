@@ -29,7 +29,8 @@ ROWS, COLUMNS = 12, 16
 
 
 def whole_weight() -> Tensor:
-    """Two matrices of ROWS / 2 rows, one ten times the other. Multiples of 2^-12, so that every sum of them is exact."""
+    """Two matrices of ROWS / 2 rows, one ten times the other. Multiples of 2^-12, so that every sum of them is
+    exact."""
     weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(4))
     weight[ROWS // 2 :] *= 10
     return (weight * 4096).round() / 4096

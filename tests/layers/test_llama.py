@@ -1,8 +1,9 @@
 """The whole model against a LLaMA written out below in 60 lines of torch, from the same logical weights.
 
-The reference knows nothing of Megatron, shards, fused matrices or packed codes: it takes a weight by its Hugging Face name,
-computes in float64 and splits heads, rotates halves and groups queries as Hugging Face's LlamaForCausalLM does. Compared are
-the logits and the gradient of the loss with respect to EVERY logical weight, at TP 1 and at TP 2 with sequence parallelism.
+The reference knows nothing of Megatron, shards, fused matrices or packed codes: it takes a weight by its Hugging Face
+name, computes in float64 and splits heads, rotates halves and groups queries as Hugging Face's LlamaForCausalLM does.
+Compared are the logits and the gradient of the loss with respect to EVERY logical weight, at TP 1 and at TP 2 with
+sequence parallelism.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 Each case runs on gloo ranks (`run_linear`); the shards it returns are put together here and compared with the whole.
 
-Two kinds of input. Dyadic ones are small integers over 16, each token with a maximum of 127 / 16, so its int8 scale is exactly
-1 / 16: every product and every sum fits in 24 bits, no order of summation can change a bit, and equality is asked of forward,
-dgrad and wgrad at every layout. Ordinary ones are normal numbers: equality is asked where the sums are still integers (the
-forward with int8 activations), a bound with its cause elsewhere.
+Two kinds of input. Dyadic ones are small integers over 16, each token with a maximum of 127 / 16, so its int8 scale is
+exactly 1 / 16: every product and every sum fits in 24 bits, no order of summation can change a bit, and equality is
+asked of forward, dgrad and wgrad at every layout. Ordinary ones are normal numbers: equality is asked where the sums
+are still integers (the forward with int8 activations), a bound with its cause elsewhere.
 """
 
 from __future__ import annotations
@@ -297,8 +297,8 @@ def test_sequence_parallel_equals_without(direction: str, world_size: int, activ
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_sequence_parallel_keeps_each_token_with_its_scale(direction: str, world_size: int) -> None:
-    """Ordinary inputs, every token with a scale of its own: the forward is still exact. Control: dyadic tokens all have the
-    same scale and would not show another token's."""
+    """Ordinary inputs, every token with a scale of its own: the forward is still exact. Control: dyadic tokens all have
+    the same scale and would not show another token's."""
     case = Case(direction, dyadic=False)
     plain, sequence = run(case, world_size), run(replace(case, sequence=True), world_size)
     assert torch.equal(sequence["y"], plain["y"])

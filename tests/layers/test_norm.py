@@ -76,7 +76,8 @@ def test_norm_of_one_rank_equals_the_formula(kind: str) -> None:
 
 
 def test_norm_of_a_split_width_equals_the_whole() -> None:
-    """Control: with the mean over the local half the tokens' scales are wrong by up to a factor, far above the tolerance."""
+    """Control: the mean over the local half alone is another number, by far more than the
+    tolerance."""
     parts, expected = run_distributed(run_norm, 2, "width", False), by_formula()
     for name, value in expected.items():
         ELEMENTWISE_FP32.assert_close(together(parts, name, -1), value, name)
@@ -86,8 +87,8 @@ def test_norm_of_a_split_width_equals_the_whole() -> None:
 
 
 def test_norm_under_sequence_parallelism_sums_the_gradient_of_its_weight() -> None:
-    """Each rank normalises its tokens; both hold the weight gradient of all of them, with equal bits. Control: the gradient
-    of one half alone is not it."""
+    """Each rank normalises its tokens; both hold the weight gradient of all of them, with equal bits. Control: the
+    gradient of one half alone is not it."""
     parts, expected = run_distributed(run_norm, 2, "replicated", True), by_formula()
     ELEMENTWISE_FP32.assert_close(together(parts, "y", 0), expected["y"], "y")
     ELEMENTWISE_FP32.assert_close(together(parts, "dx", 0), expected["dx"], "dx")

@@ -1,4 +1,5 @@
-"""Philox4x32-10 in Python integers, written from the paper (Salmon et al., SC 2011), and the coordinates' definition on it.
+"""Philox4x32-10 in Python integers, written from the paper (Salmon et al., SC 2011), and the coordinates' definition on
+it.
 
 It shares no line with dqt_dist/lowbit/philox.py: products do not wrap here, so they cannot wrap wrongly.
 """

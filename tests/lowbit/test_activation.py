@@ -47,7 +47,8 @@ def test_a_token_of_zeros_has_codes_of_zero_and_a_scale() -> None:
 
 
 def test_a_maximum_over_a_wider_token_sets_the_scale() -> None:
-    """A row-parallel rank sees a part of the features; with the maximum of all of them its codes are those of the whole."""
+    """A row-parallel rank sees a part of the features; with the maximum of all of them its codes are those of the
+    whole."""
     x = torch.randn(7, 24)
     whole, scale = quantize_tokens(x, token_absmax(x))
     left, left_scale = quantize_tokens(x[:, :12], token_absmax(x))

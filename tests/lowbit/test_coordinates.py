@@ -1,4 +1,5 @@
-"""Draws are a function of logical coordinates: whatever a rank holds, it draws what the whole model would have there."""
+"""Draws are a function of logical coordinates: whatever a rank holds, it draws what the whole model would have
+there."""
 
 from __future__ import annotations
 
@@ -105,7 +106,8 @@ def test_the_gather_path_gives_the_words_of_the_fast_path(columns: int, offset: 
 
 
 def test_working_in_chunks_changes_nothing() -> None:
-    """More counters than one CPU chunk holds, in a fused shard, so that matrices and rows differ behind the chunk border."""
+    """More counters than one CPU chunk holds, in a fused shard, so that matrices and rows differ behind the chunk
+    border."""
     gate, up = (LogicalMatrix(f"layers.2.mlp.{x}_proj", 350, 512) for x in ("gate", "up"))
     fused = ShardLayout((gate, up), (RowBlock(0, 0, 350), RowBlock(1, 0, 350)), 512)
     assert CPU_CHUNK < fused.rows * fused.columns // 4 < 2 * CPU_CHUNK

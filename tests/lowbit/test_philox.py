@@ -73,7 +73,8 @@ def stream(count: int) -> Tensor:
 
 
 def test_words_are_uniform() -> None:
-    """Chi-square over 256 bins of the top byte and of the byte to_unit_interval reads last; each bit is set half the time.
+    """Chi-square over 256 bins of the top byte and of the byte to_unit_interval reads last; each bit is set half the
+    time.
 
     A chi-square of 255 degrees of freedom has mean 255 and variance 510.
     """

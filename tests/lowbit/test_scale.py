@@ -41,7 +41,8 @@ def direct(weights: Tensor, rule: ScaleRule, qmax: int, sigmas: float) -> float:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("bits", BITS)
 def test_rules_equal_their_formulas(rule: ScaleRule, bits: Bits) -> None:
-    """Tolerance: a fixed-point step is 2^-20 units and mean|W| is 0.8 units, so at most 2^-20; the fp32 result 2^-24."""
+    """Tolerance: a fixed-point step is 2^-20 units and mean|W| is 0.8 units, so at most 2^-20; the fp32 result
+    2^-24."""
     weights, grid = initial_weights(), make_grid(bits)
     scale = choose_scale(WeightStatistics.of(weights, STD), grid, rule, sigmas=3.0, power_of_two=False)
     assert scale == pytest.approx(direct(weights, rule, grid.qmax, 3.0), rel=2.0**-20)

@@ -131,7 +131,8 @@ def test_the_same_key_gives_the_same_codes() -> None:
 
 @pytest.mark.parametrize("other", [replace(KEY, step=2), replace(KEY, seed=1235)])
 def test_another_step_or_seed_gives_other_draws(other: RoundingKey) -> None:
-    """A wish of half a code everywhere: two independent draws agree on half of the codes, within five standard errors."""
+    """A wish of half a code everywhere: two independent draws agree on half of the codes, within five standard
+    errors."""
     direction = torch.full((128, 128), 5.0)
     first, second = (updated(matrix(8, 128, 128, 1.0), direction, key) for key in (KEY, other))
     agreement = float((first == second).double().mean())
@@ -139,8 +140,8 @@ def test_another_step_or_seed_gives_other_draws(other: RoundingKey) -> None:
 
 
 def test_blocks_of_rows_give_the_codes_of_the_whole() -> None:
-    """Chunks of the update and rows of another rank: `start` is part of the coordinates. Control: the second block updated
-    as if it were the first takes the first's draws."""
+    """Chunks of the update and rows of another rank: `start` is part of the coordinates. Control: the second block
+    updated as if it were the first takes the first's draws."""
     direction = torch.randn(6, 8) * 3
     whole, parts, wrong = fused(), fused(), fused()
     codes = random_codes(whole)
@@ -174,8 +175,8 @@ def test_weight_decay_pulls_to_zero() -> None:
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_counts_are_per_matrix_flips_zeros_and_clamped(bits: Bits) -> None:
-    """By hand, with exact wishes. 8 bits are not packed: what unpack gives shares the memory that is then written, so codes
-    counted after that would show no flip."""
+    """By hand, with exact wishes. 8 bits are not packed: what unpack gives shares the memory that is then written, so
+    codes counted after that would show no flip."""
     weight = fused(bits)
     codes = torch.zeros(6, 8, dtype=torch.int8)
     codes[0, 0], codes[0, 1], codes[2, 0] = 1, weight.grid.qmin, weight.grid.qmax
@@ -224,8 +225,8 @@ def train_regression(mode: str, steps: int = 200) -> tuple[float, float, LowBitM
 
 
 def test_stochastic_rounding_learns_where_nearest_stands_still() -> None:
-    """At a tenth of a code a step nearest never moves a single code; stochastic rounding, from the same start, brings the
-    loss below a tenth (1/48 when this was written; other roundings in the gradients may move a few draws)."""
+    """At a tenth of a code a step nearest never moves a single code; stochastic rounding, from the same start, brings
+    the loss below a tenth (1/48 when this was written; other roundings in the gradients may move a few draws)."""
     first, last, weight = train_regression("nearest")
     assert last == first and not bool(weight.unpack().any())
     first, last, _ = train_regression("stochastic")

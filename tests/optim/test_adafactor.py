@@ -1,4 +1,5 @@
-"""Adafactor's three phases, put together for one rank, against torch.optim.Adafactor and against the paper's formulas."""
+"""Adafactor's three phases, put together for one rank, against torch.optim.Adafactor and against the paper's
+formulas."""
 
 from __future__ import annotations
 

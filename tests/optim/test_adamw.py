@@ -11,8 +11,9 @@ from tests.tolerances import ELEMENTWISE_FP32
 
 @pytest.mark.parametrize(("beta1", "beta2", "epsilon"), [(0.9, 0.95, 1e-8), (0.0, 0.999, 1e-3), (0.5, 0.0, 1e-6)])
 def test_equals_torch_adamw_over_several_steps(beta1: float, beta2: float, epsilon: float) -> None:
-    """Starting from zero, AdamW without decay is at minus the learning rate times the sum of the directions. Moments are
-    compared too. Control: without the bias correction the first directions are off by (1 - beta1) and sqrt(1 - beta2)."""
+    """Starting from zero, AdamW without decay is at minus the learning rate times the sum of the directions. Moments
+    are compared too. Control: without the bias correction the first directions are off by (1 - beta1) and sqrt(1 -
+    beta2)."""
     weight = torch.nn.Parameter(torch.zeros(7, 5))
     optimizer = torch.optim.AdamW([weight], lr=1.0, betas=(beta1, beta2), eps=epsilon, weight_decay=0.0, foreach=False)
     exp_avg, exp_avg_sq, total = torch.zeros(7, 5), torch.zeros(7, 5), torch.zeros(7, 5)

@@ -1,0 +1,146 @@
+"""Whole runs as a user starts them: what a run folder holds, resuming, stopping by a signal."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+from dqt_dist.config import load_config
+from dqt_dist.errors import STOPPED_EXIT_CODE
+from tests.training.conftest import Train, command, environment
+
+METRICS = {
+    *("step", "loss", "grad_norm", "lr", "low_bit_lr", "tokens", "tokens_per_s", "mfu", "peak_memory_bytes"),
+    *("flip_rate", "zero_fraction", "saturation"),
+}
+SUMMARY = {
+    *("first_loss", "last_loss", "valid_loss", "steps", "tokens", "tokens_per_s", "parameters", "low_bit_parameters"),
+    *("static_bytes_per_low_bit_weight", "layout", "versions"),
+}
+
+
+def metrics(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def step_lines(run: Path) -> dict[int, tuple]:
+    """What a step computed, without what it took: step -> (loss, norm, flips)."""
+    return {
+        line["step"]: (line["loss"], line["grad_norm"], line["flip_rate"]) for line in metrics(run) if "loss" in line
+    }
+
+
+def test_a_run_folder_holds_everything(train: Train, config_file: Path, tmp_path: Path) -> None:
+    done = train("parallel.tensor=2", processes=2)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "run"
+    assert load_config(run / "config.json") == load_config(config_file, ["parallel.tensor=2"])
+    lines = metrics(run)
+    logged = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in logged] == [1, 2, 4, 6, 8, 10]
+    assert all(line.keys() == METRICS for line in logged)
+    assert all(0 <= line[name] <= 1 for line in logged for name in ("flip_rate", "zero_fraction", "saturation"))
+    assert logged[0]["flip_rate"] > 0
+    assert [line["step"] for line in lines if "valid_loss" in line] == [10]
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary.keys() >= SUMMARY
+    assert (summary["steps"], summary["tokens"]) == (10, 10 * 8 * 32)
+    assert (summary["first_loss"], summary["last_loss"]) == (logged[0]["loss"], logged[-1]["loss"])
+    assert summary["last_loss"] < summary["first_loss"]
+    # 2 layers: q and o 32 x 32, k and v 16 x 32, gate, up and down 48 x 32; then embedding, head and 5 norms.
+    assert summary["low_bit_parameters"] == 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
+    assert summary["parameters"] == summary["low_bit_parameters"] + 2 * 512 * 32 + 5 * 32
+    breakdown = summary["static_bytes_breakdown"]
+    assert (breakdown["codes"], breakdown["moments"], breakdown["gradient"]) == (0.25, 8.0, 0.0)
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_00000005", "step_00000010"]
+    assert "what it writes" in done.stdout and str(run / "tb") in done.stdout.replace("\n", "")
+
+
+def test_tensorboard_has_the_numbers_and_the_histograms(train: Train, tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert train().returncode == 0
+    events = EventAccumulator(str(tmp_path / "run" / "tb"), size_guidance={"histograms": 0})
+    events.Reload()
+    assert {f"train/{name}" for name in METRICS - {"step"}} <= set(events.Tags()["scalars"])
+    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    logged = [(line["step"], line["loss"]) for line in metrics(tmp_path / "run") if "loss" in line]
+    assert [step for step, _ in losses] == [step for step, _ in logged]
+    assert {"codes/layers.0.self_attn.q_proj", "codes/layers.1.mlp.down_proj", "low_bit/flip_rate"} <= set(
+        events.Tags()["histograms"]
+    )
+    histogram = events.Histograms("codes/layers.0.mlp.up_proj")[-1].histogram_value
+    assert histogram.num == 48 * 32 and sum(histogram.bucket) == 48 * 32
+
+
+def test_a_resumed_run_equals_one_that_went_through(train: Train, tmp_path: Path) -> None:
+    """10 steps in one go, then again from the checkpoint of step 5: the same numbers, bit for bit, and no step twice."""
+    assert train().returncode == 0
+    run = tmp_path / "run"
+    through = step_lines(run)
+    (run / "checkpoints" / "step_00000010").rename(tmp_path / "kept")
+    (run / "summary.json").unlink()
+    again = train()
+    assert again.returncode == 0 and "resumed from" in again.stderr
+    assert step_lines(run) == through
+    assert [line["step"] for line in metrics(run)] == [1, 2, 4, 6, 8, 10, 10]
+    first, second = (
+        json.loads((path / "manifest.json").read_text())
+        for path in (tmp_path / "kept", run / "checkpoints" / "step_00000010")
+    )
+    assert (first["step"], first["tokens"]) == (second["step"], second["tokens"])
+    for name in first["files"]:
+        if name.endswith(".distcp"):
+            assert (tmp_path / "kept" / name).read_bytes() == (
+                run / "checkpoints" / "step_00000010" / name
+            ).read_bytes()
+
+
+def test_a_longer_run_sees_the_same_samples_first(train: Train, tmp_path: Path) -> None:
+    """Extending training.steps changes neither data nor draws of the steps already made (constant schedule)."""
+    assert train("training.steps=6", f"checkpoint.dir={tmp_path / 'short'}").returncode == 0
+    assert train("training.steps=12").returncode == 0
+    short, long = step_lines(tmp_path / "short"), step_lines(tmp_path / "run")
+    assert all(long[step] == numbers for step, numbers in short.items())
+
+
+def test_a_signal_to_one_rank_saves_and_stops_all(config_file: Path, tmp_path: Path) -> None:
+    """SIGTERM to one of two ranks: exit code 75 and a checkpoint of the running step; the same command goes on from it."""
+    run = tmp_path / "run"
+    steps = ("training.steps=400", "checkpoint.interval=0", "logging.interval=1")
+    process = subprocess.Popen(
+        command(config_file, *steps, "parallel.tensor=2", processes=2),
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "metrics.jsonl").exists() or len(metrics(run)) < 3:
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        ranks = subprocess.run(
+            ["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True
+        ).stdout.split()
+        assert len(ranks) == 2
+        subprocess.run(["kill", f"-{signal.SIGTERM.value}", ranks[1]], check=True)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    # torchrun itself leaves with 1 and reports what its processes left with.
+    assert f"exitcode  : {STOPPED_EXIT_CODE}" in errors or f"exitcode: {STOPPED_EXIT_CODE}" in errors
+    (saved,) = (run / "checkpoints").iterdir()
+    stopped_at = int(saved.name.split("_")[1])
+    assert 3 <= stopped_at < 400
+    again = subprocess.run(
+        command(config_file, *steps, "parallel.tensor=2", f"training.steps={stopped_at + 2}", processes=2),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert again.returncode == 0 and f"at step {stopped_at}" in again.stderr
+    assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, stopped_at + 3))

@@ -1,0 +1,88 @@
+"""The claim of the project: a low-bit weight has no float copy, anywhere, at any time.
+
+Not computed from intentions: every tensor alive in the process is looked at, by the memory behind it.
+"""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+from torch import Tensor
+
+from tests.distributed import run_distributed
+from tests.parallel.runs import Run, start
+
+# Low-bit matrices larger than anything else that lives between steps: 2 x 96 x 64 and up, against a vocabulary of 64 x 64.
+WIDE = ("model.hidden_size=64", "model.ffn_hidden_size=96", "model.vocab_size=32", "training.global_batch_size=4")
+
+
+def float_storages() -> dict[int, int]:
+    """Memory of every float tensor alive: address -> elements it could hold (bytes / element size, the largest view)."""
+    found: dict[int, int] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor) and thing.is_floating_point():
+            storage = thing.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes() // thing.element_size()
+    return found
+
+
+def undeclared(run: Run) -> list[int]:
+    """Elements of float memory as large as the smallest low-bit matrix that is neither a declared moment nor a gradient."""
+    rows = run.optimizer.low_bit.rows
+    smallest = min((r.weight.numel for r in rows), default=64 * 64)
+    allowed = [t for r in rows for t in r.state.values()] + [
+        r.weight.main_grad for r in rows if r.weight.main_grad is not None
+    ]
+    addresses = {t.untyped_storage().data_ptr() for t in allowed}
+    return [numel for address, numel in float_storages().items() if address not in addresses and numel >= smallest]
+
+
+def _walk(rank: int, world: int, *overrides: str) -> tuple[list[int], list[tuple[int, int, str]]]:
+    run = start(*WIDE, *overrides)
+    run.step(1)
+    run.step(2)
+    gc.collect()
+    codes = [
+        (r.weight.codes.untyped_storage().nbytes(), r.weight.numel, str(r.weight.codes.dtype))
+        for r in run.optimizer.low_bit.rows
+    ]
+    return undeclared(run), codes
+
+
+@pytest.mark.parametrize(("bits", "storage_bits"), [("ternary", 2), (2, 2), (4, 4), (8, 8)])
+@pytest.mark.parametrize(
+    "overrides", [(), ("parallel.tensor=2",), ("quantization.compute=bf16", "deepspeed.zero_optimization.stage=1")]
+)
+def test_no_float_copy_of_a_low_bit_matrix_lives(
+    bits: str | int, storage_bits: int, overrides: tuple[str, ...]
+) -> None:
+    """After a step: codes take storage_bits a weight exactly, and no other float memory is as large as a matrix."""
+    world = 2 if "parallel.tensor=2" in overrides else 1
+    for found, codes in run_distributed(_walk, world, f"quantization.bits={bits}", *overrides):
+        assert found == []
+        assert len(codes) == 8
+        for code_bytes, numel, dtype in codes:
+            assert code_bytes * 8 == numel * storage_bits
+            assert dtype == ("torch.int8" if storage_bits == 8 else "torch.uint8")
+
+
+def test_the_walk_sees_a_float_master() -> None:
+    """Negative control: BitNet keeps float masters, and the same walk finds them."""
+    ((found, codes),) = run_distributed(_walk, 1, "quantization.method=bitnet")
+    assert codes == [] and len(found) >= 8
+
+
+def _walk_in_backward(rank: int, world: int) -> list[list[int]]:
+    """The same walk between forward and backward of a micro-batch: activations are there, a float weight must not be."""
+    run = start(*WIDE, "model.seq_length=8", "training.micro_batch_size=1", "training.global_batch_size=1")
+    seen: list[list[int]] = []
+    chunk = run.chunks[0]
+    chunk.output_layer.register_forward_hook(lambda *_: seen.append(undeclared(run)))
+    run.step(1)
+    return seen
+
+
+def test_no_float_copy_is_kept_for_the_backward() -> None:
+    """With 8 tokens an activation has at most 8 x 192 elements, fewer than any matrix: what is as large is a weight."""
+    assert run_distributed(_walk_in_backward, 1) == [[[]]]
