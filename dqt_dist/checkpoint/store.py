@@ -138,7 +138,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
         version, files = manifest["format"], manifest["files"]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path / MANIFEST}: not a checkpoint manifest ({error})") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: checkpoint format {version}, this version reads {FORMAT_VERSION}")

@@ -11,6 +11,7 @@ hook of the torch optimizer inside, which sees the fp32 gradients just before th
 from __future__ import annotations
 
 import copy
+import logging
 from typing import Any
 
 import torch
@@ -223,7 +224,10 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 def build_engine(chunks: nn.ModuleList, config: Config, groups: Groups) -> Any:
     """deepspeed.initialize over the high-precision parameters; `engine.optimizer` becomes a CombinedOptimizer."""
     import deepspeed
+    from deepspeed.utils import logger
 
+    # It reports memory and choices at level INFO while building; warnings stay.
+    logger.setLevel(logging.WARNING)
     # DeepSpeed would compile a shared-memory collective with ninja at first use on a CPU; gloo does without, and a build
     # that was killed leaves a lock that hangs every later run.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

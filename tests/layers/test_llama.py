@@ -9,7 +9,8 @@ sequence parallelism.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,14 @@ def rectangles(layout: ShardLayout, shard: Tensor) -> list[tuple[str, tuple[int,
     return found
 
 
-def run_model(rank: int, world_size: int, config: Config) -> dict[str, Any]:
+def run_models(rank: int, world_size: int, configs: list[Config]) -> list[dict[str, Any]]:
+    """One model after the other over the same groups, as all configs have the same layout."""
+    groups = process_groups.initialize(configs[0], Launch(rank, world_size, rank, world_size, "test", "", 0))
+    return [run_model(config, groups) for config in configs]
+
+
+def run_model(config: Config, groups: process_groups.Groups) -> dict[str, Any]:
     """Builds the model, runs one batch forward and backward; returns this rank's logits, weights and gradients."""
-    groups = process_groups.initialize(config, Launch(rank, world_size, rank, world_size, "test", "", 0))
     chunks = build_model(config, groups)
     shake_norms(chunks)
     batch = random_batches(config, step=1, data_rank=0, data_size=1)[0]
@@ -164,7 +170,7 @@ def shake_norms(chunks: nn.ModuleList) -> None:
             parameter.tensor.copy_(1 + 0.5 * torch.sin(parameter.layout.row_logical().float()))
 
 
-def whole_weights(results: list[dict[str, Any]], key: str) -> Weights:
+def whole_weights(results: Sequence[dict[str, Any]], key: str) -> Weights:
     """The logical tensors from the rectangles of every rank; replicated vectors must agree, and none may be missing."""
     whole: Weights = {}
     for result in results:
@@ -196,32 +202,57 @@ INT8_NETWORK = Tolerance(
 )
 
 
-def setting(folder: Path, world_size: int, *overrides: str) -> Config:
+@dataclass(frozen=True)
+class Found:
+    """A model that ran: its config, and whole logits, weights and gradients put together from its ranks."""
+
+    config: Config
+    logits: Tensor
+    weights: Weights
+    gradients: Weights
+
+
+Models = dict[tuple[str, bool, int], Found]
+
+
+def settings(folder: Path, world_size: int) -> dict[tuple[str, bool], Config]:
     """Initial weights fifteen times larger than in training: attention is then far from uniform, and RoPE matters."""
-    parallel = [f"parallel.tensor={world_size}", f"parallel.sequence={'true' if world_size > 1 else 'false'}"]
-    return small_config(folder, "model.init_std=0.3", *parallel, *overrides)
+    layout = [f"parallel.tensor={world_size}", f"parallel.sequence={'true' if world_size > 1 else 'false'}"]
+    return {
+        (method, sub_norm): small_config(
+            folder, "model.init_std=0.3", f"model.sub_norm={'true' if sub_norm else 'false'}", *layout, *overrides
+        )
+        for method, (overrides, _) in METHODS.items()
+        for sub_norm in (False, True)
+    }
 
 
-def run(config: Config) -> tuple[Tensor, Weights, Weights]:
-    """Whole logits, weights and gradients from the ranks of one model."""
-    results = run_distributed(run_model, config.parallel.tensor, config)
-    logits = torch.cat([torch.from_numpy(result["logits"]) for result in results], dim=-1)
-    return logits, whole_weights(results, "weights"), whole_weights(results, "gradients")
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Every model of this file by (method, sub_norm, TP size); those of one size run in one call, which costs seconds."""
+    found = {}
+    for world_size in (1, 2):
+        configs = settings(tmp_path_factory.mktemp("config"), world_size)
+        by_rank = run_distributed(run_models, world_size, list(configs.values()))
+        for (key, config), ranks in zip(configs.items(), zip(*by_rank, strict=True), strict=True):
+            logits = torch.cat([torch.from_numpy(rank["logits"]) for rank in ranks], dim=-1)
+            weights, gradients = whole_weights(ranks, "weights"), whole_weights(ranks, "gradients")
+            found[*key, world_size] = Found(config, logits, weights, gradients)
+    return found
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("sub_norm", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_model_equals_the_written_out_llama(tmp_path: Path, method: str, sub_norm: bool, world_size: int) -> None:
-    overrides, linear = METHODS[method]
-    config = setting(tmp_path, world_size, f"model.sub_norm={str(sub_norm).lower()}", *overrides)
-    logits, weights, gradients = run(config)
-    expected_logits, expected_gradients = reference(weights, config, random_batches(config, 1, 0, 1)[0], linear)
+def test_model_equals_the_written_out_llama(models: Models, method: str, sub_norm: bool, world_size: int) -> None:
+    found, linear = models[method, sub_norm, world_size], METHODS[method][1]
+    batch = random_batches(found.config, step=1, data_rank=0, data_size=1)[0]
+    expected_logits, expected_gradients = reference(found.weights, found.config, batch, linear)
     tolerance = INT8_NETWORK if linear is int8_linear else NETWORK_FP32
-    tolerance.assert_close(logits, expected_logits, "logits")
-    assert gradients.keys() == expected_gradients.keys() == weights.keys()
+    tolerance.assert_close(found.logits, expected_logits, "logits")
+    assert found.gradients.keys() == expected_gradients.keys() == found.weights.keys()
     for name, expected in expected_gradients.items():
-        tolerance.assert_close(gradients[name], expected, name)
+        tolerance.assert_close(found.gradients[name], expected, name)
 
 
 # ---- its controls ----
@@ -242,6 +273,13 @@ def other_groups(q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor] 
     return attend(q, k.flip(1), v.flip(1))
 
 
+def distance(found: Found, linear: Linear) -> float:
+    """Largest difference of the logits from the reference's, relative to the largest logit."""
+    batch = random_batches(found.config, step=1, data_rank=0, data_size=1)[0]
+    logits, _ = reference(found.weights, found.config, batch, linear)
+    return float((found.logits - logits).abs().max() / logits.abs().max())
+
+
 @pytest.mark.parametrize(
     ("part", "wrong"),
     [
@@ -251,19 +289,13 @@ def other_groups(q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor] 
     ],
 )
 def test_a_reference_that_is_wrong_in_one_part_is_far_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: str, wrong: Callable[..., Tensor]
+    models: Models, monkeypatch: pytest.MonkeyPatch, part: str, wrong: Callable[..., Tensor]
 ) -> None:
     """The comparison above can tell the conventions apart: over 1 was measured, 5e-5 is its tolerance."""
-    config = setting(tmp_path, 1, "quantization.method=none")
-    logits, weights, _ = run(config)
     monkeypatch.setattr(sys.modules[__name__], part, wrong)
-    wrong_logits, _ = reference(weights, config, random_batches(config, 1, 0, 1)[0], plain_linear)
-    assert float((logits - wrong_logits).abs().max() / logits.abs().max()) > 0.1
+    assert distance(models["none", False, 1], plain_linear) > 0.1
 
 
-def test_a_reference_without_8_bit_activations_is_far_away(tmp_path: Path) -> None:
+def test_a_reference_without_8_bit_activations_is_far_away(models: Models) -> None:
     """0.037 was measured, 2e-3 is the tolerance."""
-    config = setting(tmp_path, 1, "quantization.method=dqt")
-    logits, weights, _ = run(config)
-    wrong_logits, _ = reference(weights, config, random_batches(config, 1, 0, 1)[0], plain_linear)
-    assert float((logits - wrong_logits).abs().max() / logits.abs().max()) > 0.01
+    assert distance(models["dqt int8", False, 1], plain_linear) > 0.01

@@ -1,6 +1,7 @@
 """The low-bit linear against nn.Linear, and against itself under tensor and sequence parallelism.
 
-Each case runs on gloo ranks (`run_linear`); the shards it returns are put together here and compared with the whole.
+Each case runs on gloo ranks (`run_linear`); the shards it returns are put together here and compared with the whole. All
+cases of one number of ranks go in one call (`results`), as a call costs more than they do.
 
 Two kinds of input. Dyadic ones are small integers over 16, each token with a maximum of 127 / 16, so its int8 scale is
 exactly 1 / 16: every product and every sum fits in 24 bits, no order of summation can change a bit, and equality is
@@ -13,6 +14,7 @@ from __future__ import annotations
 import gc
 import json
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -155,6 +157,17 @@ def run_linear(rank: int, world_size: int, case: Case) -> dict[str, np.ndarray]:
     return {name: tensor.float().numpy() for name, tensor in results.items()}
 
 
+def run_linears(rank: int, world_size: int, cases: list[Case]) -> list[dict[str, np.ndarray]]:
+    found = []
+    for case in cases:
+        try:
+            found.append(run_linear(rank, world_size, case))
+        except Exception as error:
+            error.add_note(f"in {case}")
+            raise
+    return found
+
+
 def assemble(parts: list[dict[str, np.ndarray]], case: Case) -> dict[str, Tensor]:
     """The whole y, dx and dw from every rank's part; replicated ones must be equal on all ranks."""
     world_size = len(parts)
@@ -175,8 +188,42 @@ def assemble(parts: list[dict[str, np.ndarray]], case: Case) -> dict[str, Tensor
     return whole
 
 
-def run(case: Case, world_size: int = 1) -> dict[str, Tensor]:
-    return assemble(run_distributed(run_linear, world_size, case), case)
+DIRECTIONS = ["column", "row"]
+ALL_BITS: list[Bits] = ["ternary", 2, 3, 4, 5, 6, 7, 8]
+BF16_BITS: list[Bits] = ["ternary", 8]
+TENSOR_PARALLEL_BITS: list[Bits] = ["ternary", 4, 8]
+ACTIVATIONS = ["none", "int8"]
+
+
+def cases_of(world_size: int) -> list[Case]:
+    """What the tests below ask for."""
+    cases = [Case(d, dyadic=False) for d in DIRECTIONS]
+    if world_size == 1:
+        cases += [Case(d, bits=b, activation=a) for d in DIRECTIONS for b in ALL_BITS for a in ACTIVATIONS]
+        cases += [Case(d, activation="none", dyadic=False) for d in DIRECTIONS]
+        cases += [Case(d, bits=b, compute="bf16", dyadic=False) for d in DIRECTIONS for b in BF16_BITS]
+        cases += [Case(d, backwards=2) for d in DIRECTIONS]
+    else:
+        cases += [Case(d, bits=b) for d in DIRECTIONS for b in TENSOR_PARALLEL_BITS]
+        cases += [Case(d, activation="none") for d in DIRECTIONS]
+        cases += [Case(d, activation=a, sequence=True) for d in DIRECTIONS for a in ACTIVATIONS]
+        cases += [Case(d, dyadic=False, sequence=True) for d in DIRECTIONS]
+    return cases
+
+
+Results = Callable[..., dict[str, Tensor]]
+
+
+@pytest.fixture(scope="module")
+def run() -> Results:
+    """run(case, world_size=1): the whole y, dx and dw of a case."""
+    found = {}
+    for world_size in (1, 2, 4):
+        cases = cases_of(world_size)
+        by_rank = run_distributed(run_linears, world_size, cases)
+        for case, parts in zip(cases, zip(*by_rank, strict=True), strict=True):
+            found[case, world_size] = assemble(list(parts), case)
+    return lambda case, world_size=1: found[case, world_size]
 
 
 def quantized_input(case: Case) -> Tensor:
@@ -218,10 +265,6 @@ def bounds(case: Case) -> dict[str, Tensor]:
     }
 
 
-DIRECTIONS = ["column", "row"]
-ALL_BITS: list[Bits] = ["ternary", 2, 3, 4, 5, 6, 7, 8]
-
-
 def test_dyadic_inputs_are_what_this_file_says() -> None:
     """Their int8 scale is exactly 1/16 and quantisation changes nothing, so equality below is equality of the sums."""
     x = whole_input(Case("row"))[0]
@@ -231,8 +274,8 @@ def test_dyadic_inputs_are_what_this_file_says() -> None:
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("bits", ALL_BITS)
-@pytest.mark.parametrize("activation", ["none", "int8"])
-def test_equals_nn_linear_on_the_dequantised_weight(direction: str, bits: Bits, activation: str) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_equals_nn_linear_on_the_dequantised_weight(run: Results, direction: str, bits: Bits, activation: str) -> None:
     """Forward, dgrad and wgrad, bit for bit. Controls: any wrong row scale or code order changes them."""
     case = Case(direction, bits=bits, activation=activation)
     ours, reference = run(case), with_nn_linear(case)
@@ -241,8 +284,8 @@ def test_equals_nn_linear_on_the_dequantised_weight(direction: str, bits: Bits, 
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("activation", ["none", "int8"])
-def test_ordinary_inputs_stay_within_the_order_of_sums(direction: str, activation: str) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_ordinary_inputs_stay_within_the_order_of_sums(run: Results, direction: str, activation: str) -> None:
     """Normal inputs; nn.Linear adds scaled products, the linear scales integer sums. Control: the quantised activation
     differs from the float one by far more than the bound."""
     case = Case(direction, activation=activation, dyadic=False)
@@ -256,7 +299,7 @@ def test_ordinary_inputs_stay_within_the_order_of_sums(direction: str, activatio
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_tensor_parallel_gives_the_bits_of_one_rank(direction: str, world_size: int) -> None:
+def test_tensor_parallel_gives_the_bits_of_one_rank(run: Results, direction: str, world_size: int) -> None:
     """Ternary codes and int8 activations: the forward is exact for ordinary inputs, dgrad and wgrad within the order of
     their sums. Control for the row direction: see test_scaled_partial_sums_would_depend_on_the_split."""
     case = Case(direction, dyadic=False)
@@ -266,16 +309,19 @@ def test_tensor_parallel_gives_the_bits_of_one_rank(direction: str, world_size: 
         assert_within(many[name], one[name], bound)
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("bits", ["ternary", 4, 8])
-def test_tensor_parallel_backward_is_exact_where_the_sums_are(direction: str, bits: Bits) -> None:
+@pytest.mark.parametrize("bits", TENSOR_PARALLEL_BITS)
+def test_tensor_parallel_backward_is_exact_where_the_sums_are(
+    run: Results, direction: str, bits: Bits, world_size: int
+) -> None:
     case = Case(direction, bits=bits)
-    one, many = run(case), run(case, 2)
+    one, many = run(case), run(case, world_size)
     for name in ("y", "dx", "dw"):
         assert torch.equal(many[name], one[name]), name
 
 
-def test_scaled_partial_sums_would_depend_on_the_split() -> None:
+def test_scaled_partial_sums_would_depend_on_the_split(run: Results) -> None:
     """Why sums are reduced unscaled: the same halves, scaled before they are added, give other bits."""
     case = Case("row", dyadic=False)
     x, weight = quantized_input(case), whole_weight(case)
@@ -285,8 +331,8 @@ def test_scaled_partial_sums_would_depend_on_the_split() -> None:
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("activation", ["none", "int8"])
-def test_sequence_parallel_equals_without(direction: str, world_size: int, activation: str) -> None:
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_sequence_parallel_equals_without(run: Results, direction: str, world_size: int, activation: str) -> None:
     """Same sums, other collectives; dyadic inputs, so bit for bit."""
     case = Case(direction, activation=activation)
     plain, sequence = run(case, world_size), run(replace(case, sequence=True), world_size)
@@ -296,7 +342,7 @@ def test_sequence_parallel_equals_without(direction: str, world_size: int, activ
 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_sequence_parallel_keeps_each_token_with_its_scale(direction: str, world_size: int) -> None:
+def test_sequence_parallel_keeps_each_token_with_its_scale(run: Results, direction: str, world_size: int) -> None:
     """Ordinary inputs, every token with a scale of its own: the forward is still exact. Control: dyadic tokens all have
     the same scale and would not show another token's."""
     case = Case(direction, dyadic=False)
@@ -307,8 +353,8 @@ def test_sequence_parallel_keeps_each_token_with_its_scale(direction: str, world
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("bits", ["ternary", 8])
-def test_bf16_rounds_results_only(direction: str, bits: Bits) -> None:
+@pytest.mark.parametrize("bits", BF16_BITS)
+def test_bf16_rounds_results_only(run: Results, direction: str, bits: Bits) -> None:
     """Codes and int8 activations are exact in bf16. Forward: the product and the scaled result are rounded once each.
     dgrad: the product once. wgrad: x_q * s_x is rounded to bf16 before an fp32 product. u = 2^-8 a rounding; the
     fp32 sums are those of `bounds`, twice because its inputs are not yet rounded to bf16."""
@@ -326,7 +372,7 @@ def test_bf16_rounds_results_only(direction: str, bits: Bits) -> None:
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_gradient_of_two_backward_passes_is_their_sum(direction: str) -> None:
+def test_gradient_of_two_backward_passes_is_their_sum(run: Results, direction: str) -> None:
     """Micro-batches add up in the sink; y and dx do not change."""
     case = Case(direction)
     once, twice = run(case), run(replace(case, backwards=2))
@@ -387,13 +433,17 @@ def check_memory(rank: int, world_size: int, direction: str, activation: str) ->
     return {"saved": saved, "after forward": after_forward, "after backward": after_backward}
 
 
-@pytest.mark.parametrize("direction", DIRECTIONS)
-def test_backward_keeps_int8_activations_and_nothing_of_the_weight(direction: str) -> None:
+def check_all_memory(rank: int, world_size: int) -> None:
+    tokens = TOKENS * BATCH
+    for direction in DIRECTIONS:
+        found = check_memory(rank, world_size, direction, "int8")
+        assert sorted(found["saved"]) == [("torch.float32", tokens), ("torch.int8", tokens * IN)]
+        assert (found["after forward"], found["after backward"]) == (0, 1)
+        control = check_memory(rank, world_size, direction, "none")
+        assert control["saved"] == [("torch.float32", tokens * IN)]
+
+
+def test_backward_keeps_int8_activations_and_nothing_of_the_weight() -> None:
     """Control: without quantised activations the saved input is float. The one float tensor of the weight's size is the
     gradient sink."""
-    found = run_distributed(check_memory, 1, direction, "int8")[0]
-    tokens = TOKENS * BATCH
-    assert sorted(found["saved"]) == [("torch.float32", tokens), ("torch.int8", tokens * IN)]
-    assert (found["after forward"], found["after backward"]) == (0, 1)
-    control = run_distributed(check_memory, 1, direction, "none")[0]
-    assert control["saved"] == [("torch.float32", tokens * IN)]
+    run_distributed(check_all_memory, 1)

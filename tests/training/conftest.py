@@ -1,4 +1,4 @@
-"""A tiny corpus for whole runs, the same text everywhere, prepared once a session by the real tool."""
+"""A tiny corpus for whole runs, prepared once a session by the real tool, and the commands of a user."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 
@@ -17,12 +18,9 @@ VOCABULARY = 512
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train, valid and tokenizer.model, of text that does not depend on the Python version."""
+    """A folder with train, valid and tokenizer.model: some chapters of Python's language reference."""
     folder = tmp_path_factory.mktemp("corpus")
-    text = "\n\n".join(
-        f"Sentence {i} says that the value of item {i % 7} is {i * i % 11} and that the list holds {i % 5} words."
-        for i in range(4000)
-    )
+    text = "\n\n".join(list(topics.values())[:60])
     (folder / "text.txt").write_text(text)
     command = [
         sys.executable,

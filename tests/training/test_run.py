@@ -84,7 +84,7 @@ def test_a_resumed_run_equals_one_that_went_through(train: Train, tmp_path: Path
     (run / "checkpoints" / "step_00000010").rename(tmp_path / "kept")
     (run / "summary.json").unlink()
     again = train()
-    assert again.returncode == 0 and "resumed from" in again.stderr
+    assert again.returncode == 0 and "resumed from" in again.stdout
     assert step_lines(run) == through
     assert [line["step"] for line in metrics(run)] == [1, 2, 4, 6, 8, 10, 10]
     first, second = (
@@ -142,5 +142,5 @@ def test_a_signal_to_one_rank_saves_and_stops_all(config_file: Path, tmp_path: P
         text=True,
         timeout=120,
     )
-    assert again.returncode == 0 and f"at step {stopped_at}" in again.stderr
+    assert again.returncode == 0 and f"at step {stopped_at}" in again.stdout
     assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, stopped_at + 3))
