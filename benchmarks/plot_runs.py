@@ -18,7 +18,9 @@ def main() -> int:
     style = argparse.RawDescriptionHelpFormatter
     example = "example:\n  benchmarks/plot_runs.py --run dqt=runs/a --run bf16=runs/b --title '130m' --output docs/benchmarks/x.png"
     parser = argparse.ArgumentParser(description=__doc__, epilog=example, formatter_class=style)
-    parser.add_argument("--run", action="append", required=True, metavar="NAME=RUN", help="label and run folder or metrics.jsonl")
+    parser.add_argument(
+        "--run", action="append", required=True, metavar="NAME=RUN", help="label and run folder or metrics.jsonl"
+    )
     parser.add_argument("--title", default="")
     parser.add_argument("--output", required=True, metavar="PNG")
     args = parser.parse_args()
@@ -53,7 +55,9 @@ def draw(name: str, lines: list[dict], losses: plt.Axes, flips: plt.Axes) -> Non
     label = f"{name}: validation {valid[-1]['valid_loss']:.3f}" if valid else name
     points = [tokens_at[line["step"]] for line in valid]
     losses.plot(points, [line["valid_loss"] for line in valid], "o-", ms=4, color=curve.get_color(), label=label)
-    changed = [(tokens, line["flip_rate"]) for tokens, line in zip(millions, training, strict=True) if line.get("flip_rate")]
+    changed = [
+        (tokens, line["flip_rate"]) for tokens, line in zip(millions, training, strict=True) if line.get("flip_rate")
+    ]
     if changed:
         flips.plot(*zip(*changed, strict=True), lw=1, color=curve.get_color(), label=name)
 

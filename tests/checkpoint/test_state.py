@@ -13,7 +13,9 @@ from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout
 Q, K = LogicalMatrix("q", 6, 10), LogicalMatrix("k", 4, 10)
 LAYOUTS = {
     "whole": ShardLayout((Q,), (RowBlock(0, 0, 6),), 10),
-    "interleaved": ShardLayout((Q, K), (RowBlock(0, 3, 2), RowBlock(1, 0, 1), RowBlock(0, 5, 1), RowBlock(1, 1, 3)), 10),
+    "interleaved": ShardLayout(
+        (Q, K), (RowBlock(0, 3, 2), RowBlock(1, 0, 1), RowBlock(0, 5, 1), RowBlock(1, 1, 3)), 10
+    ),
     "columns split": ShardLayout((Q,), (RowBlock(0, 0, 6),), 4, column_offset=4),
     "vector": ShardLayout((LogicalMatrix("norm", 7, 1),), (RowBlock(0, 2, 5),), 1),
 }

@@ -66,7 +66,9 @@ def train_and_save(rank: int, world_size: int, folder: str, *overrides: str) -> 
     return saved if rank == 0 else None
 
 
-def load_and_train(rank: int, world_size: int, path: str, *overrides: str) -> tuple[Whole, Whole, float, store.Progress]:
+def load_and_train(
+    rank: int, world_size: int, path: str, *overrides: str
+) -> tuple[Whole, Whole, float, store.Progress]:
     """State as loaded, state and loss after the next step. One step on other data comes first, so that nothing is as saved."""
     run = start(*overrides)
     run.step(77)
@@ -108,7 +110,9 @@ SAME_LAYOUT: list[Layout] = [
 def test_a_run_goes_on_bit_for_bit(saved_at: Any, layout: Layout) -> None:
     saved = saved_at(layout)
     world_size, *overrides = layout
-    state, next_state, next_loss, progress = run_distributed(load_and_train, world_size, str(saved.folder), *overrides)[0]
+    state, next_state, next_loss, progress = run_distributed(load_and_train, world_size, str(saved.folder), *overrides)[
+        0
+    ]
     assert progress == store.Progress(SAVED_STEP, 100 * SAVED_STEP)
     assert_equal(state, saved.state)
     assert next_loss == saved.next_loss
@@ -236,7 +240,12 @@ def test_a_killed_save_leaves_the_last_good_checkpoint_and_the_next_save_works(m
     """kill -9 at each moment of a save; afterwards auto finds the newest checkpoint that is whole, and that one loads."""
     script = tmp_path / "script.py"
     script.write_text(DYING_SAVE)
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "LOCAL_RANK": "0"}
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        "LOCAL_RANK": "0",
+    }
     arguments = [sys.executable, str(script), moment, str(tmp_path)]
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr

@@ -9,6 +9,7 @@ import gc
 
 import pytest
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from dqt_dist.lowbit.coordinates import normal_quantiles
 from tests.distributed import run_distributed
@@ -75,16 +76,38 @@ def test_the_walk_sees_a_float_master() -> None:
     assert codes == [] and len(found) >= 8
 
 
-def _walk_in_backward(rank: int, world: int) -> list[list[int]]:
-    """The same walk between forward and backward of a micro-batch: activations are there, a float weight must not be."""
-    run = start(*WIDE, "model.seq_length=8", "training.micro_batch_size=1", "training.global_batch_size=1")
-    seen: list[list[int]] = []
-    chunk = run.chunks[0]
-    chunk.output_layer.register_forward_hook(lambda *_: seen.append(undeclared(run)))
-    run.step(1)
-    return seen
+# ---- during a step ----
+
+# With 8 tokens an activation has at most 8 x 192 elements, fewer than any matrix: a float tensor as large as one is a weight.
+FEW_TOKENS = ("model.seq_length=8", "training.micro_batch_size=1", "training.global_batch_size=1")
 
 
-def test_no_float_copy_is_kept_for_the_backward() -> None:
-    """With 8 tokens an activation has at most 8 x 192 elements, fewer than any matrix: what is as large is a weight."""
-    assert run_distributed(_walk_in_backward, 1) == [[[]]]
+def _kept_for_backward(rank: int, world: int, *overrides: str) -> tuple[list[int], list[int], int]:
+    """Between forward and backward: undeclared float memory alive, elements of each float tensor that autograd keeps (its own
+    list, which holds tensors that Python does not see), and the smallest block linear."""
+    run = start(*WIDE, *FEW_TOKENS, *overrides)
+    alive: list[int] = []
+    kept: list[int] = []
+    run.chunks[0].output_layer.register_forward_hook(lambda *_: alive.extend(undeclared(run)))
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.is_floating_point():
+            kept.append(tensor.untyped_storage().nbytes() // tensor.element_size())
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        run.step(1)
+    return alive, kept, 64 * 64
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_no_float_copy_is_kept_for_the_backward(compute: str) -> None:
+    alive, kept, smallest = run_distributed(_kept_for_backward, 1, f"quantization.compute={compute}")[0]
+    assert alive == []
+    assert len(kept) > 10 and max(kept) < smallest
+
+
+def test_a_weight_kept_for_the_backward_is_seen() -> None:
+    """Negative control: BitNet's ternarised weights are floats, and autograd keeps them."""
+    _, kept, smallest = run_distributed(_kept_for_backward, 1, "quantization.method=bitnet")[0]
+    assert sum(elements >= smallest for elements in kept) >= 8

@@ -1,0 +1,135 @@
+"""Prepared files: what is written reads back equal for any number of processes, and bad files are refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dqt_dist.data.indexed import (
+    IndexedWriter,
+    Manifest,
+    belongs_to_valid,
+    check_indexed,
+    encode_documents,
+    quiet_megatron_import,
+    token_dtype,
+)
+from dqt_dist.errors import UserError
+from tests.data.conftest import VOCAB_SIZE
+
+with quiet_megatron_import():
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
+
+
+def check(prefix, vocab_size: int = VOCAB_SIZE, tokenizer=None) -> tuple[int, int]:
+    return check_indexed(prefix, where="data.train[0].path", vocab_size=vocab_size, tokenizer=tokenizer)
+
+
+def rewrite(path: Path, **fields: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_megatron_reads_back_every_document_with_its_end_mark(prepared):
+    indexed = IndexedDataset(prepared.train)
+    assert len(indexed) == len(prepared.documents)
+    for ids, text in zip((indexed[i] for i in range(len(indexed))), prepared.documents, strict=True):
+        assert ids.dtype == np.uint16
+        assert ids[-1] == prepared.tokenizer.eod_id
+        assert prepared.tokenizer.decode(ids[:-1]) == text
+
+
+def test_manifest_counts_what_is_there(prepared):
+    manifest = Manifest.read(Path(f"{prepared.train}.json"))
+    assert manifest is not None
+    assert manifest.documents == len(prepared.documents)
+    assert manifest.text_bytes == sum(len(text.encode()) for text in prepared.documents)
+    assert manifest.words == sum(len(text.split()) for text in prepared.documents)
+    assert manifest.bin_bytes == os.path.getsize(f"{prepared.train}.bin") == 2 * manifest.tokens
+    assert check(prepared.train, tokenizer=prepared.tokenizer) == (manifest.documents, manifest.tokens)
+
+
+def test_order_of_documents_does_not_depend_on_the_number_of_processes(prepared, monkeypatch):
+    monkeypatch.setattr("dqt_dist.data.indexed._BATCH_CHARACTERS", 1)  # a document each, so that processes overtake
+    results = []
+    for workers in (1, 4):
+        batches = list(
+            encode_documents(prepared.documents, prepared.tokenizer.path, workers=workers, valid_fraction=0.3)
+        )
+        assert len(batches) > 20
+        results.append((np.concatenate([b.ids for b in batches]), [v for b in batches for v in b.is_valid]))
+    assert np.array_equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1] == [belongs_to_valid(text, 0.3) for text in prepared.documents]
+    assert 0 < sum(results[0][1]) < len(prepared.documents)
+
+
+@pytest.mark.parametrize("vocab_size", [100, 65499, 65500, 128256])
+def test_token_type_is_the_one_megatron_takes(vocab_size):
+    assert token_dtype(vocab_size) is DType.optimal_dtype(vocab_size)
+
+
+def test_data_of_megatrons_own_tool_are_accepted_and_their_ids_looked_at(tmp_path: Path):
+    builder = IndexedDatasetBuilder(str(tmp_path / "plain.bin"), dtype=np.int32)
+    builder.add_document(np.arange(50), [20, 30])  # a document of two sequences, as its sentence splitting writes
+    builder.finalize(str(tmp_path / "plain.idx"))
+    assert check(tmp_path / "plain", vocab_size=50) == (2, 50)
+    with pytest.raises(
+        UserError, match=r"token id 49, but model\.vocab_size is 49; set model\.vocab_size to 50 or more"
+    ):
+        check(tmp_path / "plain", vocab_size=49)
+
+
+def test_missing_files_are_named(copied: Path):
+    with pytest.raises(UserError, match=r"data\.train\[0\]\.path: neither .*; .* holds .*other, .*train"):
+        check(copied.parent / "nothing")
+    with pytest.raises(UserError, match=r"holds .*train"):
+        check(copied.parent)  # the folder instead of the prefix
+    Path(f"{copied}.idx").unlink()
+    with pytest.raises(UserError, match=r"train\.idx is missing"):
+        check(copied)
+
+
+def test_truncated_files_give_both_numbers(copied: Path):
+    size, idx_size = (os.path.getsize(f"{copied}{suffix}") for suffix in (".bin", ".idx"))
+    assert check(copied)  # negative control: whole, it is accepted
+    os.truncate(f"{copied}.bin", size - 1000)
+    with pytest.raises(UserError, match=rf"has {size - 1000} bytes, .* {size} bytes: the file is cut short"):
+        check(copied)
+    os.truncate(f"{copied}.bin", size)
+    os.truncate(f"{copied}.idx", idx_size - 8)
+    with pytest.raises(UserError, match=rf"has {idx_size - 8} bytes, .* {idx_size} bytes"):
+        check(copied)
+    os.truncate(f"{copied}.idx", 10)
+    with pytest.raises(UserError, match=r"not a Megatron index file \(10 bytes\)"):
+        check(copied)
+
+
+def test_vocabulary_above_the_models_gives_both_numbers(copied: Path):
+    message = f"prepared with {VOCAB_SIZE} pieces, but model.vocab_size is 599; set model.vocab_size to {VOCAB_SIZE}"
+    with pytest.raises(UserError, match=re.escape(message)):
+        check(copied, vocab_size=VOCAB_SIZE - 1)
+    assert check(copied, vocab_size=VOCAB_SIZE)
+
+
+def test_another_tokenizer_or_another_preparation_is_refused(copied: Path, prepared):
+    manifest = Path(f"{copied}.json")
+    tokens = json.loads(manifest.read_text())["tokens"]
+    rewrite(manifest, tokenizer_sha256="0" * 64)
+    with pytest.raises(UserError, match=r"sha256 0000000000000000\.\.\., but data\.tokenizer"):
+        check(copied, tokenizer=prepared.tokenizer)
+    rewrite(manifest, tokens=tokens + 1)
+    with pytest.raises(UserError, match=f"counts {tokens + 1} tokens, but .* hold {tokens}"):
+        check(copied)
+    manifest.write_text("{}")
+    with pytest.raises(UserError, match="not a manifest"):
+        check(copied)
+
+
+def test_data_without_documents_are_refused(tmp_path: Path, prepared):
+    IndexedWriter(tmp_path / "empty", prepared.tokenizer, request="").finish()
+    with pytest.raises(UserError, match=r"empty\.bin holds no tokens"):
+        check(tmp_path / "empty")

@@ -1,0 +1,294 @@
+"""Samples and their order: every token once an epoch, a function of seed and step alone, the same for every layout."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+
+from dqt_dist.data.dataset import build_datasets, build_epoch_indices
+from dqt_dist.data.indexed import IndexedWriter, encode_documents, quiet_megatron_import
+from dqt_dist.data.loader import Loader
+from dqt_dist.errors import UserError
+from tests.data.conftest import VOCAB_SIZE
+
+with quiet_megatron_import():
+    from megatron.core.datasets.indexed_dataset import IndexedDataset
+
+SEQUENCE_LENGTH = 61  # odd, so that samples and documents never line up
+
+
+@pytest.fixture
+def build(prepared, tmp_path: Path):
+    def build(num_train_samples: int = 200, **changes):
+        arguments = {
+            "train": [(prepared.train, 1.0)], "valid": [(prepared.other, 1.0)], "valid_fraction": 0.0,
+            "sequence_length": SEQUENCE_LENGTH, "vocab_size": VOCAB_SIZE, "tokenizer_path": prepared.tokenizer.path,
+            "seed": 7, "num_train_samples": num_train_samples, "num_valid_samples": 40, "cache_dir": tmp_path / "cache",
+            "build_here": True, "barrier": lambda: None,
+        }  # fmt: skip
+        return build_datasets(**(arguments | changes))
+
+    return build
+
+
+def rows(dataset, numbers=None) -> list[tuple[int, ...]]:
+    """The SEQUENCE_LENGTH + 1 tokens of each sample."""
+    samples = (dataset[i] for i in (range(len(dataset)) if numbers is None else numbers))
+    return [(*s["tokens"].tolist(), int(s["labels"][-1])) for s in samples]
+
+
+def num_tokens(prefix: str) -> int:
+    indexed = IndexedDataset(prefix)  # must outlive its arrays: it closes the file under them
+    return int(indexed.sequence_lengths.sum())
+
+
+def num_epoch_samples(prefix: str) -> int:
+    return (num_tokens(prefix) - 1) // SEQUENCE_LENGTH
+
+
+# ---------------------------------------------------------------- the dataset
+
+
+def test_first_epoch_is_the_stream_of_shuffled_documents_once(prepared, build):
+    """From first principles: put the samples back in stream order; they must be the documents, each once and whole."""
+    count = num_epoch_samples(prepared.train)
+    dataset, _ = build(count)
+    stream: list[int] = [0] * (count * SEQUENCE_LENGTH + 1)
+    for row, number in zip(rows(dataset), dataset.shuffle_index[:count], strict=True):
+        start = int(number) * SEQUENCE_LENGTH
+        stream[start : start + SEQUENCE_LENGTH + 1] = row
+    indexed = IndexedDataset(prepared.train)
+    order = dataset.document_index[: len(indexed)]
+    expected = np.concatenate([indexed[int(i)] for i in order])
+    assert stream == expected[: len(stream)].tolist()
+    assert len(expected) - len(stream) < SEQUENCE_LENGTH
+    assert sorted(order) == list(range(len(indexed))) and list(order) != sorted(order)
+    assert list(dataset.shuffle_index[:count]) != sorted(dataset.shuffle_index[:count])
+
+
+def test_labels_are_the_next_tokens_and_all_count(build):
+    sample = build()[0][3]
+    assert torch.equal(sample["tokens"][1:], sample["labels"][:-1])
+    assert sample["tokens"].dtype == sample["labels"].dtype == torch.int64
+    assert torch.equal(sample["loss_mask"], torch.ones(SEQUENCE_LENGTH))
+
+
+def test_a_longer_run_begins_with_the_same_samples(prepared, build):
+    """Also over epochs, where Megatron's own order changes with the number of samples (the negative control below)."""
+    epoch = num_epoch_samples(prepared.train)
+    longest = rows(build(5 * epoch)[0])
+    for count in (1, 50, epoch - 1, epoch, epoch + 1, 2 * epoch + 30, 4 * epoch):
+        assert rows(build(count)[0]) == longest[:count]
+
+
+def test_megatrons_own_order_does_change_with_the_number_of_samples(prepared, tmp_path: Path):
+    """The negative control of the test above: why EpochDataset exists. Should this fail one day, it can go."""
+    with quiet_megatron_import():
+        from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
+        from megatron.core.datasets.utils import Split
+    config = GPTDatasetConfig(
+        random_seed=7, sequence_length=SEQUENCE_LENGTH, blend=([prepared.train], None), split="1",
+        reset_position_ids=False,
+        tokenizer=type("Tokenizer", (), {"vocab_size": VOCAB_SIZE, "eod": 2, "unique_identifiers": {}})(),
+        reset_attention_mask=False, eod_mask_loss=False, create_attention_mask=False, path_to_cache=str(tmp_path),
+    )  # fmt: skip
+    indexed = IndexedDataset(prepared.train)
+    documents = np.arange(len(indexed), dtype=np.int32)
+    epoch = num_epoch_samples(prepared.train)
+    one, three = (GPTDataset(indexed, prepared.train, documents, n * epoch, Split.train, config) for n in (1, 3))
+    assert rows(one, range(50)) != rows(three, range(50))
+
+
+def test_each_epoch_has_every_sample_once_in_its_own_order():
+    lengths = np.array([5, 1, 30, 7, 12, 2], dtype=np.int32)
+    documents = np.arange(6, dtype=np.int32)
+    document_index, sample_index, shuffle_index = build_epoch_indices(lengths, documents, 9, 4, seed=3)
+    assert len(sample_index) - 1 == len(shuffle_index) == (9 * 57 - 1) // 4
+    assert sorted(shuffle_index) == list(range(len(shuffle_index)))
+    epochs = document_index.reshape(9, 6)
+    assert all(sorted(epoch) == list(range(6)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 5
+    # Sample i starts at token i * 4 of the stream.
+    starts = np.concatenate([[0], np.cumsum(lengths[document_index])])
+    assert [starts[d] + o for d, o in sample_index] == [4 * i for i in range(len(sample_index))]
+    # Samples do not leave their epoch: those complete within epoch e come before all later ones.
+    for epoch in range(1, 9):
+        complete = (epoch * 57 - 1) // 4
+        assert set(shuffle_index[:complete]) == set(range(complete))
+
+
+def test_epochs_shorter_than_a_sample_still_make_samples():
+    lengths = np.array([3, 4], dtype=np.int32)
+    _, sample_index, shuffle_index = build_epoch_indices(lengths, np.arange(2, dtype=np.int32), 5, 16, seed=0)
+    assert len(shuffle_index) == (5 * 7 - 1) // 16 == len(sample_index) - 1
+
+
+def test_order_depends_on_the_seed_alone(build, tmp_path: Path):
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    first = rows(build()[0])
+    random.seed(2), np.random.seed(2), torch.manual_seed(2)
+    assert rows(build(cache_dir=tmp_path / "another")[0]) == first
+    assert rows(build(seed=8)[0]) != first
+    assert rows(build(seed=7 + 2**32)[0]) != first  # the high word counts as well
+
+
+def test_cached_index_is_read_by_those_who_do_not_build(build, tmp_path: Path):
+    built = rows(build()[0])
+    assert rows(build(build_here=False)[0]) == built
+    assert not list((tmp_path / "cache").glob(".partial*"))
+    with pytest.raises(UserError, match="must be the same for all processes of a node"):
+        build(build_here=False, cache_dir=tmp_path / "elsewhere")
+
+
+def test_others_read_after_the_barrier_only(build, tmp_path: Path):
+    def barrier() -> None:
+        assert not (tmp_path / "cache").exists()
+        build()  # what the building process of the node does meanwhile
+
+    waited, _ = build(build_here=False, barrier=barrier)
+    assert len(waited) == 200
+
+
+def test_data_prepared_again_get_a_new_index(copied: Path, prepared, build):
+    """Even where both files keep their sizes: the same documents in another order. An index of the old lengths would
+    cut the new documents in wrong places."""
+    before = rows(build(train=[(str(copied), 1.0)])[0])
+    sizes = [Path(f"{copied}{suffix}").stat().st_size for suffix in (".bin", ".idx")]
+    writer = IndexedWriter(copied, prepared.tokenizer, request="tests")
+    for batch in encode_documents(prepared.documents[::-1], prepared.tokenizer.path, workers=1):
+        writer.add_batch(batch)
+    writer.finish()
+    assert sizes == [Path(f"{copied}{suffix}").stat().st_size for suffix in (".bin", ".idx")]
+    after = rows(build(train=[(str(copied), 1.0)])[0])
+    assert after == rows(build(train=[(str(copied), 1.0)], cache_dir=copied.parent / "fresh")[0]) != before
+
+
+def test_blend_follows_its_weights_and_does_not_look_ahead(prepared, build):
+    blend = [(prepared.train, 3.0), (prepared.other, 1.0)]
+    dataset, _ = build(400, train=blend)
+    assert len(dataset) == 400
+    assert Counter(int(dataset[i]["dataset_id"]) for i in range(400)) == {0: 300, 1: 100}
+    # Each source keeps its own order.
+    alone = rows(build(100, train=[(prepared.other, 1.0)])[0])
+    assert [row for i, row in enumerate(rows(dataset)) if int(dataset[i]["dataset_id"]) == 1] == alone
+    assert rows(build(123, train=blend)[0]) == rows(dataset)[:123]
+
+
+def test_validation_is_the_same_for_every_seed_and_number_of_steps(build):
+    fixed = rows(build()[1])
+    assert len(fixed) == 40
+    assert rows(build(999, seed=99)[1]) == fixed
+    assert rows(build(num_valid_samples=60)[1])[:40] == fixed
+
+
+def test_held_out_documents_are_not_trained_on(prepared, build):
+    train, valid = build(50, valid=None, valid_fraction=0.25)
+    both = [set(map(int, dataset.indices)) for dataset in (train, valid)]
+    assert both[0] | both[1] == set(range(len(prepared.documents)))
+    assert not both[0] & both[1]
+    assert len(both[1]) == round(0.25 * len(prepared.documents))
+    # The same documents whatever the seed of training.
+    assert list(build(50, valid=None, valid_fraction=0.25, seed=1)[1].indices) == list(valid.indices)
+    assert build(50, valid=None, valid_fraction=0.0)[1] is None
+    assert build(50, num_valid_samples=0)[1] is None
+
+
+def test_wrong_input_gives_the_field_and_both_numbers(prepared, build):
+    with pytest.raises(
+        UserError, match=f"has {VOCAB_SIZE} pieces, but model.vocab_size is 599; set model.vocab_size to"
+    ):
+        build(vocab_size=VOCAB_SIZE - 1)
+    with pytest.raises(UserError, match=r"data\.train\[1\]\.weight: is 0"):
+        build(train=[(prepared.train, 1.0), (prepared.other, 0)])
+    with pytest.raises(UserError, match=r"data\.valid\[0\]\.path: neither"):
+        build(valid=[("nowhere", 1.0)])
+    tokens = num_tokens(prepared.other)
+    assert build(10, train=[(prepared.other, 1.0)], sequence_length=tokens - 1)  # just enough for one sample
+    with pytest.raises(
+        UserError, match=rf"has {tokens} tokens, but one sample takes model.seq_length \+ 1 = {tokens + 1}"
+    ):
+        build(10, train=[(prepared.other, 1.0)], sequence_length=tokens)
+
+
+# ---------------------------------------------------------------- the loader
+
+
+def loader(dataset, rank: int = 0, size: int = 1, micro_batch_size: int = 2, **options) -> Loader:
+    return Loader(
+        dataset, micro_batch_size=micro_batch_size, global_batch_size=24, data_parallel_rank=rank,
+        data_parallel_size=size, **options,
+    )  # fmt: skip
+
+
+def flat(step: list[dict[str, torch.Tensor]]) -> list[tuple[int, ...]]:
+    return [(*t.tolist(), int(la[-1])) for mb in step for t, la in zip(mb["tokens"], mb["labels"], strict=True)]
+
+
+@pytest.mark.parametrize(("size", "micro_batch_size"), [(1, 24), (1, 1), (2, 3), (3, 4), (4, 2), (12, 2)])
+def test_ranks_partition_each_step_whatever_their_number(build, size, micro_batch_size):
+    dataset, _ = build(100)  # 4 whole steps of 24, and 4 samples that make no step
+    steps: list[Iterator] = [loader(dataset, r, size, micro_batch_size).iterate(0) for r in range(size)]
+    expected = rows(dataset)
+    for step, of_ranks in enumerate(zip(*steps, strict=True)):
+        wanted = expected[step * 24 : (step + 1) * 24]
+        for rank, micro_batches in enumerate(of_ranks):
+            assert len(micro_batches) == 24 // (size * micro_batch_size)
+            for m, micro_batch in enumerate(micro_batches):
+                first = m * size * micro_batch_size + rank * micro_batch_size
+                assert flat([micro_batch]) == wanted[first : first + micro_batch_size]
+        assert sorted(row for mbs in of_ranks for row in flat(mbs)) == sorted(wanted)
+    assert step == 3
+
+
+def test_micro_batches_have_the_promised_shapes(build):
+    micro_batch = next(loader(build()[0]).iterate(0))[0]
+    assert {k: (v.shape, v.dtype) for k, v in micro_batch.items()} == {
+        "tokens": ((2, SEQUENCE_LENGTH), torch.int64),
+        "labels": ((2, SEQUENCE_LENGTH), torch.int64),
+        "loss_mask": ((2, SEQUENCE_LENGTH), torch.float32),
+    }
+
+
+def test_resuming_at_a_step_is_skipping_to_it_and_reads_nothing_else(build):
+    dataset, _ = build()
+
+    class Counting(torch.utils.data.Dataset):
+        read: ClassVar[list[int]] = []
+
+        def __len__(self) -> int:
+            return len(dataset)
+
+        def __getitem__(self, index: int):
+            self.read.append(index)
+            return dataset[index]
+
+    resumed = [flat(step) for step in loader(Counting()).iterate(5)]
+    assert Counting.read == list(range(5 * 24, 8 * 24))
+    assert resumed == [flat(step) for step in islice(loader(dataset).iterate(0), 5, None)]
+    assert len(resumed) == 3
+
+
+def test_worker_processes_give_the_same_and_leave_random_states_alone(build):
+    dataset, _ = build()
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    plain = [flat(step) for step in loader(dataset).iterate(2)]
+    assert [flat(step) for step in loader(dataset, num_workers=2).iterate(2)] == plain
+    assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
+
+
+def test_batches_that_do_not_fit_are_refused(build):
+    dataset, _ = build(20)
+    with pytest.raises(
+        UserError, match=r"24 is not a multiple of data parallel size 5 \* training.micro_batch_size 2 = 10"
+    ):
+        loader(dataset, size=5)
+    with pytest.raises(UserError, match="24 is more than the dataset's 20 samples"):
+        loader(dataset)
