@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dqt_dist.config import Config, layout
+from dqt_dist.lowbit.grid import make_grid
 
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2}
 
@@ -28,13 +29,6 @@ class RankWeights:
     """In the linears of its blocks, which are the low-bit ones."""
     other: int
     """In embeddings, head and norms."""
-
-
-def stored_bits(bits: str | int) -> int:
-    """Bits of one stored code: ternary and 2 bit four a byte, 3 and 4 bit two a byte, wider ones int8."""
-    if bits in ("ternary", 2):
-        return 2
-    return 4 if bits in (3, 4) else 8
 
 
 def largest_rank(config: Config) -> RankWeights:
@@ -58,10 +52,8 @@ def describe(config: Config, world_size: int) -> str:
     weights = largest_rank(config)
     other_bytes = COMPUTE_BYTES[quantization.compute] * weights.other
     if quantization.method == "dqt":
-        linear_bytes, kind = (
-            weights.linear * stored_bits(quantization.bits) // 8,
-            f"{stored_bits(quantization.bits)}-bit codes",
-        )
+        storage_bits = make_grid(quantization.bits).storage_bits
+        linear_bytes, kind = weights.linear * storage_bits // 8, f"{storage_bits}-bit codes"
     else:
         linear_bytes, kind = weights.linear * COMPUTE_BYTES[quantization.compute], quantization.compute
     tokens = training.global_batch_size * model.seq_length
