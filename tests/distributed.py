@@ -6,13 +6,15 @@
 Importing torch, Megatron and DeepSpeed takes seconds a process, so the processes stay and are used again: each call gives them
 a new world (a file store of its own) and takes it down afterwards. An exception on any rank is raised here with that rank's
 traceback; when a rank does not answer in time, or others are left waiting for one that failed, all are killed and the next
-call starts new ones.
+call starts new ones. What goes to and fro is pickled by value: Connection.send would share each tensor's memory through a file
+descriptor, thousands of them in the parent.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
+import pickle
 import tempfile
 import time
 import traceback
@@ -27,7 +29,7 @@ TIMEOUT_SECONDS = 120.0
 GRACE_SECONDS = 5.0
 
 # New processes after so many calls: a bound on whatever a library keeps of a world that is gone.
-CALLS_A_WORKER = 40
+CALLS_A_WORKER = 20
 
 _workers: list[tuple[BaseProcess, Connection]] = []
 _calls = 0
@@ -44,7 +46,7 @@ def run_distributed(
     _start_workers(world_size)
     with tempfile.TemporaryDirectory() as folder:
         for rank in range(world_size):
-            _workers[rank][1].send((function, rank, world_size, f"{folder}/store", args))
+            _workers[rank][1].send_bytes(pickle.dumps((function, rank, world_size, f"{folder}/store", args)))
         return _collect(world_size, timeout)
 
 
@@ -77,7 +79,7 @@ def _collect(world_size: int, timeout: float) -> list[Any]:
         for connection in ready:
             rank = waiting.pop(connection)
             try:
-                succeeded, value = connection.recv()
+                succeeded, value = pickle.loads(connection.recv_bytes())
             except EOFError:
                 succeeded, value = False, "the process died"
             (results if succeeded else failures)[rank] = value
@@ -114,13 +116,13 @@ def _serve(connection: Connection) -> None:
     torch.set_num_threads(1)
     while True:
         try:
-            function, rank, world_size, store, args = connection.recv()
+            function, rank, world_size, store, args = pickle.loads(connection.recv_bytes())
         except EOFError:
             return
         try:
-            connection.send((True, _in_world(function, rank, world_size, store, args)))
+            connection.send_bytes(pickle.dumps((True, _in_world(function, rank, world_size, store, args))))
         except BaseException:
-            connection.send((False, traceback.format_exc()))
+            connection.send_bytes(pickle.dumps((False, traceback.format_exc())))
 
 
 def _in_world(function: Callable[..., Any], rank: int, world_size: int, store: str, args: tuple[Any, ...]) -> Any:

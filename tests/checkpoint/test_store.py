@@ -214,25 +214,15 @@ if __name__ == "__main__":
     save(run, 1)
     run.step(1)
     if moment == "in a tensor file":
-        write, writes = os.fsync, []
         os.fsync = die                      # the first file is written, not yet safe
-    elif moment == "before the manifest":
-        store._write_manifest = die
-    elif moment == "in the manifest":
-        store.json.dump = die
-    elif moment == "before the rename":
+    elif moment == "before the rename":     # everything is written, under the partial name
         Path.rename = die
     elif moment == "before old ones go":
         store.complete_checkpoints = die
     save(run, 2)
 """
-MOMENTS = {
-    "in a tensor file": 1,
-    "before the manifest": 1,
-    "in the manifest": 1,
-    "before the rename": 1,
-    "before old ones go": 2,
-}
+MOMENTS = {"in a tensor file": 1, "before the rename": 1, "before old ones go": 2}
+"""Moment of the kill and the checkpoint that must be found after it."""
 
 
 @pytest.mark.parametrize("moment", MOMENTS)

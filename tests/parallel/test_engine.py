@@ -201,6 +201,14 @@ def test_high_precision_parameters_follow_torch_adamw(layout: tuple[Any, ...], m
         ELEMENTWISE_FP32.assert_close(record.final[name], wanted, name)
 
 
+@pytest.mark.parametrize("stage", [(), (ZERO_1,)])
+def test_bf16_masters_start_as_the_parameters_they_stand_for(stage: tuple[str, ...]) -> None:
+    """No step, decay or rounding comes before the first one."""
+    found, fp32 = recorded(1, STEPS, BF16, *stage).initial, recorded(1, STEPS).initial
+    for name in (name for name in fp32 if name.startswith("parameter")):
+        assert torch.equal(found[name], fp32[name].bfloat16().float()), name
+
+
 def rates(rank: int, world_size: int, *overrides: str) -> list[tuple[list[float], float]]:
     """(rates of the high-precision groups, rate of the low-bit update) of each step."""
     run = start(*overrides)
