@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ def figures_and_states(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_figures_are_counts_over_the_whole_model(layout: str, tmp_path) -> None:
+def test_figures_are_counts_over_the_whole_model(layout: str, tmp_path: Path) -> None:
     bits = "quantization.bits=4"
     world_size, *parallel = LAYOUTS[layout]
     overall, per_matrix, histograms, before, after = run_distributed(figures_and_states, world_size, bits, *parallel)[0]
