@@ -19,7 +19,7 @@ SETTINGS = (
     *("checkpoint.interval=0", "logging.interval=10", "logging.tensorboard=false"),
 )
 # Measured at 150 steps: 5.29 against 6.24 nats, where ln 512 = 6.24 is knowing nothing.
-MARGIN = 0.5
+MARGIN = 0.3
 
 
 @pytest.mark.slow
