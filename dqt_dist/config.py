@@ -134,6 +134,12 @@ class OptimizerConfig(Section):
     """Length of the final decay, in steps; wsd only, where the default is 10 % of training.steps."""
     min_learning_rate_ratio: Fraction = 0.0
     """Rate at the last step as a fraction of the peak."""
+    gradient_dtype: Literal["fp32", "bf16"] = "fp32"
+    """Type of gradient buffers, in which micro-batches are added up and which travels; ranks are added up in fp32. bf16 halves
+    memory and traffic of gradients."""
+    gradient_reduction: Literal["step", "micro_batch"] = "step"
+    """When gradients are summed over data-parallel ranks: once a step, after the micro-batches are added up, or with each
+    micro-batch, which costs their number times the traffic and in ZeRO stages 2 and 3 keeps owned rows only throughout."""
     adafactor_decay_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     """Adafactor's second-moment decay is 1 - step^-adafactor_decay_rate."""
     adafactor_clip_threshold: PositiveFloat = 1.0
@@ -151,6 +157,8 @@ class ParallelConfig(Section):
     """Model chunks per pipeline rank in the interleaved schedule; none for the plain 1F1B schedule."""
     sequence: bool = False
     """Sequence parallelism: norms and residuals are split over the tensor-parallel ranks by sequence position."""
+    context: PositiveInt = 1
+    """Context parallel size. Only 1: megatron-core's attention over a split sequence exists inside Transformer Engine only."""
 
 
 class DataSource(Section):
@@ -210,6 +218,10 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0 for one at the end only."""
     keep_last: PositiveInt = 2
     """Newest checkpoints that stay on disk."""
+    keep_every: PositiveInt | None = None
+    """Checkpoints of every so many steps stay on disk for good, beside the newest. Default: none do."""
+    async_save: bool = False
+    """Copy the state to host memory and write it while training goes on; false makes training wait for the disk."""
 
 
 class LoggingConfig(Section):
@@ -243,6 +255,12 @@ class Config(Section):
     def zero_stage(self) -> int:
         """ZeRO stage of the run; 0 when deepspeed.zero_optimization does not name one."""
         return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether moments (and masters) live in the host's memory: deepspeed.zero_optimization.offload_optimizer."""
+        offload = self.deepspeed.get("zero_optimization", {}).get("offload_optimizer", {})
+        return offload.get("device", "none") != "none"
 
 
 @dataclass(frozen=True)
@@ -447,6 +465,7 @@ def _problems(config: Config) -> Iterable[str]:
     yield from _pipeline_problems(config)
     yield from _quantization_problems(config)
     yield from _schedule_problems(config)
+    yield from _checkpoint_problems(config)
     yield from _deepspeed_problems(config)
 
 
@@ -473,6 +492,12 @@ def _model_problems(config: Config) -> Iterable[str]:
 def _tensor_parallel_problems(config: Config) -> Iterable[str]:
     model, tensor = config.model, config.parallel.tensor
     divided = ["num_attention_heads", "num_query_groups", "vocab_size"]
+    if config.parallel.context > 1:
+        yield (
+            f"parallel.context: {config.parallel.context} is not supported: in megatron-core attention over a split sequence "
+            f"exists inside Transformer Engine only, its local attention stops on a context parallel size above 1; use 1, and "
+            f"parallel.sequence = true with a larger parallel.tensor to divide long sequences"
+        )
     if config.parallel.sequence:
         divided.append("seq_length")
         if tensor == 1:
@@ -543,6 +568,15 @@ def _schedule_problems(config: Config) -> Iterable[str]:
         )
 
 
+def _checkpoint_problems(config: Config) -> Iterable[str]:
+    every, interval = config.checkpoint.keep_every, config.checkpoint.interval
+    if every is not None and interval and every % interval:
+        yield (
+            f"checkpoint.keep_every: {every} is not a multiple of checkpoint.interval = {interval}, so steps to keep "
+            f"would never be saved; nearest: {_nearest(every, interval)}"
+        )
+
+
 DERIVED_DEEPSPEED_KEYS = {
     "train_batch_size": "training.global_batch_size",
     "train_micro_batch_size_per_gpu": "training.micro_batch_size",
@@ -558,7 +592,10 @@ DERIVED_DEEPSPEED_KEYS = {
 }
 """Keys of DeepSpeed's own config that follow from our fields, and the fields to use."""
 
-BUILT_ZERO_STAGES = (0, 1)
+REDUCTION_KEYS = ("reduce_scatter", "reduce_bucket_size", "contiguous_gradients", "round_robin_gradients")
+"""Keys of zero_optimization about the reduction of gradients, which is not DeepSpeed's here."""
+
+OPTIMIZER_DEVICES = ("none", "cpu")
 
 
 def _deepspeed_problems(config: Config) -> Iterable[str]:
@@ -574,19 +611,41 @@ def _deepspeed_problems(config: Config) -> Iterable[str]:
         return
     stage = zero.get("stage", 0)
     if type(stage) is not int or not 0 <= stage <= 3:
-        yield f"deepspeed.zero_optimization.stage: {_shown(stage)} is not valid; use 0 or 1"
-    elif stage not in BUILT_ZERO_STAGES:
-        yield f"deepspeed.zero_optimization.stage: {stage} {_why_not_stage(config.parallel.pipeline)}"
+        yield f"deepspeed.zero_optimization.stage: {_shown(stage)} is not valid; use 0, 1, 2 or 3"
+        return
+    if stage >= 2 and config.parallel.pipeline > 1:
+        yield (
+            f"deepspeed.zero_optimization.stage: {stage} does not go with parallel.pipeline = {config.parallel.pipeline}: a "
+            f"pipeline needs many micro-batches, so gradients (2) would stay whole or travel once for each of them and weights "
+            f"(3) be gathered once for each (DeepSpeed refuses it too); use 1, which is enough here because low-bit weights "
+            f"are 8 times smaller than bf16 ones, or parallel.pipeline = 1"
+        )
+    for key in REDUCTION_KEYS:
+        if key in zero:
+            yield (
+                f"deepspeed.zero_optimization.{key}: has no effect, as gradients are not reduced by DeepSpeed but in one "
+                f"order for all ZeRO stages; leave it out"
+            )
+    yield from _offload_problems(config, zero, stage)
 
 
-def _why_not_stage(pipeline: int) -> str:
-    if pipeline == 1:
-        return "is not built yet; use 1"
-    return (
-        f"does not go with parallel.pipeline = {pipeline}: the pipeline schedule adds up gradients over micro-batches, "
-        f"so sharded gradients would be reduced again for every one of them (DeepSpeed refuses it too); use 1, which "
-        f"is enough here because low-bit weights are 8 times smaller than bf16 ones"
-    )
+def _offload_problems(config: Config, zero: dict[str, Any], stage: int) -> Iterable[str]:
+    name = "deepspeed.zero_optimization.offload_optimizer"
+    if "offload_param" in zero:
+        yield (
+            "deepspeed.zero_optimization.offload_param: is not supported; low-bit weights take a quarter of a byte on the "
+            "device, so leave it out and offload the optimizer's state"
+        )
+    offload = zero.get("offload_optimizer", {})
+    if not isinstance(offload, dict) or offload.get("device", "none") not in OPTIMIZER_DEVICES:
+        yield f'{name}: {_shown(offload)} is not valid; should be {{"device": "cpu", "pin_memory": true}}, or left out'
+        return
+    if not config.offloads_optimizer:
+        return
+    if stage == 0:
+        yield f"{name}: needs a ZeRO stage; set deepspeed.zero_optimization.stage = 1 (it may have one rank only)"
+    if config.optimizer.name != "adamw" and config.quantization.method == "dqt":
+        yield f"{name}: is for adamw's moments; {config.optimizer.name} has hardly any, so leave it out"
 
 
 def _world_problems(config: Config, world_size: int) -> Iterable[str]:

@@ -311,15 +311,36 @@ def test_a_field_that_others_follow_from_is_reported_once(file: Path) -> None:
             "optimizer.decay_steps: 60 + optimizer.warmup_steps = 50 is more than training.steps = 100; use "
             "a decay of at most 50",
         ),
-        (["deepspeed.zero_optimization.stage=2"], "deepspeed.zero_optimization.stage: 2 is not built yet; use 1"),
         (
-            ["deepspeed.zero_optimization.stage=3", "parallel.pipeline=2"],
-            "deepspeed.zero_optimization.stage: 3 does not go with parallel.pipeline = 2: the pipeline "
-            "schedule adds up gradients over micro-batches",
+            ["deepspeed.zero_optimization.stage=2", "parallel.pipeline=2"],
+            "deepspeed.zero_optimization.stage: 2 does not go with parallel.pipeline = 2: a pipeline needs many "
+            "micro-batches",
         ),
         (
+            ["deepspeed.zero_optimization.stage=3", "parallel.pipeline=2"],
+            "use 1, which is enough here because low-bit weights are 8 times smaller than bf16 ones, or "
+            "parallel.pipeline = 1",
+        ),
+        (
+            ["parallel.context=2"],
+            "parallel.context: 2 is not supported: in megatron-core attention over a split sequence",
+        ),
+        (
+            ["deepspeed.zero_optimization.reduce_scatter=false"],
+            "has no effect, as gradients are not reduced by DeepSpeed",
+        ),
+        (
+            ["deepspeed.zero_optimization.offload_optimizer.device=cpu"],
+            "deepspeed.zero_optimization.offload_optimizer: needs a ZeRO stage",
+        ),
+        (
+            ["deepspeed.zero_optimization.offload_optimizer.device=nvme"],
+            'should be {"device": "cpu", "pin_memory": true}',
+        ),
+        (["deepspeed.zero_optimization.offload_param.device=cpu"], "leave it out and offload the optimizer's state"),
+        (
             ["deepspeed.zero_optimization.stage=one"],
-            'deepspeed.zero_optimization.stage: "one" is not valid; use 0 or 1',
+            'deepspeed.zero_optimization.stage: "one" is not valid; use 0, 1, 2 or 3',
         ),
         (["deepspeed.zero_optimization=1"], "deepspeed.zero_optimization: 1 is not valid; should be an object"),
         (

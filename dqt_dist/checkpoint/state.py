@@ -19,7 +19,8 @@ from dqt_dist.checkpoint.logical_tensor import LogicalState, LogicalTensor
 from dqt_dist.lowbit.coordinates import LogicalMatrix, ShardLayout
 from dqt_dist.parallel.engine import CombinedOptimizer
 from dqt_dist.parallel.low_bit_optimizer import OwnedRows
-from dqt_dist.parallel.model import Parameter, low_bit_matrices, parameters
+from dqt_dist.parallel.master_weights import MasterShard
+from dqt_dist.parallel.model import low_bit_matrices
 
 
 def logical_state(chunks: nn.Module, optimizer: CombinedOptimizer) -> LogicalState:
@@ -28,16 +29,16 @@ def logical_state(chunks: nn.Module, optimizer: CombinedOptimizer) -> LogicalSta
     for weight in low_bit_matrices(chunks):
         assert weight.layout is not None
         per_byte = weight.grid.codes_per_byte
-        for matrix, row, local, count in weight.layout.pieces(0, weight.rows):
+        for matrix, row, local, count in weight.layout.pieces(*weight.held_rows):
             shape = (matrix.rows, weight.grid.packed_columns(matrix.columns))
-            view = weight.codes[local : local + count]
+            view = weight.packed(local, local + count)
             _add(state, f"codes/{matrix.name}", shape, (row, weight.layout.column_offset // per_byte), view)
         for index, matrix in enumerate(weight.layout.matrices):
             _add(state, f"scale/{matrix.name}", (1, 1), (0, 0), weight.scale[index].view(1, 1))
     for rows in optimizer.low_bit.rows:
         _add_low_bit_moments(state, rows)
-    for parameter in parameters(chunks):
-        _add_parameter(state, parameter, optimizer)
+    for shard in optimizer.shards:
+        _add_parameter(state, shard, optimizer)
     return state
 
 
@@ -69,30 +70,17 @@ def _add_low_bit_moments(state: LogicalState, rows: OwnedRows) -> None:
             _add(state, f"low_bit.{name}/{matrix.name}", shape, offset, view)
 
 
-def _add_parameter(state: LogicalState, parameter: Parameter, optimizer: CombinedOptimizer) -> None:
-    for kind, start, fragment in _fragments(parameter, optimizer):
-        for matrix, offset, view in rectangles(parameter.layout, start, fragment):
+def _add_parameter(state: LogicalState, shard: MasterShard, optimizer: CombinedOptimizer) -> None:
+    """The owned elements of a parameter's master value and moments."""
+    if shard.master is None:
+        return
+    moments = optimizer.torch_optimizer.state[shard.master]
+    kinds = {"parameter": shard.master.detach()}
+    kinds |= {f"parameter.{name}": value for name, value in moments.items() if name != "step"}
+    layout = shard.parameter.layout
+    for kind, tensor in kinds.items():
+        for matrix, offset, view in rectangles(layout, shard.start, shard.view(tensor)):
             _add(state, f"{kind}/{matrix.name}", (matrix.rows, matrix.columns), offset, view)
-
-
-def _fragments(parameter: Parameter, optimizer: CombinedOptimizer) -> Iterator[tuple[str, int, Tensor]]:
-    """(kind, first element, flat fp32 memory) of a parameter's master value and moments that live on this rank."""
-    tensor, torch_optimizer = parameter.tensor, optimizer.torch_optimizer
-    start, narrow = 0, (0, tensor.numel())
-    if hasattr(tensor, "_hp_mapping"):
-        mapping = tensor._hp_mapping
-        if mapping is None:
-            return
-        start = mapping.lp_fragment_address.start
-        address = mapping.hp_fragment_address
-        narrow = (address.start, address.numel)
-        master = torch_optimizer.param_groups[mapping.param_group_index]["params"][0]
-    else:
-        master = optimizer.unsharded_master(tensor)
-    yield "parameter", start, master.detach().view(-1).narrow(0, *narrow)
-    for name, value in torch_optimizer.state[master].items():
-        if name != "step":
-            yield f"parameter.{name}", start, value.view(-1).narrow(0, *narrow)
 
 
 def rectangles(
@@ -119,6 +107,7 @@ def rectangles(
 def after_load(optimizer: CombinedOptimizer, step: int) -> None:
     """Brings what follows from the loaded state into line: step counts and the parameters the model computes with."""
     optimizer.steps_done = step
+    optimizer.low_bit.codes_change()
     for value in optimizer.torch_optimizer.state.values():
         value["step"].fill_(float(step))
     optimizer.refresh_parameters()

@@ -137,7 +137,7 @@ def update_rows_triton(
     counts = torch.empty(rows, 3, dtype=torch.int32, device=direction.device)
     grid = weight.grid
     _update_kernel[(rows,)](
-        weight.codes[start : start + rows],
+        weight.packed(start, start + rows),
         direction,
         first_element[start : start + rows],
         matrix_id[start : start + rows],

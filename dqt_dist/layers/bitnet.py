@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
-from dqt_dist.layers.collectives import Group
+from dqt_dist.layers.collectives import Group, reduce_in_place
 from dqt_dist.lowbit.activation import quantize_tokens, token_absmax
 from dqt_dist.lowbit.coordinates import ShardLayout
 
@@ -45,8 +45,7 @@ def ternarize(weight: Tensor, layout: ShardLayout, group: Group) -> Tensor:
         wide = weight.float()
         abs_sum = torch.zeros(len(layout.matrices), device=weight.device)
         abs_sum.index_add_(0, row_matrix, wide.abs().sum(dim=1))
-        if group.size() > 1:
-            dist.all_reduce(abs_sum, group=group)
+        reduce_in_place(abs_sum, group, "activations")
         numel = torch.tensor([m.rows * m.columns for m in layout.matrices], device=weight.device)
         scale = (abs_sum / numel).clamp(min=SCALE_FLOOR)[row_matrix][:, None]
         quantized = (wide / scale).round().clamp(-1, 1) * scale
@@ -57,8 +56,8 @@ def fake_quantize_tokens(x: Tensor, width_group: Group | None = None) -> Tensor:
     """x rounded to 8 bits a token over the full width, which `width_group` splits; straight-through."""
     with torch.no_grad():
         absmax = token_absmax(x)
-        if width_group is not None and width_group.size() > 1:
-            dist.all_reduce(absmax, op=dist.ReduceOp.MAX, group=width_group)
+        if width_group is not None:
+            reduce_in_place(absmax, width_group, "activation_maxima", op=dist.ReduceOp.MAX)
         codes, scale = quantize_tokens(x, absmax)
         quantized = codes * scale
     return _StraightThrough.apply(x, quantized)

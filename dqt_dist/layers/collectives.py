@@ -1,15 +1,34 @@
 """Communication as autograd pairs: the backward of each is the conjugate of its forward.
 
 Megatron-core has the pairs for activations (`tensor_parallel/mappings.py`); these are the ones it lacks.
+
+Every collective of ours adds what this rank sends to BYTES_SENT, under the kind of thing that travels. The figure is that of
+the usual ring algorithms, from sizes, whatever the backend does: of n ranks and a whole tensor of B bytes
+
+    all-gather, reduce-scatter, all-to-all   B * (n - 1) / n         all-reduce   2 * B * (n - 1) / n
 """
 
 from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 Group = dist.ProcessGroup
+Kind = Literal["gradients", "codes", "activation_maxima", "activations"]
+
+BYTES_SENT: Counter[str] = Counter()
+"""Bytes this process has sent so far, by Kind."""
+
+
+def count_sent(kind: Kind, whole: Tensor, group: Group, passes: int = 1) -> None:
+    """Counts a collective over `whole`, the tensor as it is before being scattered or after being gathered."""
+    num_ranks = group.size()
+    BYTES_SENT[kind] += passes * whole.numel() * whole.element_size() * (num_ranks - 1) // num_ranks
+
 
 # torch 2.13 renamed these two and warns about the old names, which are all that torch 2.11 has.
 all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -23,13 +42,13 @@ class _SumPartials(torch.autograd.Function):
     def forward(ctx, x: Tensor, group: Group) -> Tensor:
         ctx.group = group
         x = x.clone()
-        dist.all_reduce(x, group=group)
+        reduce_in_place(x, group, "activations")
         return x
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.group)
+        reduce_in_place(grad, ctx.group, "activations")
         return grad, None
 
 
@@ -44,7 +63,7 @@ class _SumGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.group)
+        reduce_in_place(grad, ctx.group, "gradients")
         return grad, None
 
 
@@ -64,6 +83,7 @@ def gather_sequence(x: Tensor, group: Group) -> Tensor:
         return x
     gathered = torch.empty(x.shape[0] * group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
     all_gather_single(gathered, x.contiguous(), group=group)
+    count_sent("activations", gathered, group)
     return gathered
 
 
@@ -73,7 +93,18 @@ def scatter_sum_sequence(x: Tensor, group: Group) -> Tensor:
         return x
     part = torch.empty(x.shape[0] // group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
     reduce_scatter_single(part, x.contiguous(), group=group)
+    count_sent("activations", x, group)
     return part
+
+
+def reduce_in_place(
+    x: Tensor, group: Group, kind: Kind, op: Any = dist.ReduceOp.SUM, async_op: bool = False
+) -> dist.Work | None:
+    """All-reduce of `x` over `group`; nothing for one rank. Not differentiable. Returns the work when `async_op`."""
+    if group.size() == 1:
+        return None
+    count_sent(kind, x, group, passes=2)
+    return dist.all_reduce(x, op=op, group=group, async_op=async_op)
 
 
 def local_sequence(x: Tensor, group: Group) -> Tensor:

@@ -47,6 +47,7 @@ class DequantizedCompute:
         else:
             product = torch.mm(grad.t(), x, out_dtype=sink.dtype) if grad.is_cuda else grad.t().float() @ x.float()
             sink.add_(product) if has_sum else sink.copy_(product)
+        weight.gradient_written()
 
 
 COMPUTE = {"fp32": DequantizedCompute(torch.float32), "bf16": DequantizedCompute(torch.bfloat16)}

@@ -35,7 +35,7 @@ class _LookUp(torch.autograd.Function):
         rows = rows.masked_fill(elsewhere, 0)
         ctx.save_for_backward(rows, elsewhere)
         ctx.weight = weight
-        codes = unpack(weight.codes[rows], weight.grid, weight.columns)
+        codes = unpack(weight.whole()[rows], weight.grid, weight.columns)
         scale = weight.row_scale()[rows].masked_fill(elsewhere, 0.0)
         return (codes.float() * scale[:, None]).to(dtype).view(*tokens.shape, weight.columns)
 
@@ -47,6 +47,7 @@ class _LookUp(torch.autograd.Function):
         total = torch.ops.aten.embedding_dense_backward(grad, rows, ctx.weight.rows, -1, False)
         sink, has_sum = ctx.weight.gradient_sink()
         sink.add_(total) if has_sum else sink.copy_(total)
+        ctx.weight.gradient_written()
         return None, None, None, None, None
 
 

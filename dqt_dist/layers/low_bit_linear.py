@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dqt_dist.layers.collectives import Group, gather_sequence, local_sequence, scatter_sum_sequence
+from dqt_dist.layers.collectives import Group, gather_sequence, local_sequence, reduce_in_place, scatter_sum_sequence
 from dqt_dist.layers.compute import COMPUTE, DequantizedCompute
 from dqt_dist.layers.transformer_config import LlamaTransformerConfig
 from dqt_dist.lowbit.activation import quantize_tokens, token_absmax
@@ -33,8 +33,8 @@ def _quantize(x: Tensor, quantize: bool, width_group: Group | None = None) -> tu
     if not quantize:
         return x, None
     absmax = token_absmax(x)
-    if width_group is not None and width_group.size() > 1:
-        dist.all_reduce(absmax, op=dist.ReduceOp.MAX, group=width_group)
+    if width_group is not None:
+        reduce_in_place(absmax, width_group, "activation_maxima", op=dist.ReduceOp.MAX)
     return quantize_tokens(x, absmax)
 
 
@@ -73,8 +73,8 @@ class _ColumnParallel(torch.autograd.Function):
         handle = None
         if ctx.sequence:
             dx = scatter_sum_sequence(dx, group)
-        elif group.size() > 1:
-            handle = dist.all_reduce(dx, group=group, async_op=True)
+        else:
+            handle = reduce_in_place(dx, group, "activations", async_op=True)
         compute.wgrad(grad, x_q, x_scale, weight)
         if handle is not None:
             handle.wait()
@@ -95,8 +95,8 @@ class _RowParallel(torch.autograd.Function):
         if sequence:
             y = scatter_sum_sequence(y, group)
             x_scale = None if x_scale is None else local_sequence(x_scale, group)
-        elif group.size() > 1:
-            dist.all_reduce(y, group=group)
+        else:
+            reduce_in_place(y, group, "activations")
         return _apply_scales(y, x_scale, weight, x.dtype)
 
     @staticmethod

@@ -28,7 +28,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight = sum_gradient(self.weight, self.group) if self.group is not None else self.weight
-        return nn.functional.rms_norm(x, self.weight.shape, weight, self.eps)
+        # A view of its own: where the norm is made of several operations their gradients are then added up before they meet the
+        # residual's, in the same order whether or not ZeRO stage 3 has put nodes of its own around the module.
+        return nn.functional.rms_norm(x.view_as(x), self.weight.shape, weight, self.eps)
 
 
 class ParallelRMSNorm(nn.Module):

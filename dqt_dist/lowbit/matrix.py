@@ -4,11 +4,16 @@ Everything is a buffer, not an nn.Parameter: integers cannot require a gradient,
 whatever parameter it is given. The gradient has its own sink, `main_grad`, filled by the linear's backward and emptied by the
 optimizer, the way Megatron's main_grad works.
 
-    codes   uint8 or int8 [rows, packed_columns]   the only copy of the weight
-    scale   fp32 [matrices]                        one a logical matrix, the same on every rank, fixed after initialisation
+    codes   uint8 or int8 [held rows, packed_columns]   the only copy of the weight
+    scale   fp32 [matrices]                             one a logical matrix, the same on every rank, fixed after initialisation
+
+A rank holds all rows of its shard, or after `keep_rows` some of them (ZeRO stage 3); whoever computes with the matrix then gets
+the others through `gather`. Row numbers are always those of the shard.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +35,13 @@ class LowBitMatrix(nn.Module):
         super().__init__()
         self.rows, self.columns, self.grid = rows, columns, grid
         self.layout: ShardLayout | None = None
+        self.first_row = 0
+        self.gather: Callable[[], Tensor] | None = None
+        """Returns the packed codes of all rows where this rank does not hold them."""
         self.main_grad: Tensor | None = None
+        self.gradient_dtype = torch.float32
+        self.on_gradient: Callable[[], None] | None = None
+        """Called each time a backward pass has added to `main_grad`."""
         codes = torch.zeros(rows, grid.packed_columns(columns), dtype=storage_dtype(grid), device=device)
         self.register_buffer("codes", codes)
         self.register_buffer("scale", torch.ones(1, device=device))
@@ -49,20 +60,40 @@ class LowBitMatrix(nn.Module):
     def numel(self) -> int:
         return self.rows * self.columns
 
+    @property
+    def held_rows(self) -> tuple[int, int]:
+        """[start, stop) of the rows whose codes this rank holds."""
+        return self.first_row, self.first_row + self.codes.shape[0]
+
+    def keep_rows(self, start: int, stop: int, gather: Callable[[], Tensor]) -> None:
+        """Drops the codes of all rows but [start, stop)."""
+        self.codes, self.first_row, self.gather = self.codes[start:stop].clone(), start, gather
+
     def row_scale(self) -> Tensor:
         """The scale of each row, fp32 [rows]; applied in the GEMM's epilogue, never multiplied into stored codes."""
         return self.scale[self.row_matrix.int()]
 
-    def unpack(self, start: int = 0, stop: int | None = None) -> Tensor:
-        """int8 codes of rows [start, stop): scratch for one use, [stop - start, columns]."""
-        return unpack(self.codes[start:stop], self.grid, self.columns)
+    def packed(self, start: int, stop: int) -> Tensor:
+        """View of the packed codes of held rows [start, stop)."""
+        first, last = self.held_rows
+        assert first <= start <= stop <= last, (start, stop, self.held_rows)
+        return self.codes[start - first : stop - first]
+
+    def whole(self) -> Tensor:
+        """Packed codes of all rows; scratch for one use where this rank does not hold them."""
+        return self.codes if self.gather is None else self.gather()
+
+    def unpack(self, start: int | None = None, stop: int | None = None) -> Tensor:
+        """int8 codes of held rows [start, stop), or of all rows: scratch for one use, [stop - start, columns]."""
+        packed = self.whole() if start is None or stop is None else self.packed(start, stop)
+        return unpack(packed, self.grid, self.columns)
 
     def set_codes(self, codes: Tensor, start: int = 0) -> None:
-        """Overwrites rows from `start` on with integer codes [n, columns]."""
-        self.codes[start : start + codes.shape[0]] = pack(codes, self.grid)
+        """Overwrites held rows from `start` on with integer codes [n, columns]."""
+        self.packed(start, start + codes.shape[0]).copy_(pack(codes, self.grid))
 
     def set_weights(self, weights: Tensor, start: int = 0) -> None:
-        """Quantises float weights [n, columns] to nearest, with the scales as they are, into rows from `start` on."""
+        """Quantises float weights [n, columns] to nearest, with the scales as they are, into held rows from `start` on."""
         row_scale = self.row_scale()[start : start + weights.shape[0], None]
         self.set_codes(round_nearest(weights.float() / row_scale, self.grid), start)
 
@@ -70,12 +101,20 @@ class LowBitMatrix(nn.Module):
         """fp32 [rows, columns]: what the codes stand for. For tests and export; training never calls it."""
         return self.unpack().float() * self.row_scale()[:, None]
 
-    def gradient_sink(self, dtype: torch.dtype = torch.float32) -> tuple[Tensor, bool]:
-        """The gradient buffer [rows, columns] and whether it already holds a sum to add to."""
+    def gradient_sink(self) -> tuple[Tensor, bool]:
+        """The gradient buffer [rows, columns] in `gradient_dtype` and whether it already holds a sum to add to.
+
+        Whoever writes to it calls `gradient_written` afterwards.
+        """
         if self.main_grad is None:
-            self.main_grad = torch.empty(self.rows, self.columns, dtype=dtype, device=self.codes.device)
+            self.main_grad = torch.empty(self.rows, self.columns, dtype=self.gradient_dtype, device=self.codes.device)
             return self.main_grad, False
         return self.main_grad, True
+
+    def gradient_written(self) -> None:
+        """Tells the optimizer that one more micro-batch is in the sink."""
+        if self.on_gradient is not None:
+            self.on_gradient()
 
     def extra_repr(self) -> str:
         return f"{self.rows} x {self.columns}, bits={self.grid.bits}"

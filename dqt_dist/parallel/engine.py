@@ -1,11 +1,11 @@
 """DeepSpeed's engine over both kinds of weights: one optimizer object, one gradient norm, one clip.
 
-    high-precision parameters   DeepSpeed's optimizer (ZeRO stage of the config) around torch.optim.AdamW
+    high-precision parameters   torch.optim.AdamW inside DeepSpeed's optimizer for the ZeRO stage of the config
     low-bit codes               LowBitOptimizer, behind the same step()
 
-Who divides what: Megatron's schedule divides the loss by the number of micro-batches, DeepSpeed and `reduce_rows` divide by
-the data-parallel size. Nobody else divides. DeepSpeed's own clipping is off; the clip factor reaches its optimizer through a
-hook of the torch optimizer inside, which sees the fp32 gradients just before they are used, whichever wrapper is around it.
+DeepSpeed divides masters, moments and (stage 3) parameters over the ranks; gradients take our way to their owners, the same for
+both kinds of weights and in every stage (gradients.py). Who divides what: Megatron's schedule divides the loss by the number of
+micro-batches, the reduction divides by the data-parallel size. Nobody else divides, and nobody else clips.
 """
 
 from __future__ import annotations
@@ -20,9 +20,18 @@ from torch import Tensor, nn
 
 from dqt_dist.config import Config, layout
 from dqt_dist.optim.schedule import schedule_factor
+from dqt_dist.parallel.gradients import Gradient, GradientReducer
 from dqt_dist.parallel.groups import Groups, MegatronUnit
 from dqt_dist.parallel.low_bit_optimizer import LowBitOptimizer
-from dqt_dist.parallel.model import Parameter, low_bit_matrices, parameters
+from dqt_dist.parallel.master_weights import (
+    GradientFeed,
+    MasterShard,
+    create_moments,
+    master_shards,
+    refresh_parameters,
+)
+from dqt_dist.parallel.model import DTYPES, low_bit_matrices, parameters
+from dqt_dist.parallel.row_sharding import row_bounds
 
 # AdamW's default; the high-precision parameters keep AdamW when Adafactor, which may have no beta1, updates the codes.
 DEFAULT_BETA1 = 0.9
@@ -34,7 +43,6 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The user's `deepspeed` section completed with what follows from the other sections."""
     settings = copy.deepcopy(config.deepspeed)
     training = config.training
-    bf16 = config.quantization.compute == "bf16"
     settings |= {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
@@ -42,20 +50,22 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         # Megatron's schedule runs the micro-batches; engine.step() is the boundary.
         "managed_gradient_accumulation": False,
         "gradient_clipping": 0.0,
-        # With fp32 sums (below) a hook adds each micro-batch's gradient as it is made; without ZeRO the key means nothing.
-        "bf16": {"enabled": bf16, "immediate_grad_update": bf16 and config.zero_stage == 1},
+        "bf16": {"enabled": config.quantization.compute == "bf16"},
+        # torch's AdamW also updates what is offloaded to the host.
+        "zero_force_ds_cpu_optimizer": False,
     }
     settings.setdefault("zero_allow_untested_optimizer", True)
     settings.setdefault("steps_per_print", None)
     zero = settings.setdefault("zero_optimization", {})
     zero.setdefault("stage", config.zero_stage)
-    if config.zero_stage == 1:
-        if bf16:
-            # Sum micro-batches in fp32, as Megatron does. Makes DeepSpeed choose its BF16_Optimizer.
-            settings.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
-        else:
-            # The norm is ours; BF16_Optimizer does not take this key, see `_leave_norm_to_us`.
-            zero["compute_grad_norm"] = False
+    # Buffers for a reduction that is not DeepSpeed's: a GB in stage 3 if left alone.
+    zero["contiguous_gradients"] = False
+    if config.zero_stage in (1, 2):
+        zero["overlap_comm"] = False
+        zero["compute_grad_norm"] = False  # the norm is ours
+        if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+            # DeepSpeed insists on a norm of its own there: a pass over the gradients, unused.
+            del zero["compute_grad_norm"]
     return settings
 
 
@@ -84,7 +94,8 @@ def high_precision_optimizer(chunks: nn.Module, config: Config) -> torch.optim.A
         lr=0.0,
         betas=(DEFAULT_BETA1 if optimizer.beta1 is None else optimizer.beta1, optimizer.beta2),
         eps=optimizer.epsilon,
-        fused=vectors[0].is_cuda,
+        # Masters that are offloaded to the host are updated there.
+        fused=vectors[0].is_cuda and not config.offloads_optimizer,
     )
 
 
@@ -92,127 +103,103 @@ class CombinedOptimizer:
     """DeepSpeed's optimizer interface over both optimizers; whatever is not here is DeepSpeed's own."""
 
     def __init__(
-        self,
-        high_precision: Any,
-        torch_optimizer: torch.optim.AdamW,
-        low_bit: LowBitOptimizer,
-        chunks: nn.Module,
-        config: Config,
-        groups: Groups,
+        self, high_precision: Any, torch_optimizer: torch.optim.AdamW, chunks: nn.Module, config: Config, groups: Groups
     ) -> None:
-        self.high_precision, self.torch_optimizer, self.low_bit = high_precision, torch_optimizer, low_bit
+        self.high_precision, self.torch_optimizer = high_precision, torch_optimizer
         self.config, self.groups = config, groups
-        self.parameters = parameters(chunks)
-        torch_optimizer.register_step_pre_hook(self._scale_gradients)
-        _create_moments(torch_optimizer)
-        _leave_norm_to_us(high_precision, groups)
+        self.reducer = GradientReducer(
+            groups.data,
+            layout(config, groups.world.size()).num_microbatches,
+            in_backward=config.zero_stage >= 2,
+            each_micro_batch=config.optimizer.gradient_reduction == "micro_batch",
+        )
+        self.shards = master_shards(high_precision, parameters(chunks), config.zero_stage, groups.data)
+        create_moments(torch_optimizer, self.shards)
+        masters = [shard.master for shard in self.shards if shard.master is not None]
+        self.master_device = masters[0].device if masters else groups.device
+        self.feed = GradientFeed(high_precision, torch_optimizer, self.shards, config.zero_stage)
+        self.gradients = [self._collect(shard) for shard in self.shards]
+        self.low_bit = LowBitOptimizer(low_bit_matrices(chunks), config, groups, self.reducer)
         self.steps_done = 0
         self.last_factor = 0.0
         self.grad_norm = torch.zeros((), device=groups.device)
-        self.clip = torch.ones((), device=groups.device)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.__dict__["high_precision"], name)
 
+    def _collect(self, shard: MasterShard) -> Gradient:
+        """Has each backward add the parameter's gradient to a sum in `optimizer.gradient_dtype`."""
+        dtype, group, stage = DTYPES[self.config.optimizer.gradient_dtype], self.groups.data, self.config.zero_stage
+        logical, parameter = shard.parameter.layout, shard.parameter.tensor
+        numel = logical.rows * logical.columns
+        bounds = row_bounds(numel, group.size()) if stage == 0 else shard.bounds
+        sums: list[Tensor] = []
+        name = logical.matrices[0].name
+        gradient = Gradient(name, numel, 1, bounds, stage == 0, take=lambda: sums.pop() if sums else None)
+        arrived = self.reducer.add(gradient)
+
+        @torch.no_grad()
+        def add(parameter: Tensor) -> None:
+            assert parameter.grad is not None
+            new, parameter.grad = parameter.grad.reshape(-1), None
+            if sums:
+                sums[0].add_(new)
+            else:
+                sums.append(new.to(dtype))
+            arrived()
+
+        parameter.register_post_accumulate_grad_hook(add)
+        return gradient
+
     def step(self, *_: Any, **__: Any) -> None:
-        """One update of everything. The engine has reduced the high-precision gradients already."""
+        """One update of everything."""
         optimizer = self.config.optimizer
         step = self.steps_done + 1
         self.last_factor = factor = schedule_factor(step, self.config.training.steps, optimizer)
-        # Phase 1 reduce: low-bit gradient rows go to their owners.
-        self.low_bit.reduce_gradients()
+        # Phase 1 reduce: what the backward passes have not sent to its owners yet.
+        self.reducer.finish()
         # Phase 2 clip: one norm over everything.
         self.grad_norm = self._global_norm()
-        self.clip = clip_factor(self.grad_norm, optimizer.max_grad_norm)
+        clip = clip_factor(self.grad_norm, optimizer.max_grad_norm)
         # Phase 3 update.
-        # A step that is clipped to nothing has no rate either: the first moments would still move the weights.
-        moves = self.clip > 0
-        for group in self.high_precision.param_groups:
-            group["lr"] = group["peak_learning_rate"] * factor * moves
-        self.high_precision.step()
-        self.low_bit.update(step, optimizer.low_bit_learning_rate * factor, self.clip)
+        self._update_high_precision(factor, clip)
+        self.low_bit.update(step, optimizer.low_bit_learning_rate * factor, clip)
         # Phase 4 gather: packed codes.
         self.low_bit.gather_codes()
         self.steps_done = step
 
-    def _scale_gradients(self, torch_optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Pre-step hook of the torch optimizer inside DeepSpeed's."""
-        for group in torch_optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(self.clip.to(parameter.grad.device)).nan_to_num_(nan=0.0)
-
-    def unsharded_master(self, parameter: Tensor) -> Tensor:
-        """The tensor torch's optimizer updates for a parameter that ZeRO does not partition."""
-        return self._masters().get(id(parameter), parameter)
-
-    def _masters(self) -> dict[int, Tensor]:
-        """fp32 masters of DeepSpeed's bf16 optimizer without ZeRO, by the id of their parameter."""
-        low, high = (getattr(self.high_precision, name, []) for name in ("fp16_groups", "fp32_groups"))
-        pairs = zip([p for group in low for p in group], [p for group in high for p in group], strict=True)
-        return {id(parameter): master for parameter, master in pairs}
-
     @torch.no_grad()
+    def _update_high_precision(self, factor: float, clip: Tensor) -> None:
+        # A step that is clipped to nothing has no rate either: the first moments would still move the weights.
+        moves = (clip > 0).to(self.master_device)
+        for group in self.high_precision.param_groups:
+            group["lr"] = group["peak_learning_rate"] * factor * moves
+        clipped = []
+        for gradient in self.gradients:
+            assert gradient.mean is not None
+            # clip is 0 for a step whose norm is not finite; 0 * inf is nan, which becomes 0.
+            clipped.append(gradient.mean.view(-1).float().mul_(clip).nan_to_num_(nan=0.0))
+            gradient.mean = None
+        self.feed.put(clipped)
+        del clipped
+        self.high_precision.step()
+
+    def finalize_gradient_accumulation_boundary(self) -> None:
+        """DeepSpeed's engine calls this in stages 2 and 3 before `step`; its gradients are ours."""
+
     def refresh_parameters(self) -> None:
         """Copies masters into the parameters the model computes with, after masters were loaded."""
-        if hasattr(self.high_precision, "update_lp_params"):
-            self.high_precision.update_lp_params()
-        masters = self._masters()
-        for parameter in self.parameters:
-            if id(parameter.tensor) in masters:
-                parameter.tensor.copy_(masters[id(parameter.tensor)])
+        refresh_parameters(self.high_precision, self.shards, self.config.zero_stage)
 
     def _global_norm(self) -> Tensor:
         """L2 norm of all gradients, fp32 scalar; each element counted by exactly one rank of the world."""
-        total = self.low_bit.square_norm().to(self.groups.device)
-        for parameter in self.parameters:
-            if parameter.replicated and self.groups.tensor.rank() > 0:
-                continue
-            gradient = owned_gradient(parameter, self.groups)
-            if gradient is not None:
-                total = total + torch.linalg.vector_norm(gradient.float()).double().square().to(total.device)
+        mine = list(self.low_bit.gradients)
+        for shard, gradient in zip(self.shards, self.gradients, strict=True):
+            if not (shard.parameter.replicated and self.groups.tensor.rank() > 0):
+                mine.append(gradient)
+        total = self.reducer.square_norm(mine).to(self.groups.device)
         dist.all_reduce(total, group=self.groups.world)
         return total.sqrt().float()
-
-
-def _create_moments(optimizer: torch.optim.AdamW) -> None:
-    """Makes AdamW's state now instead of at its first step, so that a checkpoint can be loaded into it."""
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            on_device = parameter.device if group["fused"] else None
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), device=on_device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
-
-
-def _leave_norm_to_us(high_precision: Any, groups: Groups) -> None:
-    """Gives BF16_Optimizer's own norm one zero to work on.
-
-    It would spend a pass over all gradients on a number nobody reads, and fails on a stage whose only parameters are norms
-    (an empty list, on tensor-parallel ranks above 0).
-    """
-    if hasattr(high_precision, "get_grads_for_norm"):
-        zero = torch.zeros(1, device=groups.device)
-        high_precision.get_grads_for_norm = lambda for_clipping=False: ([zero], {})
-
-
-def owned_gradient(parameter: Parameter, groups: Groups) -> Tensor | None:
-    """The part of a parameter's reduced gradient that this data-parallel rank counts; None when it counts none.
-
-    Under ZeRO it is the fragment in this rank's partition, otherwise data-parallel rank 0 counts the whole.
-    """
-    tensor = parameter.tensor
-    if not hasattr(tensor, "_hp_mapping"):
-        return tensor.grad if groups.data.rank() == 0 else None
-    mapping = tensor._hp_mapping
-    if mapping is None:
-        return None
-    fragment = mapping.get_lp_grad_fragment(tensor._index_in_param_group).flatten()
-    address = mapping.lp_fragment_address
-    # BF16_Optimizer accumulates whole parameters and owns a fragment, the ZeRO optimizers keep the fragment only.
-    return fragment.narrow(0, address.start, address.numel) if fragment.numel() == tensor.numel() else fragment
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
@@ -236,12 +223,14 @@ def build_engine(chunks: nn.ModuleList, config: Config, groups: Groups) -> Any:
     )
     torch_optimizer = high_precision_optimizer(chunks, config)
     engine, _, _, _ = deepspeed.initialize(
-        model=chunks,
+        # A module that is called: stage 3 hangs its gathers on the calls. Several chunks mean pipeline > 1, so stage 0 or 1.
+        model=chunks[0] if len(chunks) == 1 else chunks,
         optimizer=torch_optimizer,
         config=deepspeed_config(config, groups.world.size()),
         mpu=MegatronUnit(groups),
         dist_init_required=False,
     )
-    low_bit = LowBitOptimizer(low_bit_matrices(chunks), config, groups)
-    engine.optimizer = CombinedOptimizer(engine.optimizer, torch_optimizer, low_bit, chunks, config, groups)
+    # Stages 0 and 1 would reduce at the boundary; see gradients.py.
+    engine.enable_backward_allreduce = False
+    engine.optimizer = CombinedOptimizer(engine.optimizer, torch_optimizer, chunks, config, groups)
     return engine

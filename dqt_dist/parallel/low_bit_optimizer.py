@@ -3,20 +3,22 @@
 A low-bit shard is divided by ROWS over the data-parallel group: dW leaves its product row-major and packed rows are contiguous
 bytes, so neither direction needs a flat copy. Rows need not divide evenly. D ranks, rank r owns rows [start_r, stop_r):
 
-    stage 0   every rank owns every row; gradients are summed to everybody, all compute the same update from the same draws
+    stage 0   every rank owns every row; all get the mean gradient and compute the same update from the same draws
     stage 1   a rank owns its rows: gradient rows go to their owner, the owner updates, PACKED codes are all-gathered
+    stage 2   the same, and gradient rows leave during the backward pass
+    stage 3   codes of owned rows only; the packed codes are gathered just before use (code_shards.py)
 
-The sum over ranks is always taken by the owner of a row, in rank order 0 .. D-1, in both stages. So stage 0 and stage 1 give
-the same bits. Moments exist for owned rows only.
+Means are taken by the owner of a row in rank order in every stage (gradients.py), so all stages give the same bits. Moments
+exist for owned rows only, on the device or, with deepspeed.zero_optimization.offload_optimizer, in pinned memory of the host.
 
 The class sequences phases; what an update is stands in `optim/`:
 
-    Phase 1 reduce_gradients   Phase 2 square_norm (then the caller's clip)   Phase 3 update   Phase 4 gather_codes
+    Phase 1 GradientReducer.finish   Phase 2 square_norm, clip (the caller's)   Phase 3 update   Phase 4 gather_codes
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -30,8 +32,14 @@ from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey
 from dqt_dist.optim import adafactor
 from dqt_dist.optim.adamw import adamw_direction
+from dqt_dist.parallel.code_shards import CodeGatherer
+from dqt_dist.parallel.gradients import Gradient, GradientReducer
 from dqt_dist.parallel.groups import Groups
-from dqt_dist.parallel.row_sharding import gather_rows, reduce_rows, row_bounds
+from dqt_dist.parallel.model import DTYPES
+from dqt_dist.parallel.row_sharding import row_bounds, start_gather
+
+Block = Callable[[slice], Tensor]
+"""The clipped fp32 gradient of a range of owned rows."""
 
 # Elements updated at once. A block of rows keeps its dozen fp32 and int64 temporaries small beside the moments.
 UPDATE_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}
@@ -45,8 +53,7 @@ class OwnedRows:
     start: int
     stop: int
     state: dict[str, Tensor] = field(default_factory=dict)
-    gradient: Tensor | None = None
-    """Reduced gradient of the owned rows, fp32 [stop - start, columns]; alive from reduce to update."""
+    gradient: Gradient = field(init=False)
     counts: Tensor | None = None
     """int64 [matrices, 3] of the last update: flips, zeros, clamped; owned rows only."""
 
@@ -64,23 +71,31 @@ class OwnedRows:
 class AdamWRule:
     """Two fp32 moments a weight."""
 
-    def __init__(self, config: OptimizerConfig) -> None:
+    def __init__(self, config: OptimizerConfig, offload: bool) -> None:
+        self.offload = offload
         self.beta1, self.beta2, self.epsilon = config.beta1 or 0.0, config.beta2, config.epsilon
 
     def new_state(self, rows: OwnedRows) -> dict[str, Tensor]:
         shape, device = (rows.stop - rows.start, rows.weight.columns), rows.weight.codes.device
+        if self.offload:
+            return {name: torch.zeros(shape, pin_memory=device.type == "cuda") for name in ("exp_avg", "exp_avg_sq")}
         return {name: torch.zeros(shape, device=device) for name in ("exp_avg", "exp_avg_sq")}
 
-    def directions(self, rows: OwnedRows, gradient: Tensor, step: int) -> Iterator[tuple[slice, Tensor]]:
+    def directions(self, rows: OwnedRows, gradient: Block, step: int) -> Iterator[tuple[slice, Tensor]]:
         """Yields the direction of each block of owned rows and updates its moments."""
         for block in rows.chunks():
-            moments = (rows.state["exp_avg"][block], rows.state["exp_avg_sq"][block])
+            kept = (rows.state["exp_avg"][block], rows.state["exp_avg_sq"][block])
+            # The kept tensors themselves, unless they are offloaded.
+            moments = [moment.to(rows.weight.codes.device, non_blocking=True) for moment in kept]
             yield (
                 block,
                 adamw_direction(
-                    gradient[block], *moments, step=step, beta1=self.beta1, beta2=self.beta2, epsilon=self.epsilon
+                    gradient(block), *moments, step=step, beta1=self.beta1, beta2=self.beta2, epsilon=self.epsilon
                 ),
             )
+            if self.offload:
+                for moment, updated in zip(kept, moments, strict=True):
+                    moment.copy_(updated, non_blocking=True)
 
 
 class AdafactorRule:
@@ -124,24 +139,28 @@ class AdafactorRule:
         assert layout is not None
         return layout.columns != layout.in_features
 
-    def directions(self, rows: OwnedRows, gradient: Tensor, step: int) -> Iterator[tuple[slice, Tensor]]:
+    def directions(self, rows: OwnedRows, gradient: Block, step: int) -> Iterator[tuple[slice, Tensor]]:
         """Yields the direction of each block of owned rows, after updating the factored moments of the shard."""
         layout, state, row_matrix = rows.weight.layout, rows.state, rows.row_matrix
         assert layout is not None
-        matrix_rows = torch.tensor([float(m.rows) for m in layout.matrices], device=gradient.device)
-        num_matrices = len(layout.matrices)
-        row_sums, column_sums = adafactor.square_sums(gradient, row_matrix, num_matrices)
+        device, num_matrices = row_matrix.device, len(layout.matrices)
+        matrix_rows = torch.tensor([float(m.rows) for m in layout.matrices], device=device)
+        row_sums = torch.zeros(rows.stop - rows.start, device=device)
+        column_sums = torch.zeros(num_matrices, layout.columns, device=device)
+        for block in rows.chunks():
+            row_sums[block], of_block = adafactor.square_sums(gradient(block), row_matrix[block], num_matrices)
+            column_sums += of_block
         weight = 1 - adafactor.decay_at(step, self.config.adafactor_decay_rate)
         state["row_mean"].lerp_(self._over_columns(row_sums, rows) / layout.in_features, weight)
         state["column_mean"].lerp_(self._over_rows(column_sums, rows) / matrix_rows[:, None], weight)
-        mean_row = torch.zeros(num_matrices, device=gradient.device).index_add_(0, row_matrix, state["row_mean"])
+        mean_row = torch.zeros(num_matrices, device=device).index_add_(0, row_matrix, state["row_mean"])
         mean_row = self._over_rows(mean_row, rows) / matrix_rows
 
         def unclipped(block: slice) -> Tensor:
             factors = (state["row_mean"][block], state["column_mean"], mean_row, row_matrix[block])
-            return adafactor.factored_direction(gradient[block], *factors)
+            return adafactor.factored_direction(gradient(block), *factors)
 
-        squares = torch.zeros(num_matrices, device=gradient.device)
+        squares = torch.zeros(num_matrices, device=device)
         for block in rows.chunks():
             squares.index_add_(0, row_matrix[block], unclipped(block).square().sum(dim=1))
         squares = self._over_columns(self._over_rows(squares, rows), rows)
@@ -158,41 +177,44 @@ class AdafactorRule:
 class LowBitOptimizer:
     """Owns the moments and the update of every low-bit shard of this rank."""
 
-    def __init__(self, weights: list[LowBitMatrix], config: Config, groups: Groups) -> None:
+    def __init__(self, weights: list[LowBitMatrix], config: Config, groups: Groups, reducer: GradientReducer) -> None:
         self.config, self.group = config, groups.data
-        self.sharded = config.zero_stage >= 1
+        self.stage = config.zero_stage
         self.used = config.quantization.method == "dqt"
         self.grid = make_grid(config.quantization.bits)
         optimizer = config.optimizer
         self.rule = (
-            AdamWRule(optimizer)
+            AdamWRule(optimizer, config.offloads_optimizer)
             if optimizer.name == "adamw"
             else AdafactorRule(optimizer, groups, rows_sharded=self.sharded)
         )
-        self.rows: list[OwnedRows] = []
-        for weight in weights:
-            bounds = row_bounds(weight.rows, self.group.size())
-            start, stop = bounds[self.group.rank()] if self.sharded else (0, weight.rows)
-            rows = OwnedRows(weight, start, stop)
-            rows.state = self.rule.new_state(rows)
-            self.rows.append(rows)
+        self.rows = [self._own(weight, reducer) for weight in weights]
+        self.gatherer = CodeGatherer(weights, self.group) if self.stage == 3 and self.group.size() > 1 else None
 
-    @torch.no_grad()
-    def reduce_gradients(self) -> None:
-        """Phase 1: averages gradients over the data-parallel group; each rank keeps those of its rows."""
-        for rows in self.rows:
-            gradient, rows.weight.main_grad = rows.weight.main_grad, None
-            if gradient is None:
-                raise RuntimeError(f"no gradient reached {rows.weight.layout}")
-            rows.gradient = reduce_rows(gradient, self.group, to_all=not self.sharded)
+    @property
+    def sharded(self) -> bool:
+        """Whether a rank updates some rows only."""
+        return self.stage >= 1
 
-    def square_norm(self) -> Tensor:
-        """Phase 2: sum of squares of the reduced gradients that this rank alone counts, fp64 scalar."""
-        if not self.rows or (not self.sharded and self.group.rank() > 0):
-            device = self.rows[0].weight.codes.device if self.rows else "cpu"
-            return torch.zeros((), dtype=torch.float64, device=device)
-        norms = [torch.linalg.vector_norm(rows.gradient).double() for rows in self.rows]
-        return torch.stack(norms).square().sum()
+    @property
+    def gradients(self) -> list[Gradient]:
+        return [rows.gradient for rows in self.rows]
+
+    def _own(self, weight: LowBitMatrix, reducer: GradientReducer) -> OwnedRows:
+        assert weight.layout is not None
+        bounds = row_bounds(weight.rows, self.group.size())
+        rows = OwnedRows(weight, *(bounds[self.group.rank()] if self.sharded else (0, weight.rows)))
+        rows.state = self.rule.new_state(rows)
+
+        def take() -> Tensor | None:
+            gradient, weight.main_grad = weight.main_grad, None
+            return gradient
+
+        name = weight.layout.matrices[0].name
+        rows.gradient = Gradient(name, weight.rows, weight.columns, bounds, not self.sharded, take)
+        weight.gradient_dtype = DTYPES[self.config.optimizer.gradient_dtype]
+        weight.on_gradient = reducer.add(rows.gradient)
+        return rows
 
     @torch.no_grad()
     def update(self, step: int, learning_rate: float, clip: Tensor) -> None:
@@ -200,21 +222,32 @@ class LowBitOptimizer:
         config = self.config
         key = RoundingKey(config.training.seed, step, config.quantization.rounding)
         decay = config.optimizer.low_bit_weight_decay
+        self.codes_change()
+        # A step that is clipped to nothing must not move codes by its first moment either.
+        moves = clip > 0
         for rows in self.rows:
-            gradient, rows.gradient = rows.gradient, None
-            assert gradient is not None
-            # clip is 0 for a step whose norm is not finite; 0 * inf is nan, which becomes 0.
-            gradient.mul_(clip).nan_to_num_(nan=0.0)
-            counts = torch.zeros(len(rows.weight.scale), 3, dtype=torch.int64, device=gradient.device)
-            for block, direction in self.rule.directions(rows, gradient, step):
-                # Nor may the first moment move codes then.
-                direction = direction * (clip > 0)
-                counts += update_rows(rows.weight, direction, rows.start + block.start, learning_rate, decay, key)
-            rows.counts = counts
+            mean, rows.gradient.mean = rows.gradient.mean, None
+            assert mean is not None
+
+            def clipped(block: slice, mean: Tensor = mean) -> Tensor:
+                # clip is 0 for a step whose norm is not finite; 0 * inf is nan, which becomes 0.
+                return (mean[block].float() * clip).nan_to_num_(nan=0.0)
+
+            rows.counts = torch.zeros(len(rows.weight.scale), 3, dtype=torch.int64, device=mean.device)
+            for block, direction in self.rule.directions(rows, clipped, step):
+                start = rows.start + block.start
+                rows.counts += update_rows(rows.weight, direction * moves, start, learning_rate, decay, key)
+
+    def codes_change(self) -> None:
+        """To be called before anybody writes to codes: what stage 3 has gathered ahead is out of date then."""
+        if self.gatherer is not None:
+            self.gatherer.forget()
 
     @torch.no_grad()
     def gather_codes(self) -> None:
-        """Phase 4: every rank gets the packed codes of every row, storage_bits a weight on the wire."""
-        if self.sharded:
-            for rows in self.rows:
-                gather_rows(rows.weight.codes, self.group)
+        """Phase 4: every rank gets the packed codes of every row, storage_bits a weight on the wire; not in stage 3."""
+        if self.stage not in (1, 2) or self.group.size() == 1:
+            return
+        for rows in self.rows:
+            codes = rows.weight.codes
+            codes.copy_(start_gather(codes[rows.start : rows.stop], rows.weight.rows, self.group, "codes").finish())

@@ -108,7 +108,7 @@ def low_bit_bytes(optimizer: LowBitOptimizer) -> dict[str, float]:
         tensors["codes"].append(weight.codes)
         tensors["scales"] += [weight.scale, weight.row_matrix]
         tensors["moments"] += list(rows.state.values())
-        tensors["gradient"] += [t for t in (weight.main_grad, rows.gradient) if t is not None]
+        tensors["gradient"] += [t for t in (weight.main_grad, rows.gradient.mean) if t is not None]
     totals = torch.tensor([held, *(storage_bytes(tensors[kind]) for kind in kinds)], dtype=torch.int64)
     dist.all_reduce(totals)
     if totals[0] == 0:
@@ -121,7 +121,7 @@ def count_parameters(chunks: nn.Module, optimizer: LowBitOptimizer, groups: Grou
     from dqt_dist.parallel.model import parameters
 
     low_bit = sum(rows.weight.numel for rows in optimizer.rows)
-    other = sum(p.tensor.numel() for p in parameters(chunks) if not (p.replicated and groups.tensor.rank() > 0))
+    other = sum(p.layout.rows * p.layout.columns for p in parameters(chunks) if not (p.replicated and groups.tensor.rank() > 0))
     if groups.data.rank() > 0:
         low_bit, other = 0, 0
     totals = torch.tensor([low_bit + other, low_bit], dtype=torch.int64)

@@ -24,10 +24,11 @@ from dqt_dist.checkpoint.state import logical_state, rectangles
 from dqt_dist.config import Config
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.packing import unpack
-from dqt_dist.parallel.engine import CombinedOptimizer, build_engine, owned_gradient
+from dqt_dist.parallel.engine import CombinedOptimizer, build_engine
+from dqt_dist.parallel.gradients import Gradient
 from dqt_dist.parallel.groups import Groups, initialize
 from dqt_dist.parallel.launch import Launch
-from dqt_dist.parallel.model import build_model, parameters
+from dqt_dist.parallel.model import build_model
 from dqt_dist.training.step import StepResult, mean_over_data, train_step
 from tests.distributed import run_distributed
 from tests.small import random_batches, small_config
@@ -109,18 +110,14 @@ def whole_gradients(run: Run) -> Whole:
         state.setdefault(name, LogicalTensor(shape, torch.float32)).add(offset, view.float())
 
     for rows in run.optimizer.low_bit.rows:
-        layout = rows.weight.layout
-        assert layout is not None and rows.gradient is not None
+        layout, mean = rows.weight.layout, rows.gradient.mean
+        assert layout is not None and mean is not None
         for matrix, row, local, count in layout.pieces(rows.start, rows.stop):
-            view = rows.gradient[local - rows.start : local - rows.start + count]
+            view = mean[local - rows.start : local - rows.start + count]
             add(matrix.name, (matrix.rows, matrix.columns), (row, layout.column_offset), view)
-    for parameter in parameters(run.chunks):
-        gradient = owned_gradient(parameter, run.groups)
-        if gradient is None:
-            continue
-        mapping = getattr(parameter.tensor, "_hp_mapping", None)
-        first = mapping.lp_fragment_address.start if mapping is not None else 0
-        for matrix, offset, view in rectangles(parameter.layout, first, gradient.reshape(-1)):
+    for shard, gradient in zip(run.optimizer.shards, run.optimizer.gradients, strict=True):
+        assert gradient.mean is not None
+        for matrix, offset, view in rectangles(shard.parameter.layout, shard.start, gradient.mean.reshape(-1)):
             add(matrix.name, (matrix.rows, matrix.columns), offset, view)
     return assemble(state)
 
@@ -128,14 +125,14 @@ def whole_gradients(run: Run) -> Whole:
 def record_gradients(run: Run) -> list[Whole]:
     """A list that every following step adds its reduced gradients to, taken where the step computes their norm."""
     recorded: list[Whole] = []
-    low_bit = run.optimizer.low_bit
-    square_norm = low_bit.square_norm
+    reducer = run.optimizer.reducer
+    square_norm = reducer.square_norm
 
-    def record_and_go_on() -> Tensor:
+    def record_and_go_on(gradients: list[Gradient]) -> Tensor:
         recorded.append({name: gradient.clone() for name, gradient in whole_gradients(run).items()})
-        return square_norm()
+        return square_norm(gradients)
 
-    low_bit.square_norm = record_and_go_on  # type: ignore[method-assign]
+    reducer.square_norm = record_and_go_on  # type: ignore[method-assign]
     return recorded
 
 

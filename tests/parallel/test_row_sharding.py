@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dqt_dist.parallel.row_sharding import gather_rows, reduce_rows, row_bounds
+from dqt_dist.layers.collectives import BYTES_SENT
+from dqt_dist.parallel.row_sharding import row_bounds, start_gather, start_sum
 from tests.distributed import run_distributed
 
 # (rows, ranks): even, uneven, a last rank with fewer, ranks with none, one row.
@@ -22,10 +23,11 @@ def part(rank: int, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def mean_in_rank_order(rows: int, ranks: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    total = part(0, rows, dtype)
+    """In fp32, rounded once at the end."""
+    total = part(0, rows, dtype).float()
     for rank in range(1, ranks):
-        total = total + part(rank, rows, dtype)
-    return total / ranks
+        total = total + part(rank, rows, dtype).float()
+    return (total / ranks).to(dtype)
 
 
 @pytest.mark.parametrize(("rows", "ranks"), SHAPES)
@@ -35,21 +37,24 @@ def test_bounds_cut_the_rows_without_gap_or_overlap(rows: int, ranks: int) -> No
     assert len(bounds) == ranks and all(stop - start <= -(-rows // ranks) for start, stop in bounds)
 
 
-def reduce(rank: int, world_size: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def reduce(rank: int, world_size: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """This rank's mean, and the bytes that the exchange was counted with."""
     group = dist.group.WORLD
     assert group is not None
-    mine = reduce_rows(part(rank, rows, dtype), group, to_all=False)
-    return mine.clone(), reduce_rows(part(rank, rows, dtype), group, to_all=True)
+    BYTES_SENT.clear()
+    bounds = [(3 * start, 3 * stop) for start, stop in row_bounds(rows, world_size)]
+    mine = start_sum(part(rank, rows, dtype).view(-1), bounds, group).finish()
+    return mine.view(-1, 3), BYTES_SENT["gradients"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "ranks"), SHAPES)
-def test_reduce_rows_is_the_mean_in_rank_order_bit_for_bit(rows: int, ranks: int, dtype: torch.dtype) -> None:
+def test_the_owner_gets_the_mean_in_rank_order_bit_for_bit(rows: int, ranks: int, dtype: torch.dtype) -> None:
     wanted = mean_in_rank_order(rows, ranks, dtype)
     results = run_distributed(reduce, ranks, rows, dtype)
-    for (start, stop), (mine, everything) in zip(row_bounds(rows, ranks), results, strict=True):
-        assert torch.equal(mine, wanted[start:stop])
-        assert torch.equal(everything, wanted)
+    for (start, stop), (mine, sent) in zip(row_bounds(rows, ranks), results, strict=True):
+        assert torch.equal(mine, wanted[start:stop]) and mine.dtype == dtype
+        assert sent == rows * 3 * dtype.itemsize * (ranks - 1) // ranks
 
 
 def test_the_order_of_the_sum_matters_here() -> None:
@@ -59,20 +64,16 @@ def test_the_order_of_the_sum_matters_here() -> None:
 
 
 def gather(rank: int, world_size: int, rows: int, dtype: torch.dtype) -> Tensor:
-    """Every rank starts with its own rows right and all others wrong."""
     group = dist.group.WORLD
     assert group is not None
-    whole = torch.arange(rows * 5).view(rows, 5).to(dtype)
     start, stop = row_bounds(rows, world_size)[rank]
-    mine = torch.full_like(whole, 77)
-    mine[start:stop] = whole[start:stop]
-    gather_rows(mine, group)
-    return mine
+    mine = torch.arange(rows * 5).view(rows, 5).to(dtype)[start:stop].clone()
+    return start_gather(mine, rows, group, "codes").finish().clone()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float32])
 @pytest.mark.parametrize(("rows", "ranks"), SHAPES)
-def test_gather_rows_gives_every_rank_every_row(rows: int, ranks: int, dtype: torch.dtype) -> None:
+def test_a_gather_gives_every_rank_every_row(rows: int, ranks: int, dtype: torch.dtype) -> None:
     wanted = torch.arange(rows * 5).view(rows, 5).to(dtype)
     for found in run_distributed(gather, ranks, rows, dtype):
         assert torch.equal(found, wanted)
