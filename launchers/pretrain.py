@@ -12,7 +12,7 @@ from typing import NoReturn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 from dqt_dist.config import check_world, load_config
-from dqt_dist.errors import EXIT_CODE, STOPPED_EXIT_CODE, UserError
+from dqt_dist.errors import STOPPED_EXIT_CODE, RunError, UserError
 from dqt_dist.parallel.launch import discover, export, report
 from dqt_dist.parallel.plan import describe
 
@@ -47,9 +47,8 @@ def main() -> int:
         from dqt_dist.training.loop import train  # imports torch, DeepSpeed and Megatron: not before the checks
 
         return 0 if train(config, launch, resume=args.resume) else STOPPED_EXIT_CODE
-    except UserError as error:
-        report(error, launch)
-        return EXIT_CODE
+    except (UserError, RunError) as error:
+        return report(error, launch)
 
 
 class ArgumentParser(argparse.ArgumentParser):

@@ -151,6 +151,12 @@ def _leave_world() -> None:
         sys.modules["megatron.core.parallel_state"].destroy_model_parallel()
     if "deepspeed.comm.comm" in sys.modules:
         sys.modules["deepspeed.comm.comm"].cdb = None
+    if "deepspeed.runtime.zero.parameter_offload" in sys.modules:
+        # Stage 3 numbers parameters and (in a default argument) modules through the life of a process and checks that ranks
+        # agree; ours have been in different worlds.
+        sys.modules["deepspeed.runtime.zero.partition_parameters"].Init.param_id = 0
+        offload = sys.modules["deepspeed.runtime.zero.parameter_offload"].DeepSpeedZeRoOffload
+        offload._register_deepspeed_module.__defaults__[0][0] = 0
     if dist.is_initialized():
         dist.destroy_process_group()
     # Engines are full of cycles, and each group they still hold keeps three gloo threads: thousands after some hundred worlds.

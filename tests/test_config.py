@@ -342,6 +342,11 @@ def test_a_field_that_others_follow_from_is_reported_once(file: Path) -> None:
             ["deepspeed.zero_optimization.stage=one"],
             'deepspeed.zero_optimization.stage: "one" is not valid; use 0, 1, 2 or 3',
         ),
+        (
+            ["checkpoint.interval=50", "checkpoint.keep_every=120"],
+            "checkpoint.keep_every: 120 is not a multiple of checkpoint.interval = 50, so steps to keep would never be "
+            "saved; nearest: 100 or 150",
+        ),
         (["deepspeed.zero_optimization=1"], "deepspeed.zero_optimization: 1 is not valid; should be an object"),
         (
             ["deepspeed.zero_optimisation.stage=1"],

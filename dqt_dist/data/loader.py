@@ -1,12 +1,12 @@
 """Samples to micro-batches: which rank reads which sample at which step.
 
-Nothing here has a state. Step n of a run takes samples n*G ... (n+1)*G - 1 of the dataset, G the global batch size.
+Nothing here has a state. A step takes the next G samples of the dataset, G the global batch size; s is the first of them.
 With D data-parallel ranks and micro-batches of B samples, micro-batch m of rank r is B consecutive ones of them:
 
-    first sample = n*G + m*(D*B) + r*B            m = 0 .. G/(D*B) - 1
+    first sample = s + m*(D*B) + r*B            m = 0 .. G/(D*B) - 1
 
-so the set of samples of a step does not depend on D, resuming at step k is an addition, and nothing has to be saved.
-Ranks that share a data-parallel rank (tensor and pipeline parallel) read the same.
+so the set of samples of a step does not depend on D, and the number of samples consumed so far is all that resuming takes,
+also with another G. Ranks that share a data-parallel rank (tensor and pipeline parallel) read the same.
 
 With `num_workers` > 0, PyTorch's DataLoader reads in that many processes, two steps ahead each, and `pin_memory` puts
 the result where an asynchronous copy to the GPU can start; with 0 everything happens in the call. No global random
@@ -52,26 +52,27 @@ class Loader:
                 f" {data_parallel_size} * training.micro_batch_size {micro_batch_size} = {samples_at_once}"
             )
         self._steps = _Steps(dataset, micro_batch_size, global_batch_size, data_parallel_rank, data_parallel_size)
-        if len(self._steps) == 0:
-            samples = len(dataset)  # type: ignore[arg-type]
+        self._global_batch_size = global_batch_size
+        self._num_samples = len(dataset)  # type: ignore[arg-type]
+        if len(self) == 0:
             raise UserError(
-                f"training.global_batch_size: {global_batch_size} is more than the dataset's {samples} samples"
+                f"training.global_batch_size: {global_batch_size} is more than the dataset's {self._num_samples} samples"
             )
         self._num_workers = num_workers
         self._pin_memory = pin_memory
 
     def __len__(self) -> int:
-        return len(self._steps)
+        return self._num_samples // self._global_batch_size
 
-    def iterate(self, start_step: int = 0) -> Iterator[list[MicroBatch]]:
-        """Yield one list of micro-batches a step, from `start_step` to the end of the dataset.
+    def iterate(self, first_sample: int = 0) -> Iterator[list[MicroBatch]]:
+        """Yield one list of micro-batches a step, from the step that begins with `first_sample` to the end of the dataset.
 
         Each micro-batch is {"tokens": int64 [B, S], "labels": int64 [B, S], "loss_mask": float32 [B, S]} on the CPU.
         """
         loader = DataLoader(
             self._steps,
             batch_size=None,  # an item is already a whole step
-            sampler=range(start_step, len(self._steps)),
+            sampler=range(first_sample, self._num_samples - self._global_batch_size + 1, self._global_batch_size),
             num_workers=self._num_workers,
             prefetch_factor=2 if self._num_workers else None,
             pin_memory=self._pin_memory,
@@ -83,8 +84,8 @@ class Loader:
 
 
 class _Steps(Dataset):
-    """Item n: all micro-batches of step n on this rank, as three tensors [M, B, S] (few large tensors cross from a
-    worker process more cheaply than many small ones, each of which would hold an open file)."""
+    """Item s: all micro-batches on this rank of the step whose first sample is s, as three tensors [M, B, S] (few large
+    tensors cross from a worker process more cheaply than many small ones, each of which would hold an open file)."""
 
     def __init__(
         self,
@@ -95,7 +96,6 @@ class _Steps(Dataset):
         data_parallel_size: int,
     ) -> None:
         self.dataset = dataset
-        self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         stride = data_parallel_size * micro_batch_size
         # Offsets of this rank's samples in a step, micro-batch after micro-batch.
@@ -105,11 +105,8 @@ class _Steps(Dataset):
             for i in range(micro_batch_size)
         ]
 
-    def __len__(self) -> int:
-        return len(self.dataset) // self.global_batch_size  # type: ignore[arg-type]
-
-    def __getitem__(self, step: int) -> MicroBatch:
-        samples = [self.dataset[step * self.global_batch_size + offset] for offset in self.offsets]
+    def __getitem__(self, first_sample: int) -> MicroBatch:
+        samples = [self.dataset[first_sample + offset] for offset in self.offsets]
         return {
             field: torch.stack([sample[field] for sample in samples]).unflatten(0, (-1, self.micro_batch_size))
             for field in _FIELDS

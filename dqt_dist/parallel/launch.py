@@ -30,7 +30,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dqt_dist.errors import EXIT_CODE, UserError
+from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE, RunError, UserError
 
 LOOPBACK = "127.0.0.1"
 FIRST_PORT, NUM_PORTS = 20000, 10000
@@ -90,17 +90,19 @@ def export(launch: Launch) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(fair_part, len(os.sched_getaffinity(0))))))
 
 
-def report(error: UserError, launch: Launch | None) -> None:
-    """Print the message once: on rank 0, or on the rank that alone can see the error. Then leave with EXIT_CODE."""
+def report(error: UserError | RunError, launch: Launch | None) -> int:
+    """Print the message once: on rank 0, or on the rank that alone can see the error. Returns the exit code to leave with."""
+    exit_code = RUN_ERROR_EXIT_CODE if isinstance(error, RunError) else EXIT_CODE
     if launch is None or launch.rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    elif error.local:
+    elif isinstance(error, UserError) and error.local:
         print(f"error on rank {launch.rank}: {error}", file=sys.stderr, flush=True)
     else:
         # Launchers kill the other ranks when one leaves: rank 0 must have spoken by then, and a rank that is killed
         # while it waits leaves with our exit code, as srun hands on the highest.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_CODE))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(exit_code))
         time.sleep(SECONDS_FOR_RANK_0)
+    return exit_code
 
 
 # ---- torchrun and deepspeed ----

@@ -10,13 +10,14 @@ from __future__ import annotations
 import resource
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from dqt_dist.config import Config, ModelConfig
+from dqt_dist.layers.collectives import BYTES_SENT, Kind
 from dqt_dist.parallel.groups import Groups
 from dqt_dist.parallel.low_bit_optimizer import LowBitOptimizer
 
@@ -87,6 +88,22 @@ def peak_memory_bytes(groups: Groups) -> int:
     return int(largest)
 
 
+def sent_bytes(steps: int, groups: Groups) -> dict[str, float]:
+    """Bytes all ranks together have sent per step since `forget_sent_bytes`, by kind. A collective call.
+
+    Counted are the collectives that are ours, see layers/collectives.py: not Megatron's messages between pipeline stages, its
+    embedding and loss, nor DeepSpeed's gathers of high-precision parameters.
+    """
+    kinds = get_args(Kind)
+    totals = torch.tensor([BYTES_SENT[kind] for kind in kinds], dtype=torch.float64)
+    dist.all_reduce(totals)
+    return {f"{kind}_sent_bytes": float(total) / max(1, steps) for kind, total in zip(kinds, totals, strict=True)}
+
+
+def forget_sent_bytes() -> None:
+    BYTES_SENT.clear()
+
+
 def storage_bytes(tensors: list[Tensor]) -> int:
     """Bytes of the distinct memory behind `tensors`, whole allocations, views counted once."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
@@ -121,7 +138,9 @@ def count_parameters(chunks: nn.Module, optimizer: LowBitOptimizer, groups: Grou
     from dqt_dist.parallel.model import parameters
 
     low_bit = sum(rows.weight.numel for rows in optimizer.rows)
-    other = sum(p.layout.rows * p.layout.columns for p in parameters(chunks) if not (p.replicated and groups.tensor.rank() > 0))
+    other = sum(
+        p.layout.rows * p.layout.columns for p in parameters(chunks) if not (p.replicated and groups.tensor.rank() > 0)
+    )
     if groups.data.rank() > 0:
         low_bit, other = 0, 0
     totals = torch.tensor([low_bit + other, low_bit], dtype=torch.int64)

@@ -18,10 +18,12 @@ from dqt_dist.config import Config, Layout, layout
 from dqt_dist.data.dataset import build_datasets
 from dqt_dist.data.loader import Loader
 from dqt_dist.data.tokenizer import load_tokenizer
+from dqt_dist.errors import RunError
 from dqt_dist.parallel.engine import build_engine
 from dqt_dist.parallel.groups import Groups, finalize, initialize
 from dqt_dist.parallel.launch import Launch
 from dqt_dist.parallel.model import build_model
+from dqt_dist.parallel.replica_check import check_replicas
 from dqt_dist.training import cost, report
 from dqt_dist.training.low_bit_figures import LowBitTable
 from dqt_dist.training.recorder import Recorder
@@ -50,14 +52,15 @@ class Trainer:
         self.config, self.groups = config, groups
         self.layout: Layout = layout(config, groups.world.size())
         checkpoint = store.find(config, resume)
-        self.train_loader, self.valid_loader = build_loaders(config, groups)
+        self.progress = store.start_of(checkpoint)
+        self.train_loader, self.valid_loader = build_loaders(config, groups, self.progress)
         self.chunks = build_model(config, groups)
         self.engine = build_engine(self.chunks, config, groups)
         self.optimizer = self.engine.optimizer
         self.low_bit_table = LowBitTable(self.optimizer.low_bit, config, groups)
-        self.step = 0
         if checkpoint is not None:
-            self.step = store.load(checkpoint, self.chunks, self.optimizer, config).step
+            store.load(checkpoint, self.chunks, self.optimizer, config)
+        self.checkpoint_writer = store.open_writer(config)
         self.recorder = Recorder(config, groups.world.rank(), self.step)
         if checkpoint is not None:
             self.recorder.say(f"resumed from {checkpoint} at step {self.step}")
@@ -68,6 +71,10 @@ class Trainer:
         self.start_step = self.step
 
     @property
+    def step(self) -> int:
+        return self.progress.step
+
+    @property
     def tokens_per_step(self) -> int:
         return self.config.training.global_batch_size * self.config.model.seq_length
 
@@ -76,13 +83,14 @@ class Trainer:
         training = self.config.training
         stop = StopSignal()
         try:
-            batches = self.train_loader.iterate(self.step)
+            batches = self.train_loader.iterate(self.progress.samples)
             while self.step < training.steps:
                 result = train_step(self.engine, self.chunks, next(batches), self.config, self.groups)
-                self.step += 1
+                self._advance()
                 self._after_step(result)
                 if stop.agreed() and self.step < training.steps:
                     self._save()
+                    self._wait_for_save()
                     stop.ignore()
                     self.recorder.say(f"stopped by a signal after step {self.step}; --resume auto goes on from there")
                     return False
@@ -90,11 +98,20 @@ class Trainer:
             stop.restore()
             return True
         finally:
+            # A write that is under way is finished even when the step after it failed.
+            self.checkpoint_writer.close()
             self.recorder.close()
+
+    def _advance(self) -> None:
+        done = self.progress
+        samples = self.config.training.global_batch_size
+        self.progress = store.Progress(done.step + 1, done.tokens + self.tokens_per_step, done.samples + samples)
 
     def _after_step(self, result: StepResult) -> None:
         logging, training, checkpoint = self.config.logging, self.config.training, self.config.checkpoint
         self.recorder.step_done()
+        if training.replica_check_interval and self.step % training.replica_check_interval == 0:
+            self._check_replicas()
         if self.step % logging.interval == 0 or self.step in (1, training.steps):
             self._log(result)
         if self.step % logging.histogram_interval == 0:
@@ -103,6 +120,7 @@ class Trainer:
             self._validate()
         if checkpoint.interval and self.step % checkpoint.interval == 0 and self.step < training.steps:
             self._save()
+        self._record_saves()
 
     def _stop_clock(self) -> float:
         """Seconds a step since the clock was started, validation and saving not counted."""
@@ -114,6 +132,7 @@ class Trainer:
 
     def _start_clock(self) -> None:
         self.clock, self.clock_step = time.perf_counter(), self.step
+        cost.forget_sent_bytes()
 
     def _log(self, result: StepResult) -> None:
         """One line of metrics; the only place where numbers of a step come to the host."""
@@ -130,17 +149,16 @@ class Trainer:
                 "grad_norm": float(result.grad_norm),
                 "lr": self.config.optimizer.learning_rate * factor,
                 "low_bit_lr": self.config.optimizer.low_bit_learning_rate * factor,
-                "tokens": self.step * self.tokens_per_step,
+                "tokens": self.progress.tokens,
                 "tokens_per_s": self.tokens_per_second,
                 "mfu": flops / self.peak.flops,
                 "peak_memory_bytes": cost.peak_memory_bytes(self.groups),
+                **cost.sent_bytes(self.step - self.clock_step, self.groups),
                 **figures,
             }
         )
         if not math.isfinite(self.last_loss):
-            raise FloatingPointError(
-                f"the loss is {self.last_loss} at step {self.step}; no checkpoint was written after it"
-            )
+            raise RunError(f"the loss is {self.last_loss} at step {self.step}; no checkpoint was written after it")
         self._start_clock()
 
     def _log_codes(self) -> None:
@@ -162,17 +180,34 @@ class Trainer:
     def _save(self) -> None:
         if self.step == self.saved_step:
             return
+        if self.config.training.replica_check_interval:
+            self._check_replicas()  # what is saved must be sound
         self._stop_clock()
         facts = {"layout": asdict(self.layout), "versions": cost.versions()}
-        progress = store.Progress(self.step, self.step * self.tokens_per_step)
-        path = store.save(self.chunks, self.optimizer, self.config, progress, facts)
-        self.recorder.say(f"step {self.step}: saved {path}")
+        store.save(self.checkpoint_writer, self.chunks, self.optimizer, self.config, self.progress, facts)
         self.saved_step = self.step
         self._start_clock()
+
+    def _check_replicas(self) -> None:
+        check_replicas(self.chunks, self.optimizer, self.groups, self.step)
+
+    def _wait_for_save(self) -> None:
+        self.checkpoint_writer.wait()
+        self._record_saves()
+
+    def _record_saves(self) -> None:
+        """Writes down the saves that were completed meanwhile."""
+        for saved in self.checkpoint_writer.take_finished():
+            self.recorder.log_save({name: value for name, value in asdict(saved).items() if name != "path"})
+            took = f"{saved.save_bytes / 1e6:,.1f} MB in {saved.save_seconds:.1f} s"
+            self.recorder.say(
+                f"step {saved.step}: saved {saved.path}, {took}, training waited {saved.save_blocked_seconds:.1f} s"
+            )
 
     def _finish(self) -> None:
         self._validate()
         self._save()
+        self._wait_for_save()
         summary = self._summary()
         self.recorder.write_summary(summary)
         prompt = self.config.training.sample_prompt
@@ -197,7 +232,7 @@ class Trainer:
             "valid_loss": self.valid_loss,
             "valid_perplexity": math.exp(min(self.valid_loss, 700.0)),
             "steps": self.step,
-            "tokens": self.step * self.tokens_per_step,
+            "tokens": self.progress.tokens,
             "tokens_per_s": speed,
             "parameters": total,
             "low_bit_parameters": low_bit,
@@ -211,8 +246,9 @@ class Trainer:
         }
 
 
-def build_loaders(config: Config, groups: Groups) -> tuple[Loader, Loader]:
-    """Loaders of the training and the validation set; raises UserError for missing or unfit files."""
+def build_loaders(config: Config, groups: Groups, start: store.Progress) -> tuple[Loader, Loader]:
+    """Loaders of the training and the validation set of a run that begins at `start`; raises UserError for missing or unfit
+    files."""
     training, data = config.training, config.data
     train_set, valid_set = build_datasets(
         train=[(source.path, source.weight) for source in data.train],
@@ -222,7 +258,8 @@ def build_loaders(config: Config, groups: Groups) -> tuple[Loader, Loader]:
         vocab_size=config.model.vocab_size,
         tokenizer_path=data.tokenizer,
         seed=training.seed,
-        num_train_samples=training.steps * training.global_batch_size,
+        # What was consumed before a resume may have been in other global batches.
+        num_train_samples=start.samples + max(0, training.steps - start.step) * training.global_batch_size,
         num_valid_samples=training.eval_batches * training.global_batch_size,
         cache_dir=f"{config.checkpoint.dir}/data_index",
         build_here=groups.local_rank == 0,

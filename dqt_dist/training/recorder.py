@@ -91,6 +91,16 @@ class Recorder:
             self.tensorboard.add_scalar("valid/perplexity", perplexity, step)
         self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
 
+    def log_save(self, figures: dict[str, float]) -> None:
+        """A line of its own kind for a completed checkpoint: step, save_blocked_seconds, save_seconds, save_bytes."""
+        if not self.is_writer:
+            return
+        self.metrics_file.write(json.dumps(figures) + "\n")
+        if self.tensorboard is not None:
+            for name, value in figures.items():
+                if name != "step":
+                    self.tensorboard.add_scalar(f"checkpoint/{name}", value, int(figures["step"]))
+
     def log_codes(self, step: int, figures: LowBitFigures, histograms: Tensor, first_code: int) -> None:
         """Per matrix: a histogram of its codes; per figure: its spread over the matrices and one curve a matrix."""
         if not self.is_writer or self.tensorboard is None:

@@ -221,9 +221,11 @@ def test_wrong_input_gives_the_field_and_both_numbers(prepared, build):
 # ---------------------------------------------------------------- the loader
 
 
-def loader(dataset, rank: int = 0, size: int = 1, micro_batch_size: int = 2, **options) -> Loader:
+def loader(
+    dataset, rank: int = 0, size: int = 1, micro_batch_size: int = 2, global_batch_size: int = 24, **options
+) -> Loader:
     return Loader(
-        dataset, micro_batch_size=micro_batch_size, global_batch_size=24, data_parallel_rank=rank,
+        dataset, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size, data_parallel_rank=rank,
         data_parallel_size=size, **options,
     )  # fmt: skip
 
@@ -270,17 +272,29 @@ def test_resuming_at_a_step_is_skipping_to_it_and_reads_nothing_else(build):
             self.read.append(index)
             return dataset[index]
 
-    resumed = [flat(step) for step in loader(Counting()).iterate(5)]
+    resumed = [flat(step) for step in loader(Counting()).iterate(5 * 24)]
     assert Counting.read == list(range(5 * 24, 8 * 24))
     assert resumed == [flat(step) for step in islice(loader(dataset).iterate(0), 5, None)]
     assert len(resumed) == 3
 
 
+def test_another_global_batch_goes_on_where_the_data_stopped(build):
+    """3 steps of 24, then steps of 32 on 2 ranks: no sample twice, none left out."""
+    dataset, _ = build()
+    expected = rows(dataset)
+    first = [row for step in islice(loader(dataset).iterate(0), 3) for row in flat(step)]
+    ranks = [loader(dataset, rank, 2, global_batch_size=32).iterate(72) for rank in range(2)]
+    steps = [sorted(row for of_rank in step for row in flat(of_rank)) for step in zip(*ranks, strict=True)]
+    assert first == expected[:72]
+    assert steps == [sorted(expected[start : start + 32]) for start in (72, 104, 136, 168)]
+
+
 def test_worker_processes_give_the_same_and_leave_random_states_alone(build):
     dataset, _ = build()
     states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
-    plain = [flat(step) for step in loader(dataset).iterate(2)]
-    assert [flat(step) for step in loader(dataset, num_workers=2).iterate(2)] == plain
+    plain = [flat(step) for step in loader(dataset).iterate(2 * 24)]
+    assert len(plain) == 6
+    assert [flat(step) for step in loader(dataset, num_workers=2).iterate(2 * 24)] == plain
     assert (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()) == states
 
 

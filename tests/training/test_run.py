@@ -8,6 +8,9 @@ import subprocess
 import time
 from pathlib import Path
 
+from dqt_dist.checkpoint.digest import digest_of
+from dqt_dist.checkpoint.folder import verify
+from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.config import load_config
 from dqt_dist.errors import STOPPED_EXIT_CODE
 from tests.training.conftest import Train, command, environment
@@ -15,6 +18,7 @@ from tests.training.conftest import Train, command, environment
 METRICS = {
     *("step", "loss", "grad_norm", "lr", "low_bit_lr", "tokens", "tokens_per_s", "mfu", "peak_memory_bytes"),
     *("flip_rate", "zero_fraction", "saturation"),
+    *("gradients_sent_bytes", "codes_sent_bytes", "activation_maxima_sent_bytes", "activations_sent_bytes"),
 }
 SUMMARY = {
     *("first_loss", "last_loss", "valid_loss", "steps", "tokens", "tokens_per_s", "parameters", "low_bit_parameters"),
@@ -31,6 +35,18 @@ def step_lines(run: Path) -> dict[int, tuple]:
     return {
         line["step"]: (line["loss"], line["grad_norm"], line["flip_rate"]) for line in metrics(run) if "loss" in line
     }
+
+
+SAVE = {"step", "save_blocked_seconds", "save_seconds", "save_bytes"}
+
+
+def assert_saves(lines: list[dict], run: Path, steps: list[int]) -> None:
+    """The saves of these steps, a line each, with their size on disk."""
+    saves = [line for line in lines if "save_bytes" in line]
+    assert [line["step"] for line in saves] == steps and all(line.keys() == SAVE for line in saves)
+    for line in saves:
+        assert line["save_bytes"] == verify(run / "checkpoints" / f"step_{line['step']:08d}")
+        assert 0 < line["save_blocked_seconds"] <= line["save_seconds"]
 
 
 def test_a_run_folder_holds_everything(train: Train, config_file: Path, tmp_path: Path) -> None:
@@ -56,6 +72,8 @@ def test_a_run_folder_holds_everything(train: Train, config_file: Path, tmp_path
     breakdown = summary["static_bytes_breakdown"]
     assert (breakdown["codes"], breakdown["moments"], breakdown["gradient"]) == (0.25, 8.0, 0.0)
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_00000005", "step_00000010"]
+    assert_saves(lines, run, [5, 10])
+    assert all(line["save_blocked_seconds"] == line["save_seconds"] for line in lines if "save_seconds" in line)
     assert "what it writes" in done.stdout and str(run / "tb") in done.stdout.replace("\n", "")
 
 
@@ -66,6 +84,7 @@ def test_tensorboard_has_the_numbers_and_the_histograms(train: Train, tmp_path: 
     events = EventAccumulator(str(tmp_path / "run" / "tb"), size_guidance={"histograms": 0})
     events.Reload()
     assert {f"train/{name}" for name in METRICS - {"step"}} <= set(events.Tags()["scalars"])
+    assert {f"checkpoint/{name}" for name in SAVE - {"step"}} <= set(events.Tags()["scalars"])
     losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
     logged = [(line["step"], line["loss"]) for line in metrics(tmp_path / "run") if "loss" in line]
     assert [step for step, _ in losses] == [step for step, _ in logged]
@@ -86,17 +105,46 @@ def test_a_resumed_run_equals_one_that_went_through(train: Train, tmp_path: Path
     again = train()
     assert again.returncode == 0 and "resumed from" in again.stdout
     assert step_lines(run) == through
-    assert [line["step"] for line in metrics(run)] == [1, 2, 4, 6, 8, 10, 10]
+    # A line a logged step, and one each for the saves of 5 and 10 and the validation of 10.
+    assert [line["step"] for line in metrics(run)] == [1, 2, 4, 5, 6, 8, 10, 10, 10]
+    assert_saves(metrics(run), run, [5, 10])
     first, second = (
         json.loads((path / "manifest.json").read_text())
         for path in (tmp_path / "kept", run / "checkpoints" / "step_00000010")
     )
-    assert (first["step"], first["tokens"]) == (second["step"], second["tokens"])
+    counters = [{name: manifest[name] for name in ("step", "tokens", "samples")} for manifest in (first, second)]
+    assert counters == [{"step": 10, "tokens": 10 * 8 * 32, "samples": 10 * 8}] * 2
     for name in first["files"]:
         if name.endswith(".distcp"):
             assert (tmp_path / "kept" / name).read_bytes() == (
                 run / "checkpoints" / "step_00000010" / name
             ).read_bytes()
+
+
+def test_asynchronous_saves_hold_the_same_states(train: Train, tmp_path: Path) -> None:
+    """Two ranks, a save every second step while training goes on, against the same run that waits for each."""
+    often = ("checkpoint.interval=2", "checkpoint.keep_last=9", "parallel.tensor=2")
+    waiting, going_on = tmp_path / "waiting", tmp_path / "going_on"
+    assert train(*often, f"checkpoint.dir={waiting}", processes=2).returncode == 0
+    done = train(*often, f"checkpoint.dir={going_on}", "checkpoint.async_save=true", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert_saves(metrics(going_on), going_on, [2, 4, 6, 8, 10])
+    for step in (2, 4, 6, 8, 10):
+        name = f"checkpoints/step_{step:08d}"
+        first, second = (digest_of(CheckpointReader(run / name)) for run in (waiting, going_on))
+        assert first == second
+
+
+def test_a_resume_with_another_batch_goes_on_in_the_data_and_counts_on(train: Train, tmp_path: Path) -> None:
+    """5 steps of 8 samples, then 5 of 4: counters go on, and the manifest says where the data stand."""
+    assert train("training.steps=5").returncode == 0
+    again = train("training.global_batch_size=4")
+    assert again.returncode == 0 and "at step 5" in again.stdout, again.stderr
+    reader = CheckpointReader(tmp_path / "run")
+    assert (reader.progress.step, reader.progress.samples) == (10, 5 * 8 + 5 * 4)
+    assert reader.progress.tokens == 60 * 32
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["tokens"] == 60 * 32
+    assert [line["tokens"] for line in metrics(tmp_path / "run") if "loss" in line][-1] == 60 * 32
 
 
 def test_a_longer_run_sees_the_same_samples_first(train: Train, tmp_path: Path) -> None:

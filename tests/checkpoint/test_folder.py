@@ -1,0 +1,162 @@
+"""What a checkpoint folder is: found by any path to it, refused when it is not one, its files held against the manifest."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dqt_dist.checkpoint.folder import MANIFEST, check_sizes, read_manifest, resolve, verify
+from dqt_dist.checkpoint.reader import CheckpointReader
+from dqt_dist.errors import UserError
+from tests.checkpoint.states import MATRIX, write
+from tests.distributed import run_distributed
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with checkpoints of steps 5 and 10 by two ranks."""
+    folder = tmp_path_factory.mktemp("run")
+    run_distributed(write, 2, str(folder), [5, 10])
+    return folder
+
+
+@pytest.fixture
+def run(written: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(written, tmp_path / "run"))
+
+
+@pytest.fixture
+def newest(run: Path) -> Path:
+    return run / "checkpoints" / "step_00000010"
+
+
+# ---- finding ----
+
+
+def test_a_checkpoint_a_run_and_its_checkpoints_folder_lead_to_it(run: Path, newest: Path) -> None:
+    older = run / "checkpoints" / "step_00000005"
+    assert resolve(older) == older
+    assert resolve(run) == resolve(run / "checkpoints") == resolve(newest) == newest
+    newest.rename(run / "checkpoints" / ".partial_step_00000010")
+    assert resolve(run) == older
+
+
+def test_what_is_not_a_checkpoint_is_said_to_be_what_it_is(run: Path, newest: Path, tmp_path: Path) -> None:
+    def message(path: Path) -> str:
+        with pytest.raises(UserError) as caught:
+            resolve(path)
+        assert str(path) in str(caught.value)
+        return str(caught.value)
+
+    assert "no such file or folder" in message(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    assert "a file; a checkpoint is a folder" in message(tmp_path / "file")
+    (tmp_path / "empty").mkdir()
+    assert "no complete checkpoint there" in message(tmp_path / "empty")
+    (newest / MANIFEST).unlink()
+    assert f"half-written checkpoint, {MANIFEST} is missing" in message(newest)
+    shutil.rmtree(run / "checkpoints" / "step_00000005")
+    newest.rename(run / "checkpoints" / ".partial_step_00000010")
+    assert "half-written: .partial_step_00000010" in message(run)
+
+
+# ---- the manifest ----
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("", "not a checkpoint manifest"),
+        ("{", "not a checkpoint manifest"),
+        ("[]", "not a checkpoint manifest"),
+        ('{"step": 1}', "not a checkpoint manifest"),
+        ('{"format": 1, "files": {}}', "checkpoint format 1, this version reads 2"),
+        ('{"format": "x"}', "checkpoint format 'x', this version reads 2"),
+        ('{"format": 2}', "step, tokens, samples, config, files missing or of the wrong type"),
+    ],
+)
+def test_a_foreign_manifest_is_refused(newest: Path, text: str, why: str) -> None:
+    (newest / MANIFEST).write_text(text)
+    for read in (read_manifest, CheckpointReader, verify):
+        with pytest.raises(UserError) as caught:
+            read(newest)
+        assert why in str(caught.value) and str(newest) in str(caught.value)
+
+
+def edited(path: Path, **changes: Any) -> None:
+    manifest = json.loads((path / MANIFEST).read_text())
+    (path / MANIFEST).write_text(json.dumps(manifest | changes))
+
+
+def test_damaged_entries_of_a_manifest_are_named(newest: Path) -> None:
+    edited(newest, files={"__0_0.distcp": 17})
+    with pytest.raises(UserError, match=r"files.__0_0.distcp has no bytes or sha256"):
+        read_manifest(newest)
+    edited(newest, files={}, config={"model": {}})
+    with pytest.raises(UserError, match="config is not one of this version"):
+        CheckpointReader(newest)
+
+
+# ---- the files ----
+
+FILES = {".metadata", "__0_0.distcp", "__1_0.distcp"}
+
+
+def flip(file: Path, position: int = -40) -> None:
+    data = bytearray(file.read_bytes())
+    data[position] ^= 1
+    file.write_bytes(data)
+
+
+def test_whole_files_pass_and_their_bytes_are_counted(newest: Path) -> None:
+    assert set(read_manifest(newest)["files"]) == FILES
+    assert verify(newest) == sum((newest / name).stat().st_size for name in FILES)
+
+
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_one_flipped_bit_in_any_file_is_found(newest: Path, name: str) -> None:
+    flip(newest / name)
+    check_sizes(newest, read_manifest(newest))  # the control: sizes alone say nothing
+    with pytest.raises(UserError) as caught:
+        verify(newest)
+    assert "1 bad file(s)" in str(caught.value) and f"{name} has another content" in str(caught.value)
+
+
+def test_every_bad_file_is_named(newest: Path) -> None:
+    size = (newest / "__0_0.distcp").stat().st_size
+    with open(newest / "__0_0.distcp", "r+b") as file:
+        file.truncate(size - 1)
+    (newest / "__1_0.distcp").unlink()
+    flip(newest / ".metadata")
+    (newest / "notes.txt").touch()
+    with pytest.raises(UserError) as caught:
+        verify(newest)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 5 and "4 bad file(s)" in lines[0]
+    assert ".metadata has another content: sha256" in lines[1]
+    assert f"__0_0.distcp has {size - 1} bytes, the manifest says {size} bytes" in lines[2]
+    assert "__1_0.distcp is missing" in lines[3]
+    assert "notes.txt is not in the manifest" in lines[4]
+
+
+def test_the_reader_refuses_missing_and_truncated_files_at_once(newest: Path) -> None:
+    (newest / "__1_0.distcp").unlink()
+    with pytest.raises(UserError, match=r"__1_0.distcp: is missing"):
+        CheckpointReader(newest)
+
+
+def test_the_reader_names_what_it_cannot_read(newest: Path) -> None:
+    """Same sizes, other bytes: metadata that is no pickle, and tensor files of zeros."""
+    for file in newest.glob("*.distcp"):
+        file.write_bytes(bytes(file.stat().st_size))
+    reader = CheckpointReader(newest)
+    with pytest.raises(UserError, match=f"codes/{MATRIX} cannot be read"):
+        reader.read(f"codes/{MATRIX}")
+    (newest / ".metadata").write_bytes(bytes((newest / ".metadata").stat().st_size))
+    with pytest.raises(UserError, match=r"\.metadata: cannot be read"):
+        CheckpointReader(newest)
