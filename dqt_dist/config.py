@@ -199,6 +199,9 @@ class TrainingConfig(Section):
     """Samples of one optimizer step over all ranks; a multiple of data parallel size * micro_batch_size."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
     """Key of every random draw; 32 bits, as it is a word of the Philox key."""
+    deterministic: bool = False
+    """Only deterministic kernels, so that on GPUs too a run gives the same bits each time and in every ZeRO stage. It costs speed:
+    the fused attention kernels are faster when their backward may add up in any order. CPU runs are deterministic anyway."""
     replica_check_interval: NonNegativeInt = 100
     """Steps between comparisons of weights that several ranks hold alike; a difference stops the run. 0 for none."""
     eval_interval: NonNegativeInt = 0

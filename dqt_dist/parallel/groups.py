@@ -8,11 +8,13 @@ tensor-parallel first, so that the ranks that talk most are neighbours on a node
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+import torch.utils.deterministic
 
 from dqt_dist.config import Config
 from dqt_dist.parallel import megatron_cpu
@@ -48,6 +50,8 @@ def initialize(config: Config, launch: Launch) -> Groups:
     from megatron.core import parallel_state, tensor_parallel
 
     megatron_cpu.prepare()
+    if config.training.deterministic:
+        _use_deterministic_kernels()
     if torch.cuda.is_available():
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
@@ -76,6 +80,14 @@ def initialize(config: Config, launch: Launch) -> Groups:
         device=device,
         local_rank=launch.local_rank,
     )
+
+
+def _use_deterministic_kernels() -> None:
+    # cuBLAS reads it when its first product is made (NVIDIA, cuBLAS documentation, 2.1.4 Results Reproducibility).
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Otherwise every torch.empty would be filled, in case somebody reads it before writing.
+    torch.utils.deterministic.fill_uninitialized_memory = False
 
 
 def finalize() -> None:
