@@ -21,6 +21,7 @@ from dqt_dist.checkpoint.folder import (
     progress_of,
     read_manifest,
     resolve,
+    step_of,
 )
 from dqt_dist.checkpoint.logical_tensor import LogicalLoadPlanner, LogicalState
 from dqt_dist.checkpoint.state import after_load, logical_state
@@ -76,6 +77,24 @@ def find(config: Config, resume: str) -> Path | None:
         found = complete_checkpoints(checkpoints_folder(config))
         return found[-1] if found else None
     return resolve(Path(resume))
+
+
+def set_aside_newer(config: Config, checkpoint: Path) -> list[Path]:
+    """Renames what the run folder holds of steps after `checkpoint`: a run that goes back behind them leaves their course.
+
+    Otherwise --resume auto would take them up again after the next interruption. Nothing is deleted: `step_N` becomes
+    `left_step_N`. Returns the new names; on the first rank, before anything is written. A collective call.
+    """
+    renamed: list[Path] = []
+    if dist.get_rank() == 0 and checkpoint.resolve().parent == checkpoints_folder(config).resolve():
+        for newer in complete_checkpoints(checkpoints_folder(config)):
+            if step_of(newer) > step_of(checkpoint):
+                target = newer.with_name(f"left_{newer.name}")
+                while target.exists():
+                    target = target.with_name(f"{target.name}_again")
+                renamed.append(newer.rename(target))
+    dist.barrier()
+    return renamed
 
 
 def start_of(checkpoint: Path | None) -> Progress:

@@ -43,6 +43,8 @@ class ParallelRMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
-        square_sum = sum_partials(wide.square().sum(dim=-1, keepdim=True), self.group)
+        # In fp64 the way the width is divided moves the sum by 1e-16 of itself, so that its fp32 value, and with it the int8
+        # activation that follows, is the same at every TP degree.
+        square_sum = sum_partials(wide.square().sum(dim=-1, keepdim=True, dtype=torch.float64), self.group).float()
         normed = wide * torch.rsqrt(square_sum / self.hidden_size + self.eps)
         return normed.to(x.dtype) * self.weight

@@ -64,6 +64,8 @@ class Trainer:
         self.recorder = Recorder(config, groups.world.rank(), self.step)
         if checkpoint is not None:
             self.recorder.say(f"resumed from {checkpoint} at step {self.step}")
+            for path in store.set_aside_newer(config, checkpoint):
+                self.recorder.say(f"a later checkpoint is set aside as {path}")
         self.peak = cost.peak_flops(config, groups)
         self.last_loss, self.valid_loss, self.tokens_per_second = math.nan, math.nan, 0.0
         self.saved_step = self.step if checkpoint is not None else -1

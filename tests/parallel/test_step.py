@@ -109,6 +109,23 @@ def test_the_interleaved_pipeline_changes_no_bit() -> None:
     assert_equal(found.final, wanted.final)
 
 
+@pytest.mark.slow
+def test_all_ways_of_dividing_at_once() -> None:
+    """Eight processes: tensor 2 with sequence parallelism, interleaved pipeline 2, data 2 with ZeRO 1."""
+    model = ("model.num_layers=4", "training.global_batch_size=16", "model.sub_norm=true", "model.ffn_hidden_size=64")
+    parallel = (
+        "parallel.tensor=2",
+        "parallel.sequence=true",
+        "parallel.pipeline=2",
+        "parallel.virtual_pipeline=2",
+        ZERO_1,
+    )
+    found, wanted = recorded(8, STEPS, *model, *parallel), recorded(1, STEPS, *model)
+    assert found.losses[0] == pytest.approx(wanted.losses[0], rel=LOSS_FP32)
+    assert_gradients_close(found.gradients[0], wanted.gradients[0], NETWORK_FP32)
+    assert fraction_of_codes_that_differ(found.final, wanted.final, wanted.config) <= CODES_FP32
+
+
 def test_sequence_parallelism_changes_nothing_but_the_order_of_a_norms_sum() -> None:
     found, wanted = both("TP 2 sequence", "ternary")[0], both("TP 2", "ternary")[0]
     assert found.losses == wanted.losses

@@ -256,13 +256,13 @@ def hidden_states(rank: int, world_size: int, *overrides: str) -> Tensor:
     return captured[0]
 
 
-@pytest.mark.parametrize("bits", ["ternary", 4])
-def test_the_forward_of_all_layers_is_bit_equal_under_tensor_parallelism(bits: str | int) -> None:
+@pytest.mark.parametrize(("bits", "sub_norm"), [("ternary", "false"), (4, "true")])
+def test_the_forward_of_all_layers_is_bit_equal_under_tensor_parallelism(bits: str | int, sub_norm: str) -> None:
     """Partial sums of int8 activations and codes are integers below 2^24, which fp32 adds up exactly in any order.
 
     The feed-forward width is 16 a rank at least: the tail of a row that fills no vector register takes another exponential.
     """
-    model = (*WIDE, "model.ffn_hidden_size=64", f"quantization.bits={bits}")
+    model = (*WIDE, "model.ffn_hidden_size=64", f"quantization.bits={bits}", f"model.sub_norm={sub_norm}")
     wanted = run_distributed(hidden_states, 1, *model)[0]
     for size in (2, 4):
         found = run_distributed(hidden_states, size, *model, f"parallel.tensor={size}")

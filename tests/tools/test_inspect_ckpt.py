@@ -67,7 +67,6 @@ def test_bad_input_is_one_message_and_exit_code_2(
 
 
 def test_plot_draws_a_png(run: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     file = tmp_path / "codes.png"
     assert inspect_ckpt.main([str(run), "--plot", str(file)]) == 0
     assert file.read_bytes().startswith(b"\x89PNG")

@@ -80,11 +80,11 @@ Train = Callable[..., subprocess.CompletedProcess]
 
 @pytest.fixture
 def train(config_file: Path) -> Train:
-    """train(*overrides, processes=1): a whole run in its own processes."""
+    """train(*overrides, processes=1, resume="auto"): a whole run in its own processes."""
 
-    def run(*overrides: str, processes: int = 1) -> subprocess.CompletedProcess:
+    def run(*overrides: str, processes: int = 1, resume: str = "auto") -> subprocess.CompletedProcess:
         return subprocess.run(
-            command(config_file, *overrides, processes=processes),
+            [*command(config_file, *overrides, processes=processes), "--resume", resume],
             env=environment(),
             capture_output=True,
             text=True,

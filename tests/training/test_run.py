@@ -147,6 +147,21 @@ def test_a_resume_with_another_batch_goes_on_in_the_data_and_counts_on(train: Tr
     assert [line["tokens"] for line in metrics(tmp_path / "run") if "loss" in line][-1] == 60 * 32
 
 
+def test_going_back_sets_later_checkpoints_aside(train: Train, tmp_path: Path) -> None:
+    """Otherwise --resume auto would return to the course that was left."""
+    keep = ("checkpoint.interval=2", "checkpoint.keep_last=9")
+    assert train(*keep).returncode == 0
+    checkpoints = tmp_path / "run" / "checkpoints"
+    kept = {path.name: (path / "manifest.json").read_bytes() for path in checkpoints.iterdir()}
+    again = train(*keep, "training.steps=5", resume=str(checkpoints / "step_00000004"))
+    assert again.returncode == 0, again.stderr
+    for step in (6, 8, 10):
+        left = checkpoints / f"left_step_{step:08d}"
+        assert (left / "manifest.json").read_bytes() == kept[f"step_{step:08d}"]
+        assert str(left) in again.stdout
+    assert "at step 5" in train(*keep, "training.steps=6").stdout
+
+
 def test_a_longer_run_sees_the_same_samples_first(train: Train, tmp_path: Path) -> None:
     """Extending training.steps changes neither data nor draws of the steps already made (constant schedule)."""
     assert train("training.steps=6", f"checkpoint.dir={tmp_path / 'short'}").returncode == 0

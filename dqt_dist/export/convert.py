@@ -1,0 +1,199 @@
+"""From a checkpoint to a folder that other programs open: plan, write, verify, rename.
+
+Weights(reader) -> entries of the format -> safetensors, config, tokenizer, model card -> verify -> output folder
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dqt_dist.checkpoint.reader import CheckpointReader
+from dqt_dist.data.tokenizer import Tokenizer, load_tokenizer
+from dqt_dist.errors import UserError
+from dqt_dist.export import bitnet, compressed, hf, plain, verify
+from dqt_dist.export.folder import check_output, new_folder
+from dqt_dist.export.model_card import model_card
+from dqt_dist.export.perplexity import cost_of_rounding
+from dqt_dist.export.record import RECORD, record_of, write_json
+from dqt_dist.export.safetensors_writer import SHARD_BYTES, Entry, write_model
+from dqt_dist.export.tokenizer_files import generation_config, write_tokenizer
+from dqt_dist.export.trainer_model import trainer_model
+from dqt_dist.export.weights import Weights
+
+HF_FORMATS = ("hf-bitnet", "hf-compressed", "hf")
+FORMATS = (*HF_FORMATS, "gguf")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Request:
+    """What the command line asks for; None means the default that follows from the checkpoint."""
+
+    checkpoint: Path
+    output: Path
+    format: str | None = None
+    dtype: str | None = None
+    ternary: bool = False
+    verify: bool = True
+    tokenizer: Path | None = None
+    gguf_type: str | None = None
+    shard_bytes: int = SHARD_BYTES
+    say: Callable[[str], None] = field(default=print)
+
+
+def convert(request: Request) -> None:
+    """Writes the export. Raises UserError for bad input and VerificationError when the result is not the model."""
+    check_output(request.output)
+    reader = CheckpointReader(request.checkpoint)
+    dtype = DTYPES[request.dtype or reader.config.quantization.compute]
+    weights = Weights(reader, dtype, request.ternary)
+    _check_ternary(request, weights)
+    export_format = request.format or default_format(weights)
+    tokenizer = find_tokenizer(request.tokenizer, reader)
+    require_packages(export_format, request.verify)
+    with new_folder(request.output) as folder:
+        if export_format == "gguf":
+            from dqt_dist.export import gguf_file
+
+            lines = gguf_file.export(folder, weights, tokenizer, request.gguf_type, request.verify, _progress)
+            shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+        else:
+            lines = _export_hf(folder, weights, tokenizer, export_format, request)
+        record = record_of(weights, export_format)
+        if weights.ternarize:
+            lines += _tell_rounding(record, weights, tokenizer, request.verify)
+        write_json(folder / RECORD, record)
+        (folder / "README.md").write_text(model_card(record))
+    for line in lines:
+        request.say(line)
+    request.say(f"{request.output}: {export_format}, {_folder_bytes(request.output):,} bytes")
+
+
+def _tell_rounding(record: dict[str, Any], weights: Weights, tokenizer: Tokenizer, measured: bool) -> list[str]:
+    """Marks the run's figures as those of the trained weights and adds, when measured, what the rounding costs."""
+    old = {name if "parameters" in name else f"before_rounding_{name}": v for name, v in record["figures"].items()}
+    record["figures"] = {**old, "rounded_from_bits": weights.stored_grid.bits}
+    if not measured:
+        return []
+    figures, line = cost_of_rounding(weights, tokenizer)
+    record["figures"] |= figures
+    return [line]
+
+
+def default_format(weights: Weights) -> str:
+    """hf-bitnet for ternary codes, hf-compressed for other codes, hf for float weights."""
+    quantization = weights.config.quantization
+    if not weights.has_codes:
+        return "hf"
+    return "hf-bitnet" if quantization.bits == "ternary" and quantization.activation == "int8" else "hf-compressed"
+
+
+def require_packages(export_format: str, verified: bool) -> None:
+    """Raises UserError naming what the format needs and is not installed."""
+    needed = ["gguf"] if export_format == "gguf" else ["tokenizers"]
+    if verified:
+        # transformers asks for accelerate when it loads packed weights.
+        needed += ["transformers", "accelerate"]
+        needed += ["compressed_tensors"] if export_format == "hf-compressed" else []
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
+        hint = " (--no-verify needs less)" if verified else ""
+        raise UserError(f"--format {export_format}: not installed: {', '.join(missing)}; pip install '.[export]'{hint}")
+
+
+def _check_ternary(request: Request, weights: Weights) -> None:
+    if request.ternary and not weights.has_codes:
+        raise UserError('--bits ternary: the checkpoint has quantization.method = "none" and no codes')
+
+
+def find_tokenizer(given: Path | None, reader: CheckpointReader) -> Tokenizer:
+    """`given` by --tokenizer, tokenizer.model in the run folder (of imported models), or the file of the config. Raises UserError for none or another one."""
+    run = reader.path.parent.parent
+    configured = Path(reader.config.data.tokenizer)
+    candidates = [given] if given else [run / "tokenizer.model", configured]
+    found = next((path for path in candidates if path.is_file()), None)
+    if found is None:
+        places = " and ".join(str(path) for path in candidates)
+        raise UserError(f"tokenizer: no file {places}; give the SentencePiece .model of the run by --tokenizer")
+    tokenizer = load_tokenizer(found)
+    check_pieces(tokenizer, reader.config.model.vocab_size)
+    return tokenizer
+
+
+def check_pieces(tokenizer: Tokenizer, rows: int) -> None:
+    """Raises UserError for a tokenizer with more pieces than the model has rows of its embedding."""
+    if tokenizer.vocab_size > rows:
+        raise UserError(
+            f"tokenizer {tokenizer.path}: {tokenizer.vocab_size} pieces, model.vocab_size is {rows}: not its tokenizer"
+        )
+
+
+# ---- Hugging Face folders ----
+
+
+def _plan(weights: Weights, export_format: str) -> tuple[list[Entry], dict[str, Any] | None, int]:
+    """Entries, quantization_config and bits a weight of the linears."""
+    if export_format == "hf-bitnet":
+        bitnet.check(weights)
+        return bitnet.entries(weights), bitnet.quantization_config(), 2
+    if export_format == "hf-compressed":
+        compressed.check(weights)
+        return compressed.entries(weights), compressed.quantization_config(weights), compressed.width(weights.grid)
+    return plain.entries(weights), None, 8 * weights.dtype.itemsize
+
+
+def _export_hf(folder: Path, weights: Weights, tokenizer: Tokenizer, export_format: str, request: Request) -> list[str]:
+    entries, quantization, bits = _plan(weights, export_format)
+    write_model(folder, entries, _progress, request.shard_bytes)
+    write_json(folder / "config.json", hf.config_json(weights.config, weights.dtype, quantization))
+    write_json(folder / "generation_config.json", generation_config())
+    write_tokenizer(folder, tokenizer, weights.config.model.seq_length)
+    verify.check_size(folder, weights, bits)
+    if not request.verify:
+        return ["not verified (--no-verify)"]
+    return _verify_hf(folder, weights, tokenizer, export_format)
+
+
+def _verify_hf(folder: Path, weights: Weights, tokenizer: Tokenizer, export_format: str) -> list[str]:
+    verify.check_tokenizer(folder, tokenizer)
+    tokens = verify.sample_tokens(tokenizer, weights.config.model.seq_length)
+    with trainer_model(weights, "none") as trainer:
+        floats = trainer(tokens)
+    lines = []
+
+    def compare(wanted: Tensor, bound: verify.Bound, activation: str, quantization: dict[str, Any] | None) -> None:
+        found = verify.transformers_logits(folder, tokens, quantization)
+        what = f"transformers against the trainer's model, activations {activation}"
+        lines.append(f"{what}: {verify.compare(found, wanted, bound, what)}")
+
+    if export_format == "hf":
+        exact = weights.dtype == torch.float32 or all(map(verify.is_power_of_two, weights.scales().values()))
+        compare(floats, verify.FLOAT if exact else verify.ROUNDED, "none", None)
+    elif export_format == "hf-bitnet":
+        verify.check_bitnet_linears(folder, weights)
+    else:
+        compare(floats, verify.FLOAT, "none", verify.without_activations(folder))
+    if export_format != "hf" and weights.config.quantization.activation == "int8":
+        # The engine as it is. compressed-tensors scales 8-bit activations by max/127.5 where training has max/127.
+        with trainer_model(weights, "int8") as trainer:
+            rounded = trainer(tokens)
+        compare(rounded, verify.eight_bit_bound(rounded, floats), "int8", None)
+    return lines
+
+
+def _progress(entries: list[Entry]) -> Iterable[Entry]:
+    return tqdm(entries, desc="tensors", unit="", file=sys.stderr, disable=None)
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())

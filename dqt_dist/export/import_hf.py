@@ -1,0 +1,85 @@
+"""From a Hugging Face folder to a training checkpoint: the way back of `convert`.
+
+Codes, scales and parameters come from the folder, moments start at zero. An export of this project brings its configuration
+and its progress along, so training goes on with the next batch; any other model needs the configuration of the run and
+starts at step 0.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+
+from dqt_dist.checkpoint.folder import Progress
+from dqt_dist.config import Config, load_config, to_json
+from dqt_dist.errors import UserError
+from dqt_dist.export.folder import check_output, new_folder
+from dqt_dist.export.hf_reader import HfFolder, HfWeights
+from dqt_dist.export.record import RECORD
+from dqt_dist.export.trainer_model import alone, fill, world_of_one
+
+
+def import_hf(source: Path, output: Path, config_file: Path | None, tokenizer: Path | None) -> None:
+    """Makes the run folder `output` with one checkpoint. Raises UserError for what cannot become one."""
+    check_output(output)
+    folder = HfFolder(source)
+    config = _with_folder(_config(folder, config_file), output)
+    weights = HfWeights(folder, config)
+    progress = _progress(folder)
+    model_file = tokenizer or source / "tokenizer.model"
+    with new_folder(output) as scratch:
+        if model_file.is_file():
+            shutil.copyfile(model_file, scratch / "tokenizer.model")
+        (scratch / "config.json").write_text(to_json(config))
+        _save(weights, config, scratch, progress, {"figures": (folder.record or {}).get("figures", {})})
+    print(
+        f"{output}: a checkpoint at step {progress.step}; train on: launchers/pretrain.py --config {output}/config.json"
+    )
+
+
+def _config(folder: HfFolder, config_file: Path | None) -> Config:
+    """The configuration of the run: the given file, or the one that the export brings."""
+    if config_file is not None:
+        return load_config(config_file)
+    if folder.record is None:
+        raise UserError(f"--from-hf {folder.folder}: has no {RECORD}; give the configuration of the run by --config")
+    try:
+        return Config.model_validate_json(json.dumps(folder.record["config"]))
+    except (KeyError, ValidationError) as error:
+        raise UserError(f"{folder.folder / RECORD}: its config is not one of this version ({error})") from error
+
+
+def _with_folder(config: Config, output: Path) -> Config:
+    return config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"dir": str(output)})})
+
+
+def _progress(folder: HfFolder) -> Progress:
+    return Progress(0, 0, 0) if folder.record is None else Progress(**folder.record["progress"])
+
+
+def _save(weights: HfWeights, config: Config, run: Path, progress: Progress, facts: dict[str, Any]) -> None:
+    """Builds model and optimizer in this process, fills the model and saves both as the trainer does."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from dqt_dist.checkpoint import store
+    from dqt_dist.parallel.engine import build_engine
+    from dqt_dist.parallel.model import build_model
+
+    one_process = alone(config, config.quantization.activation)
+    training = one_process.training.model_copy(update={"global_batch_size": one_process.training.micro_batch_size})
+    one_process = one_process.model_copy(update={"training": training})
+    with world_of_one(one_process) as groups:
+        chunks = build_model(one_process, groups)
+        fill(chunks, weights)
+        engine = build_engine(chunks, one_process, groups)
+        writer = store.open_writer(_with_folder(one_process, run))
+        try:
+            store.save(writer, chunks, engine.optimizer, config, progress, facts)
+        finally:
+            writer.close()

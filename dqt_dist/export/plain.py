@@ -1,0 +1,20 @@
+"""Format `hf`: every weight as floats, for whatever reads a LLaMA from Hugging Face.
+
+W = scale * codes is exact in bf16 when the scale is a power of two. Input of the linears is not quantised by the engines
+that read this format: the weights are the trained ones, the 8-bit rounding of activations is left out.
+"""
+
+from __future__ import annotations
+
+from dqt_dist.export import hf
+from dqt_dist.export.safetensors_writer import Entry
+from dqt_dist.export.weights import Weights
+
+
+def entries(weights: Weights) -> list[Entry]:
+    """All tensors: parameters, then `.weight` of each linear, in the export's dtype."""
+    linears = [
+        Entry(hf.key(name), shape, weights.dtype, lambda name=name: weights.matrix(name))
+        for name, shape in weights.linears.items()
+    ]
+    return hf.parameter_entries(weights, list(weights.parameters)) + linears

@@ -1,0 +1,54 @@
+"""dqt_dist.json: what an export says of the run it came from, so that it can become a checkpoint again.
+
+    config     complete config of the run, data paths as they stand there; its folder is left out, since it says nothing
+               about the model
+    progress   step, tokens, samples
+    figures    losses and perplexities of the run's summary, where it has one
+    format     the format of the export      bits   of its codes
+    scales     of every matrix that is stored as codes, fp32: with them codes come back from any format exactly
+
+The same file with the same weights gives the same export again, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from dqt_dist.checkpoint.reader import CheckpointReader
+from dqt_dist.export.weights import Weights
+
+RECORD = "dqt_dist.json"
+FIGURES = ("valid_loss", "valid_perplexity", "last_loss", "parameters", "low_bit_parameters")
+RUN_FOLDER = "runs/imported"
+
+
+def record_of(weights: Weights, export_format: str) -> dict[str, Any]:
+    """The record of an export."""
+    reader = weights.reader
+    config = weights.config.model_dump(mode="json")
+    config["checkpoint"]["dir"] = RUN_FOLDER
+    return {
+        "config": config,
+        "progress": asdict(reader.progress),
+        "figures": figures_of(reader),
+        "format": export_format,
+        "bits": weights.config.quantization.bits if weights.has_codes else None,
+        "scales": weights.scales(),
+    }
+
+
+def figures_of(reader: CheckpointReader) -> dict[str, Any]:
+    """Figures of the run when this is its last checkpoint; those that came with an imported model otherwise."""
+    summary_file = reader.path.parent.parent / "summary.json"
+    if summary_file.is_file():
+        summary = json.loads(summary_file.read_text())
+        if summary.get("steps") == reader.progress.step:
+            return {name: summary[name] for name in FIGURES if name in summary}
+    return reader.manifest.get("figures", {})
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")

@@ -1,0 +1,67 @@
+"""The bytes of UTF-8 text that each token id stands for: for figures a byte, and for text that is shown as it is made.
+
+    piece          bytes
+    U+2581 t h e   " the"       SentencePiece writes a space as U+2581
+    <0xE6>         E6           byte fallback: a character outside the vocabulary is one piece a byte
+    <s> </s>       none
+
+SentencePiece puts one space before a text, which is not of the text: a document's first piece has one byte too many.
+"""
+
+from __future__ import annotations
+
+import codecs
+
+import numpy as np
+
+from dqt_dist.data.tokenizer import Tokenizer
+from dqt_dist.export.tokenizer_files import SPACE, Piece, PieceKind, read_pieces
+
+
+def piece_bytes(tokenizer: Tokenizer) -> list[bytes]:
+    """Bytes of every id, in the order of ids."""
+    return [_bytes_of(piece) for piece in read_pieces(tokenizer)]
+
+
+def _bytes_of(piece: Piece) -> bytes:
+    if piece.kind == PieceKind.NORMAL:
+        return piece.text.replace(SPACE, " ").encode()
+    if piece.kind == PieceKind.BYTE:
+        return bytes([int(piece.text[1:-1], 16)])  # <0xE6>
+    return b""
+
+
+class ByteCounter:
+    """Counts the bytes of text that lie in a stream of documents, each after an end-of-document mark."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.eod_id = tokenizer.eod_id
+        self.lengths = np.array([len(piece) for piece in piece_bytes(tokenizer)])
+        self.added = int(self.lengths[tokenizer.encode("a")].sum()) - 1
+        """Bytes that the tokenizer puts before a text."""
+
+    def count(self, stream: np.ndarray) -> int:
+        """Bytes of text of `stream`, ids [tokens], whose first entry is a mark."""
+        is_mark = stream == self.eod_id
+        documents = int((is_mark[:-1] & ~is_mark[1:]).sum())
+        return int(self.lengths[stream].sum()) - self.added * documents
+
+
+class TextStream:
+    """Turns ids into text as they come. A character of several byte pieces appears with its last one."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._pieces = piece_bytes(tokenizer)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at_start = True
+
+    def put(self, token_id: int) -> str:
+        """The text that this id completes, often its own, sometimes none; ids beyond the tokenizer's have none."""
+        data = self._pieces[token_id] if token_id < len(self._pieces) else b""
+        if self._at_start and data:
+            data, self._at_start = data.removeprefix(b" "), False
+        return self._decoder.decode(data)
+
+    def end(self) -> str:
+        """U+FFFD for a character that was begun and not completed."""
+        return self._decoder.decode(b"", final=True)

@@ -1,0 +1,208 @@
+"""Is an exported model the trained one? Asks the real engine, on text, before the export gets its name.
+
+    tokens      the exported tokenizer gives SentencePiece's ids
+    weights     every tensor of the model is in the file and every one of the file in the model
+    size        the files hold the bytes that the bits of the weights make
+    logits      engine against the trainer's own model (fp32, CPU)
+
+Logits are compared where both compute the same function. Then only the order of fp32 sums differs and the bound is tight
+(FLOAT). An engine that rounds activations to 8 bits is within fp32 noise of the trainer too, but for values beside the border
+of two codes: one such value takes the other code, which is 1/127 of its token's maximum, and layer after layer more follow, until
+the two are as far apart as two independent roundings. How far that is the trainer's model tells, run with and without rounding
+(`eight_bit_bound`); what such a bound would hide is looked for in the weights themselves.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dqt_dist.data.tokenizer import Tokenizer
+from dqt_dist.export.errors import VerificationError
+from dqt_dist.export.hf import key
+from dqt_dist.export.safetensors_writer import tensor_bytes
+from dqt_dist.export.text import SAMPLE
+from dqt_dist.export.weights import Weights
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Largest allowed difference of logits, relative to the largest logit, and what it is made of."""
+
+    largest: float
+    mean: float
+    reason: str
+
+
+# Two fp32 roundings: of 1 / s and of the division by it.
+LINEAR_BOUND = 1e-6
+FLOAT = Bound(1e-4, 1e-5, "fp32 sums in another order")
+ROUNDED = Bound(5e-2, 5e-3, "scales that are no powers of two are rounded to the precision of the file")
+
+
+def eight_bit_bound(rounded: Tensor, exact: Tensor) -> Bound:
+    """The bound for two roundings of activations, from the trainer's logits with 8-bit activations and with exact ones.
+
+    Independent errors of equal size are sqrt(2) times that size apart; the largest of many varies more than their mean.
+    """
+    size = (rounded.double() - exact.double()).abs() / rounded.double().abs().max()
+    return Bound(2 * float(size.max()), 1.5 * float(size.mean()), "8-bit activations: what two roundings differ by")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Engine against trainer, relative to the largest logit."""
+
+    largest: float
+    mean: float
+    same_argmax: float
+    bound: Bound
+
+    def __str__(self) -> str:
+        return (
+            f"logits differ by at most {self.largest:.1e}, on average {self.mean:.1e} of the largest; allowed "
+            f"{self.bound.largest:.1e} and {self.bound.mean:.1e} ({self.bound.reason}); the same best token at "
+            f"{self.same_argmax:.1%} of positions"
+        )
+
+
+def compare(engine: Tensor, trainer: Tensor, bound: Bound, what: str) -> Comparison:
+    """Raises VerificationError when logits [batch, sequence, vocabulary] are further apart than `bound`."""
+    if engine.shape != trainer.shape:
+        raise VerificationError(f"{what}: logits of shape {tuple(engine.shape)}, the trainer's {tuple(trainer.shape)}")
+    difference = (engine.double() - trainer.double()).abs() / trainer.double().abs().max()
+    same = (engine.argmax(-1) == trainer.argmax(-1)).float().mean()
+    found = Comparison(float(difference.max()), float(difference.mean()), float(same), bound)
+    # `not <=` also catches nan.
+    if not (found.largest <= bound.largest and found.mean <= bound.mean):
+        raise VerificationError(f"{what}: {found}")
+    return found
+
+
+def sample_tokens(tokenizer: Tokenizer, sequence_length: int) -> Tensor:
+    """Ids [1, at most sequence_length] of the sample text."""
+    return torch.tensor([tokenizer.encode(SAMPLE)[:sequence_length]])
+
+
+def check_size(folder: Path, weights: Weights, bits: int) -> None:
+    """Raises VerificationError when the safetensors files hold another number of bytes than `bits` a weight make.
+
+    A linear may have beside its codes a scale and the padding of the last word a row, and its shape.
+    """
+    of_codes = sum(rows * columns for rows, columns in weights.linears.values()) * bits / 8
+    beside = sum(8 * rows + 16 for rows, _ in weights.linears.values())
+    of_parameters = sum(math.prod(shape) for shape in weights.parameters.values()) * weights.dtype.itemsize
+    found, least = tensor_bytes(folder), of_codes + of_parameters
+    if not least <= found <= least + beside:
+        raise VerificationError(
+            f"the files hold {found:,} bytes of tensors; {bits} bits a weight make {least:,.0f}, and at most {beside:,} "
+            "for scales"
+        )
+
+
+def is_power_of_two(scale: float) -> bool:
+    return math.frexp(scale)[0] == 0.5
+
+
+def without_activations(folder: Path) -> dict[str, Any]:
+    """quantization_config of a compressed-tensors folder with the 8-bit rounding of activations left out."""
+    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    for group in quantization["config_groups"].values():
+        group["input_activations"] = None
+    return quantization
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No weight bars, no advice, and no torch.compile: bitnet's forward would spend a minute compiling."""
+    from transformers.utils import logging
+
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.compiler.set_stance("force_eager")
+    try:
+        # compressed-tensors draws four bars a model. Errors are exceptions.
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        torch.compiler.set_stance("default")
+        logging.enable_progress_bar()
+        logging.set_verbosity(verbosity)
+
+
+def load_folder(
+    folder: Path, quantization: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32, **load: Any
+) -> Any:
+    """The model of transformers, its floats in `dtype`; raises VerificationError for missing or unused tensors."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder, **load)
+    if quantization is not None:
+        config.quantization_config = quantization
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=dtype, output_loading_info=True, **load
+    )
+    model, info = loaded
+    problems = {kind: sorted(map(str, names)) for kind, names in info.items() if names}
+    if problems:
+        raise VerificationError(f"transformers does not find the tensors it wants: {problems}")
+    return model.eval()
+
+
+@torch.no_grad()
+def transformers_logits(
+    folder: Path, tokens: Tensor, quantization: dict[str, Any] | None = None, **load: Any
+) -> Tensor:
+    """Loads the folder in fp32 with transformers and runs it; raises VerificationError for missing or unused tensors.
+
+    `quantization` replaces the quantization_config of the folder; `load` goes to from_pretrained.
+    """
+    with quiet_transformers():
+        return load_folder(folder, quantization, **load)(tokens).logits.float()
+
+
+@torch.no_grad()
+def check_bitnet_linears(folder: Path, weights: Weights) -> None:
+    """Each packed linear of the loaded model against scale * codes, on inputs that its 8-bit rounding leaves as they are.
+
+    Integers with a maximum of 127 are their own codes: no rounding hides a difference here, as it may in logits.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with quiet_transformers():
+        model = load_folder(folder)
+        for name, (_, columns) in weights.linears.items():
+            probe = torch.randint(-127, 128, (8, columns), generator=generator).float()
+            probe[:, 0] = 127
+            codes, scale = weights.codes(name)
+            wanted = (probe.double() @ codes.double().t()) * scale.double()
+            found = model.get_submodule(key(name, "")[:-1])(probe)
+            error = float((found.double() - wanted).abs().max() / wanted.abs().max())
+            if not error <= LINEAR_BOUND:
+                raise VerificationError(
+                    f"{name}: the engine's product differs by {error:.1e} of the largest, allowed {LINEAR_BOUND:.0e}"
+                )
+
+
+def check_tokenizer(folder: Path, tokenizer: Tokenizer, **load: Any) -> None:
+    """Raises VerificationError when Hugging Face's tokenizer of the folder gives other ids than SentencePiece."""
+    from transformers import AutoTokenizer
+
+    with quiet_transformers():
+        exported = AutoTokenizer.from_pretrained(folder, **load)
+        for text in (SAMPLE, "  two  spaces", "", "1234 x\n\n\ny"):
+            wanted, found = tokenizer.encode(text), exported(text)["input_ids"]
+            if wanted != found:
+                raise VerificationError(f"tokenizer: {text[:40]!r} has ids {found[:20]}, SentencePiece {wanted[:20]}")
+            if exported.decode(found, skip_special_tokens=True) != text:
+                raise VerificationError(f"tokenizer: {text[:40]!r} does not come back from its ids")

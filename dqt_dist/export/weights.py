@@ -1,0 +1,137 @@
+"""The weights of a checkpoint as an export sees them: one logical matrix at a time, by its Hugging Face name.
+
+    codes(name)      integer codes and scale of a low-bit matrix          W = scale * codes
+    matrix(name)     the same weight as floats, for formats without codes
+    parameter(name)  embedding, head, norms, in the precision that the export stores
+
+Nothing is kept: a model of any size passes through with the memory of its largest matrix. What `method` trained decides where
+codes come from: dqt stores them, bitnet derives them from its float master as its own forward does, none has none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dqt_dist.checkpoint.reader import CheckpointReader
+from dqt_dist.config import Config
+from dqt_dist.lowbit.grid import make_grid
+from dqt_dist.lowbit.packing import unpack
+from dqt_dist.lowbit.rounding import round_nearest
+
+# The floor of BitNet b1.58's weight_quant, as in the layer that trains it.
+BITNET_SCALE_FLOOR = 1e-5
+TERNARY = make_grid("ternary")
+
+
+def linear_shapes(config: Config) -> dict[str, tuple[int, int]]:
+    """(rows, columns) = (out, in) of every linear of the blocks, in model order."""
+    model = config.model
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    key_value = model.num_query_groups * (hidden // model.num_attention_heads)
+    of_layer = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (key_value, hidden),
+        "self_attn.v_proj": (key_value, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (ffn, hidden),
+        "mlp.up_proj": (ffn, hidden),
+        "mlp.down_proj": (hidden, ffn),
+    }
+    return {f"layers.{i}.{part}": shape for i in range(model.num_layers) for part, shape in of_layer.items()}
+
+
+def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
+    """Shapes of embedding, norms and head by logical name, in model order; norms are vectors."""
+    model = config.model
+    hidden, ffn = model.hidden_size, model.ffn_hidden_size
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens": (model.vocab_size, hidden)}
+    for i in range(model.num_layers):
+        shapes[f"layers.{i}.input_layernorm"] = (hidden,)
+        shapes[f"layers.{i}.post_attention_layernorm"] = (hidden,)
+        if model.sub_norm:
+            shapes[f"layers.{i}.self_attn.attn_sub_norm"] = (hidden,)
+            shapes[f"layers.{i}.mlp.ffn_sub_norm"] = (ffn,)
+    return shapes | {"norm": (hidden,), "lm_head": (model.vocab_size, hidden)}
+
+
+class Weights:
+    """What is exported of a checkpoint. `ternary` turns n-bit codes into ternary ones, the paper's ternary inference.
+
+    `dtype` is the precision in which parameters are stored; `config` describes the exported model, so its
+    quantization.bits are the exported ones.
+    """
+
+    def __init__(self, reader: CheckpointReader, dtype: torch.dtype = torch.float32, ternary: bool = False) -> None:
+        self.reader, self.dtype = reader, dtype
+        self.stored_grid = make_grid(reader.config.quantization.bits)
+        self.ternarize = ternary and self.stored_grid != TERNARY
+        self.config = reader.config
+        if self.ternarize:
+            quantization = reader.config.quantization.model_copy(update={"bits": "ternary"})
+            self.config = reader.config.model_copy(update={"quantization": quantization})
+        self.grid = make_grid(self.config.quantization.bits)
+        self.linears = linear_shapes(self.config)
+        self.parameters = parameter_shapes(self.config)
+
+    @property
+    def method(self) -> str:
+        return self.config.quantization.method
+
+    @property
+    def has_codes(self) -> bool:
+        return self.method != "none"
+
+    def codes(self, name: str) -> tuple[Tensor, Tensor]:
+        """int8 codes [rows, columns] on `grid` and the fp32 scale [] of a low-bit matrix."""
+        if self.method == "bitnet":
+            return _bitnet_codes(self.master(name))
+        packed = self.reader.read(f"codes/{name}")
+        columns = {**self.linears, **self.parameters}[name][1]
+        codes, scale = unpack(packed, self.stored_grid, columns), self.reader.read(f"scale/{name}").view(())
+        return _ternary_codes(codes, scale) if self.ternarize else (codes, scale)
+
+    def scale(self, name: str) -> Tensor:
+        """The fp32 scale [] of a low-bit matrix; does not read the codes where it is stored."""
+        if self.method == "bitnet" or self.ternarize:
+            return self.codes(name)[1]
+        return self.reader.read(f"scale/{name}").view(())
+
+    def scales(self) -> dict[str, float]:
+        """Scale of every matrix that is stored as codes, by name."""
+        embeddings = ["embed_tokens", "lm_head"] if self.config.quantization.embeddings else []
+        return {name: float(self.scale(name)) for name in [*self.linears, *embeddings]} if self.has_codes else {}
+
+    def matrix(self, name: str) -> Tensor:
+        """Weight of a linear as floats of `dtype` [rows, columns]; exact for codes with power-of-two scales."""
+        if not self.has_codes:
+            return self.parameter(name)
+        codes, scale = self.codes(name)
+        return (codes * scale).to(self.dtype)
+
+    def parameter(self, name: str) -> Tensor:
+        """Embedding, head (also where they are codes), norm, or float linear, in `dtype` and its shape in the model."""
+        if f"codes/{name}" in self.reader.tensors:
+            codes, scale = self.codes(name)
+            return (codes * scale).to(self.dtype)
+        return self.master(name).to(self.dtype)
+
+    def master(self, name: str) -> Tensor:
+        """The fp32 value that the optimizer keeps."""
+        value = self.reader.read(f"parameter/{name}")
+        return value[:, 0] if value.shape[1] == 1 else value
+
+
+def _bitnet_codes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """arXiv 2402.17764, eq. 1 to 3; sums taken as in the training layer, so that the scale has its bits."""
+    row_sums = weight.abs().sum(dim=1)
+    total = torch.zeros(1).index_add_(0, torch.zeros(len(row_sums), dtype=torch.int64), row_sums)
+    scale = (total / torch.tensor([weight.numel()])).clamp(min=BITNET_SCALE_FLOOR).view(())
+    return round_nearest(weight / scale, TERNARY), scale
+
+
+def _ternary_codes(codes: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The same quantiser applied to W = scale * codes; |codes| are summed as integers, which is exact."""
+    mean = codes.to(torch.int64).abs().sum().double() / codes.numel()
+    mean = mean.clamp(min=BITNET_SCALE_FLOOR)
+    return round_nearest((codes.double() / mean).float(), TERNARY), (mean * scale.double()).float()

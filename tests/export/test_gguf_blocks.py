@@ -1,0 +1,54 @@
+"""GGUF blocks: the `gguf` package unpacks them to the codes, and its own quantiser makes the same bytes."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+
+from dqt_dist.export.gguf_blocks import TYPES, BlockType, pack
+
+SCALE = 2.0**-6
+# What gguf 0.19's numpy code can make; the others it can only read.
+QUANTISED_BY_GGUF = ("TQ2_0", "TQ1_0", "Q8_0")
+
+
+def codes_of(block: BlockType, rows: int = 6) -> np.ndarray:
+    """Random codes in which every value of the type occurs."""
+    generator = np.random.default_rng(0)
+    codes = generator.integers(block.qmin, block.qmax + 1, (rows, 3 * block.size), dtype=np.int8)
+    every = np.arange(block.qmin, block.qmax + 1, dtype=np.int8)
+    codes.reshape(-1)[: len(every)] = every
+    return codes
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_gguf_reads_the_codes_back(name: str) -> None:
+    block = TYPES[name]
+    codes = codes_of(block)
+    found = gguf.dequantize(pack(codes, SCALE, block), gguf.GGMLQuantizationType[name])
+    assert np.array_equal(found, codes * np.float32(SCALE))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_sizes_are_those_of_gguf(name: str) -> None:
+    assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] == (TYPES[name].size, TYPES[name].num_bytes)
+
+
+@pytest.mark.parametrize("name", QUANTISED_BY_GGUF)
+def test_bytes_are_those_of_gguf_own_quantiser(name: str) -> None:
+    """gguf takes the largest weight of a block (over 127 in Q8_0) for the scale: each block gets one of the largest code."""
+    block = TYPES[name]
+    codes = np.maximum(codes_of(block), -127)
+    codes[:, :: block.size] = min(block.qmax, 127)
+    wanted = gguf.quantize(codes * np.float32(SCALE), gguf.GGMLQuantizationType[name])
+    assert np.array_equal(pack(codes, SCALE, block), wanted)
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_a_row_is_a_row_of_bytes(name: str) -> None:
+    block = TYPES[name]
+    codes = codes_of(block)
+    whole = pack(codes, SCALE, block)
+    assert whole.shape == (6, 3 * block.num_bytes)
+    assert np.array_equal(whole[2:3], pack(codes[2:3], SCALE, block))

@@ -1,0 +1,72 @@
+"""A run that is killed and goes on, with the same or another ZeRO stage, ends in the bits of one that was never interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.training.conftest import ROOT, command, environment
+
+DP_2 = ("checkpoint.keep_last=99", "checkpoint.interval=10", "logging.interval=10")
+
+
+def zero(stage: int) -> str:
+    return f"deepspeed.zero_optimization.stage={stage}"
+
+
+def digests(path: Path) -> dict[str, str]:
+    """What tools/inspect_ckpt.py --digest prints: a digest a part, and the total on the last line."""
+    tool = [sys.executable, str(ROOT / "tools/inspect_ckpt.py"), str(path), "--digest"]
+    *parts, total = subprocess.run(tool, check=True, capture_output=True, text=True).stdout.splitlines()
+    return dict(line.split() for line in parts) | {"total": total}
+
+
+def killed_after_step_10(config_file: Path, folder: Path, stage: int) -> Path:
+    """Its checkpoint of step 10; every process of the run got SIGKILL some steps later."""
+    settings = (*DP_2, zero(stage), "training.steps=4000", f"checkpoint.dir={folder}")
+    saved = folder / "checkpoints" / "step_00000010"
+    process = subprocess.Popen(
+        command(config_file, *settings, processes=2),
+        env=environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not saved.exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        for pid in (process.pid, *map(int, children)):  # torchrun first, or it would report the others
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+    assert len(children) == 2
+    return saved
+
+
+@pytest.mark.slow
+def test_twenty_steps_equal_ten_a_kill_and_ten_more_at_any_stage(config_file: Path, tmp_path: Path) -> None:
+    """Two data-parallel ranks. Codes, scales, moments, high-precision parameters, step and data position."""
+    through = tmp_path / "through"
+    settings = (*DP_2, "training.steps=20")
+    run = command(config_file, *settings, zero(0), f"checkpoint.dir={through}", processes=2)
+    subprocess.run(run, check=True, env=environment(), capture_output=True, timeout=180)
+    wanted = digests(through)
+    assert digests(through / "checkpoints" / "step_00000010") != wanted  # negative control
+
+    saved = killed_after_step_10(config_file, tmp_path / "killed", stage=1)
+    assert digests(saved) == digests(through / "checkpoints" / "step_00000010")
+    for stage in (1, 3):
+        folder = tmp_path / f"resumed_{stage}"
+        again = command(config_file, *settings, zero(stage), f"checkpoint.dir={folder}", processes=2)
+        subprocess.run(
+            [*again, "--resume", str(saved)], check=True, env=environment(), capture_output=True, timeout=180
+        )
+        assert digests(folder) == wanted
