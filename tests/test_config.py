@@ -453,8 +453,8 @@ def test_dry_run_prints_the_plan(tmp_path: Path) -> None:
     """12 layers of 4 * 768^2 + 3 * 768 * 2048 weights at 2 bits; 2 * 32000 * 768 and 25 norms of 768 beside them."""
     done = run_pretrain(tmp_path, "--config", str(ROOT / "configs" / "130m_ternary.json"), "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "84,934,656 weights in linears, 21,233,664 bytes as 2-bit codes" in done.stdout
-    assert "49,171,200 in embedding, head and norms" in done.stdout
+    assert "84,934,656 weights in linears as 2-bit codes, 49,171,200 in embedding, head and norms" in done.stdout
+    assert "low-bit       weights 0.02, gradients 0.32, masters 0.00, moments 0.63 GiB" in done.stdout
     assert "65,536 tokens a step" in done.stdout
 
 

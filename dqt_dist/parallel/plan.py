@@ -8,7 +8,7 @@ Parameters of a block of hidden size H, feed-forward size F, heads of width d, A
     norms                 2 * H     (with sub-norms: + A*d + F)
 
 The linears and the sub-norms are cut by tensor parallel rank, the other norms are not. The first pipeline stage adds the embedding, the last
-the head and the final norm. Only stored weights are counted: gradients, moments and activations come on top.
+the head and the final norm. Counted is what lives as long as the step: weights, gradients, masters, moments; activations and scratch come on top.
 """
 
 from __future__ import annotations
@@ -45,32 +45,82 @@ def largest_rank(config: Config) -> RankWeights:
     return RankWeights(linear, norms + vocabulary_matrix + hidden)
 
 
+@dataclass(frozen=True)
+class RankBytes:
+    """Memory of the largest rank, in bytes, without activations. Rows and parameters are taken to divide evenly."""
+
+    weights: int
+    """What the model computes with."""
+    gradients: int
+    """Sums over micro-batches. ZeRO 2 and 3: the owned part; what is under way in the backward comes on top."""
+    masters: int
+    moments: int
+    on_host: bool
+    """Masters and moments lie in the host's memory (offload_optimizer)."""
+
+
+def rank_bytes(config: Config, data_parallel_size: int) -> tuple[RankBytes, RankBytes]:
+    """Of the low-bit weights and of all others; the first is all zeros without low-bit weights."""
+    counts, stage, quantization = largest_rank(config), config.zero_stage, config.quantization
+    linear = counts.linear if quantization.method == "dqt" else 0
+    if quantization.embeddings:
+        matrices = 2 if config.parallel.pipeline == 1 else 1
+        linear += matrices * config.model.vocab_size * config.model.hidden_size // config.parallel.tensor
+    other = counts.linear + counts.other - linear
+    compute_bytes, gradient_bytes = COMPUTE_BYTES[quantization.compute], COMPUTE_BYTES[config.optimizer.gradient_dtype]
+
+    def share(size: int, from_stage: int) -> int:
+        return size // data_parallel_size if stage >= from_stage else size
+
+    adafactor = config.optimizer.name == "adafactor"
+    low_bit = RankBytes(
+        share(linear * make_grid(quantization.bits).storage_bits // 8, 3),
+        share(gradient_bytes * linear, 2),
+        0,
+        share((4 if config.optimizer.beta1 else 0) * linear if adafactor else 8 * linear, 1),
+        config.offloads_optimizer,
+    )
+    # Without ZeRO fp32 parameters are their own masters; DeepSpeed's stages 1 and 2 copy them, stage 3 does not.
+    own_masters = compute_bytes == 4 and stage in (0, 3)
+    high_precision = RankBytes(
+        share(compute_bytes * other, 3),
+        share(gradient_bytes * other, 2),
+        0 if own_masters else share(4 * other, 1),
+        share(8 * other, 1),
+        config.offloads_optimizer,
+    )
+    return low_bit, high_precision
+
+
+def _shown(size: RankBytes) -> str:
+    parts = {"weights": size.weights, "gradients": size.gradients, "masters": size.masters, "moments": size.moments}
+    host = " (masters and moments on the host)" if size.on_host else ""
+    return ", ".join(f"{name} {value / 2**30:,.2f}" for name, value in parts.items()) + f" GiB{host}"
+
+
 def describe(config: Config, world_size: int) -> str:
     """A few lines of text for people; raises `UserError` when the config does not fit `world_size` processes."""
     arrangement = layout(config, world_size)
     model, quantization, training = config.model, config.quantization, config.training
     weights = largest_rank(config)
-    other_bytes = COMPUTE_BYTES[quantization.compute] * weights.other
-    if quantization.method == "dqt":
-        storage_bits = make_grid(quantization.bits).storage_bits
-        linear_bytes, kind = weights.linear * storage_bits // 8, f"{storage_bits}-bit codes"
-    else:
-        linear_bytes, kind = weights.linear * COMPUTE_BYTES[quantization.compute], quantization.compute
+    low_bit, high_precision = rank_bytes(config, arrangement.data)
+    kind = f"{make_grid(quantization.bits).storage_bits}-bit codes" if low_bit.weights else quantization.compute
     tokens = training.global_batch_size * model.seq_length
     interleaved = f", {arrangement.virtual_pipeline} chunks a stage" if arrangement.virtual_pipeline else ""
-    return "\n".join(
-        [
-            f"processes       {world_size} = tensor {arrangement.tensor} * pipeline {arrangement.pipeline}{interleaved}"
-            f" * data {arrangement.data}, ZeRO stage {config.zero_stage}",
-            f"batch           {training.global_batch_size} samples = data {arrangement.data} * micro batch "
-            f"{training.micro_batch_size} * {arrangement.num_microbatches} micro-batches; {tokens:,} tokens a step",
-            f"length          {training.steps:,} steps, {training.steps * tokens:,} tokens",
-            f"method          {quantization.method}, compute {quantization.compute}, "
-            f"activations {quantization.activation}",
-            f"largest rank    {weights.linear:,} weights in linears, {linear_bytes:,} bytes as {kind}",
-            f"                {weights.other:,} in embedding, head and norms, {other_bytes:,} bytes as "
-            f"{quantization.compute}",
-            "                (gradients, float masters, optimizer state and activations come on top)",
-            f"run folder      {config.checkpoint.dir}",
-        ]
-    )
+    lines = [
+        f"processes       {world_size} = tensor {arrangement.tensor} * pipeline {arrangement.pipeline}{interleaved}"
+        f" * data {arrangement.data}, ZeRO stage {config.zero_stage}",
+        f"batch           {training.global_batch_size} samples = data {arrangement.data} * micro batch "
+        f"{training.micro_batch_size} * {arrangement.num_microbatches} micro-batches; {tokens:,} tokens a step",
+        f"length          {training.steps:,} steps, {training.steps * tokens:,} tokens",
+        f"method          {quantization.method}, compute {quantization.compute}, activations {quantization.activation}",
+        f"largest rank    {weights.linear:,} weights in linears as {kind}, {weights.other:,} in embedding, head and norms",
+    ]
+    if low_bit.weights:
+        lines.append(f"  low-bit       {_shown(low_bit)}")
+    lines += [
+        f"  others        {_shown(high_precision)}",
+        "                (activations and scratch come on top)",
+        f"run folder      {config.checkpoint.dir}",
+    ]
+    return "\n".join(lines)

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from dqt_dist.errors import UserError
+from dqt_dist.errors import RunError, UserError
 from dqt_dist.parallel import launch as launch_module
-from dqt_dist.parallel.launch import Launch, discover, expand_nodelist, expand_tasks_per_node, export
+from dqt_dist.parallel.launch import Launch, discover, expand_nodelist, expand_tasks_per_node, export, report
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPORTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
@@ -203,3 +203,15 @@ def test_wrong_config_under_mpirun_is_printed_once(tmp_path: Path) -> None:
     done = mpirun(2, sys.executable, str(ROOT / "launchers" / "pretrain.py"), "--config", str(tmp_path / "absent.json"))
     assert done.returncode == 2
     assert done.stderr.count("the config file cannot be read") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(("error", "exit_code"), [(UserError("what is wrong"), 2), (RunError("what is wrong"), 1)])
+def test_a_message_is_printed_once_and_says_who_is_to_blame(
+    error: Exception, exit_code: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2: the input; 1: the run. Rank 0 speaks, the others wait for it."""
+    monkeypatch.setattr("dqt_dist.parallel.launch.SECONDS_FOR_RANK_0", 0.0)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # the test process keeps its own handlers
+    for rank in (0, 1):
+        assert report(error, Launch(rank, 2, rank, 2, "tests", "", 0)) == exit_code
+    assert capsys.readouterr().err == "error: what is wrong\n"
