@@ -1,5 +1,6 @@
 # make setup   build .venv with the pinned versions          make test   the test suite
 # make demo    prepare text, train over 4 processes, report   make lint   ruff and pyright
+# make test-gguf   exports run by llama.cpp, which it builds first (C++ compiler; 20 minutes on two cores)
 # A GPU node that brings its own torch: make setup TORCH= PYTHON=python3.12 (and see README.md).
 
 PYTHON ?= python3
@@ -7,12 +8,14 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LLAMA_CPP ?= llama-cpp-python==0.3.36
+LLAMA_CPP_STAMP := $(VENV)/.llama_cpp_installed
 
-.PHONY: setup demo test lint clean
+.PHONY: setup demo test test-gguf lint clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,3p' Makefile | cut -c3-
+	@sed -n '1,4p' Makefile | cut -c3-
 
 setup: $(STAMP)
 
@@ -28,6 +31,14 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-gguf: $(LLAMA_CPP_STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m gguf $(PYTEST_ARGS)
+
+# There is no wheel of it: pip compiles llama.cpp for the processor at hand.
+$(LLAMA_CPP_STAMP): $(STAMP)
+	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt "$(LLAMA_CPP)"
+	touch $@
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

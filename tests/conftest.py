@@ -1,6 +1,8 @@
-"""Shared by all tests: a fixed seed, and tests marked gpu only where there is one."""
+"""Shared by all tests: a fixed seed, and tests marked gpu or gguf only where there is what they need."""
 
 from __future__ import annotations
+
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -11,9 +13,19 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+def missing_requirements() -> dict[str, str]:
+    """What this machine lacks, by the marker of the tests that need it."""
+    missing = {}
+    if not torch.cuda.is_available():
+        missing["gpu"] = "needs a CUDA device"
+    if find_spec("llama_cpp") is None:
+        missing["gguf"] = "needs llama-cpp-python: make test-gguf"
+    return missing
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
-        return
+    missing = missing_requirements()
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))

@@ -3,8 +3,8 @@
     def check(rank, world_size, value): ...          # a module-level function, so that it can be pickled
     results = run_distributed(check, 2, 5)           # one result a rank, in rank order
 
-Importing torch, Megatron and DeepSpeed takes seconds a process, so the processes stay and are used again: each call gives them
-a new world (a file store of its own) and takes it down afterwards. An exception on any rank is raised here with that rank's
+Importing torch, Megatron and DeepSpeed takes seconds, so it is done once, in a process that workers are forked from, and workers
+stay and are used again: each call gives them a new world (a file store of its own) and takes it down afterwards. An exception on any rank is raised here with that rank's
 traceback; when a rank does not answer in time, or others are left waiting for one that failed, all are killed and the next
 call starts new ones. What goes to and fro is pickled by value: Connection.send would share each tensor's memory through a file
 descriptor, thousands of them in the parent.
@@ -58,7 +58,8 @@ def _start_workers(count: int) -> None:
     _calls += 1
     if _calls % CALLS_A_WORKER == 0:
         _kill_workers()
-    context = get_context("spawn")
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["tests.preloaded"])
     while len(_workers) < count:
         here, there = context.Pipe()
         process = context.Process(target=_serve, args=(there,), daemon=True)
@@ -109,11 +110,8 @@ def _kill_workers() -> None:
 
 def _serve(connection: Connection) -> None:
     """A worker: one world after the other, until the parent goes."""
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    import torch
+    import tests.preloaded  # noqa: F401
 
-    torch.set_num_threads(1)
     while True:
         try:
             function, rank, world_size, store, args = pickle.loads(connection.recv_bytes())
@@ -127,8 +125,6 @@ def _serve(connection: Connection) -> None:
 
 def _in_world(function: Callable[..., Any], rank: int, world_size: int, store: str, args: tuple[Any, ...]) -> Any:
     import torch.distributed as dist
-
-    import dqt_dist  # noqa: F401  (silences Megatron's notes)
 
     os.environ.update(
         RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(world_size)

@@ -5,7 +5,7 @@
     <0xE6>         E6           byte fallback: a character outside the vocabulary is one piece a byte
     <s> </s>       none
 
-SentencePiece puts one space before a text, which is not of the text: a document's first piece has one byte too many.
+SentencePiece puts one space before a text, which is not of it: the first piece of a document has one byte too many.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ def piece_bytes(tokenizer: Tokenizer) -> list[bytes]:
     return [_bytes_of(piece) for piece in read_pieces(tokenizer)]
 
 
+def bytes_before(tokenizer: Tokenizer, pieces: list[bytes]) -> int:
+    """Bytes that the tokenizer puts before a text: 1, or 0 for one that is made without."""
+    return sum(len(pieces[i]) for i in tokenizer.encode("a")) - 1
+
+
 def _bytes_of(piece: Piece) -> bytes:
     if piece.kind == PieceKind.NORMAL:
         return piece.text.replace(SPACE, " ").encode()
@@ -36,15 +41,15 @@ class ByteCounter:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.eod_id = tokenizer.eod_id
-        self.lengths = np.array([len(piece) for piece in piece_bytes(tokenizer)])
-        self.added = int(self.lengths[tokenizer.encode("a")].sum()) - 1
-        """Bytes that the tokenizer puts before a text."""
+        pieces = piece_bytes(tokenizer)
+        self.lengths = np.array([len(piece) for piece in pieces])
+        self.before = bytes_before(tokenizer, pieces)
 
     def count(self, stream: np.ndarray) -> int:
         """Bytes of text of `stream`, ids [tokens], whose first entry is a mark."""
         is_mark = stream == self.eod_id
         documents = int((is_mark[:-1] & ~is_mark[1:]).sum())
-        return int(self.lengths[stream].sum()) - self.added * documents
+        return int(self.lengths[stream].sum()) - self.before * documents
 
 
 class TextStream:
@@ -53,13 +58,13 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._pieces = piece_bytes(tokenizer)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._at_start = True
+        self._skip = bytes_before(tokenizer, self._pieces)
 
     def put(self, token_id: int) -> str:
         """The text that this id completes, often its own, sometimes none; ids beyond the tokenizer's have none."""
         data = self._pieces[token_id] if token_id < len(self._pieces) else b""
-        if self._at_start and data:
-            data, self._at_start = data.removeprefix(b" "), False
+        if data:
+            data, self._skip = data[self._skip :], 0
         return self._decoder.decode(data)
 
     def end(self) -> str:

@@ -1,0 +1,14 @@
+"""What every test worker imports, imported once: workers are forked from a process that has done it (distributed.py)."""
+
+from __future__ import annotations
+
+import os
+
+# Read when they are imported.
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import torch
+
+# Before anything computes: threads do not survive a fork.
+torch.set_num_threads(1)
