@@ -194,7 +194,12 @@ def test_ctrl_c_leaves_nothing(
         time.sleep(5)
 
     monkeypatch.setattr(convert_module.hf, "config_json", interrupt)
-    assert convert("--checkpoint", trained(), "--output", tmp_path / "out", "--no-verify") == 130
+    # A shell starts background jobs with the signal ignored, and so may whatever runs these tests.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert convert("--checkpoint", trained(), "--output", tmp_path / "out", "--no-verify") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "nothing was left behind" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
