@@ -15,7 +15,10 @@ state is read or moved.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 
 import torch
 from torch.utils.data import DataLoader, Dataset
@@ -74,13 +77,33 @@ class Loader:
             batch_size=None,  # an item is already a whole step
             sampler=range(first_sample, self._num_samples - self._global_batch_size + 1, self._global_batch_size),
             num_workers=self._num_workers,
+            # Not "fork": a rank has threads of gloo, NCCL and OpenMP by now, and a child that is forked while one of them holds a
+            # lock waits for it for ever. The server is a fresh process that does nothing but fork workers.
+            multiprocessing_context="forkserver" if self._num_workers else None,
             prefetch_factor=2 if self._num_workers else None,
             pin_memory=self._pin_memory,
             # DataLoader draws a seed for its workers, from the global generator unless it is given one.
             generator=torch.Generator(),
         )
-        for step in loader:
+        with _stop_signals_held():
+            steps = iter(loader)  # starts the workers
+        for step in steps:
             yield [dict(zip(_FIELDS, parts, strict=True)) for parts in zip(*(step[f] for f in _FIELDS), strict=True)]
+
+
+@contextmanager
+def _stop_signals_held() -> Iterator[None]:
+    """What is started inside never sees the signals that ask a run to stop; this process sees them afterwards.
+
+    A launcher may send them to every process of a job. A worker that died of one would take the step with it that is still to be
+    finished and saved. Masks are inherited, also by the server that forks the workers.
+    """
+    resource_tracker.ensure_running()  # multiprocessing would start it inside, and unblock signals when it has
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Steps(Dataset):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -22,6 +25,7 @@ from tests.data.conftest import VOCAB_SIZE
 with quiet_megatron_import():
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+ROOT = Path(__file__).resolve().parents[2]
 SEQUENCE_LENGTH = 61  # odd, so that samples and documents never line up
 
 
@@ -306,3 +310,39 @@ def test_batches_that_do_not_fit_are_refused(build):
         loader(dataset, size=5)
     with pytest.raises(UserError, match="24 is more than the dataset's 20 samples"):
         loader(dataset)
+
+
+SIGNALLED = """
+import os, signal, sys
+import psutil
+import torch
+from dqt_dist.data.loader import Loader
+
+class Numbers(torch.utils.data.Dataset):
+    def __len__(self):
+        return 40
+    def __getitem__(self, index):
+        return {name: torch.full((2,), float(index)) for name in ("tokens", "labels", "loss_mask")}
+
+if __name__ == "__main__":
+    caught = []
+    signal.signal(signal.SIGTERM, lambda *_: caught.append(1))
+    loader = Loader(Numbers(), micro_batch_size=1, global_batch_size=1, data_parallel_rank=0, data_parallel_size=1, num_workers=2)
+    steps = loader.iterate()
+    seen = [float(next(steps)[0]["tokens"][0, 0])]
+    children = psutil.Process().children(recursive=True)
+    for process in [*children, psutil.Process()]:
+        process.send_signal(signal.SIGTERM)
+    seen += [float(step[0]["tokens"][0, 0]) for step in steps]
+    assert len(children) >= 3, children  # the server and two workers
+    assert seen == [float(i) for i in range(40)] and caught == [1]
+"""
+
+
+def test_workers_outlive_the_signal_that_stops_a_run(tmp_path: Path) -> None:
+    """Sent to every process of a job; the run itself sees it and goes on to save."""
+    script = tmp_path / "script.py"
+    script.write_text(SIGNALLED)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr
