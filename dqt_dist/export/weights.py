@@ -18,9 +18,8 @@ from dqt_dist.config import Config
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.packing import unpack
 from dqt_dist.lowbit.rounding import round_nearest
+from dqt_dist.lowbit.scale import BITNET_SCALE_FLOOR
 
-# The floor of BitNet b1.58's weight_quant, as in the layer that trains it.
-BITNET_SCALE_FLOOR = 1e-5
 TERNARY = make_grid("ternary")
 
 

@@ -18,9 +18,7 @@ from torch import Tensor
 from dqt_dist.layers.collectives import Group, reduce_in_place
 from dqt_dist.lowbit.activation import quantize_tokens, token_absmax
 from dqt_dist.lowbit.coordinates import ShardLayout
-
-# The floor of the published b1.58 weight_quant, against a matrix of zeros.
-SCALE_FLOOR = 1e-5
+from dqt_dist.lowbit.scale import BITNET_SCALE_FLOOR
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -47,7 +45,7 @@ def ternarize(weight: Tensor, layout: ShardLayout, group: Group) -> Tensor:
         abs_sum.index_add_(0, row_matrix, wide.abs().sum(dim=1))
         reduce_in_place(abs_sum, group, "activations")
         numel = torch.tensor([m.rows * m.columns for m in layout.matrices], device=weight.device)
-        scale = (abs_sum / numel).clamp(min=SCALE_FLOOR)[row_matrix][:, None]
+        scale = (abs_sum / numel).clamp(min=BITNET_SCALE_FLOOR)[row_matrix][:, None]
         quantized = (wide / scale).round().clamp(-1, 1) * scale
     return _StraightThrough.apply(weight, quantized)
 

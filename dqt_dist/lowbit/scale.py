@@ -27,6 +27,10 @@ from dqt_dist.lowbit.grid import Grid
 
 ScaleRule = Literal["absmean", "sigma", "absmax", "paper"]
 
+# BitNet b1.58's floor on mean|W|, in its published weight_quant, against a matrix of zeros: of the layer that trains it and of
+# whatever derives its codes elsewhere.
+BITNET_SCALE_FLOOR = 1e-5
+
 # Resolution of the fixed-point sums relative to `unit`. 2^20 steps a unit and values up to 2^3 units (the normal table ends
 # at 4.32) give squares below 2^26 steps: 2^37 of them fit in an int64, more weights than any matrix has.
 FIXED_POINT = float(1 << 20)

@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dqt_dist.layers.bitnet import (
-    SCALE_FLOOR,
     ColumnParallelBitLinear,
     RowParallelBitLinear,
     fake_quantize_tokens,
     ternarize,
 )
 from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout
+from dqt_dist.lowbit.scale import BITNET_SCALE_FLOOR
 from dqt_dist.parallel import groups as process_groups
 from dqt_dist.parallel.launch import Launch
 from dqt_dist.parallel.model import transformer_config
@@ -105,7 +105,7 @@ def check_zeros(rank: int, world_size: int) -> None:
 
 def test_a_matrix_of_zeros_stays_zero() -> None:
     """Control: without the floor 0 / 0 is nan."""
-    assert SCALE_FLOOR > 0
+    assert BITNET_SCALE_FLOOR > 0
     run_distributed(check_zeros, 1)
 
 
