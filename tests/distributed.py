@@ -4,9 +4,9 @@
     results = run_distributed(check, 2, 5)           # one result a rank, in rank order
 
 Importing torch, Megatron and DeepSpeed takes seconds, so it is done once, in a process that workers are forked from, and workers
-stay and are used again: each call gives them a new world (a file store of its own) and takes it down afterwards. An exception on any rank is raised here with that rank's
-traceback; when a rank does not answer in time, or others are left waiting for one that failed, all are killed and the next
-call starts new ones. What goes to and fro is pickled by value: Connection.send would share each tensor's memory through a file
+stay and are used again: each call gives them a new world (a file store of its own) and takes it down afterwards. An exception on
+any rank is raised here with that rank's traceback; when a rank does not answer in time, or others are left waiting for one that
+failed, all are killed and the next call starts new ones. What goes to and fro is pickled by value: Connection.send would share each tensor's memory through a file
 descriptor, thousands of them in the parent.
 """
 
