@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from dqt_dist.checkpoint.digest import digest as checkpoint_digest
+from dqt_dist.checkpoint.folder import Progress
 from dqt_dist.checkpoint.state import logical_state
 from dqt_dist.layers.collectives import BYTES_SENT
 from dqt_dist.parallel.engine import build_engine
@@ -24,12 +25,9 @@ def zero(stage: int) -> str:
     return f"deepspeed.zero_optimization.stage={stage}"
 
 
-def digest(whole: Whole, prefixes: tuple[str, ...] = ("",)) -> str:
-    """Over names and bytes of the whole tensors."""
-    total = hashlib.sha256()
-    for name in sorted(name for name in whole if name.startswith(prefixes)):
-        total.update(name.encode() + whole[name].contiguous().view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+def digest(whole: Whole) -> str:
+    """The digest of a checkpoint that holds these tensors."""
+    return checkpoint_digest(whole.items(), Progress(0, 0, 0)).total
 
 
 # ---- initial state ----

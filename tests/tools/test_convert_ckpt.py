@@ -6,8 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from dqt_dist.errors import EXIT_CODE
 from dqt_dist.export import convert as convert_module
 from tests.export.conftest import (
     NUM_STEPS,
-    ROOT,
     Trained,
     convert,
     digests,
@@ -25,7 +22,6 @@ from tests.export.conftest import (
     trained,  # noqa: F401
 )
 
-TOOL = ROOT / "tools" / "convert_ckpt.py"
 HF_FILES = {"config.json", "generation_config.json", "model.safetensors", "README.md", "dqt_dist.json"}
 HF_FILES |= {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
 EIGHT_BITS, NONE, FLOATS = "quantization.bits=8", "quantization.method=none", "quantization.activation=none"
@@ -39,16 +35,6 @@ def checkpoint_of(run: Path) -> Path:
 def run(trained: Trained, tmp_path: Path) -> Path:  # noqa: F811
     """A copy of a run that a test may damage, in a folder of its own."""
     return shutil.copytree(trained(), tmp_path / "in" / "run")
-
-
-def test_help_teaches_and_imports_nothing_heavy() -> None:
-    shown = subprocess.run(
-        [sys.executable, "-X", "importtime", TOOL, "--help"], capture_output=True, text=True, check=True
-    )
-    assert "tools/convert_ckpt.py --checkpoint runs/1b_ternary --output export/1b" in shown.stdout
-    imported = {line.rsplit("|", 1)[-1].strip() for line in shown.stderr.splitlines()}
-    assert "argparse" in imported  # negative control: the list is one of imports
-    assert not imported & {"torch", "megatron.core", "transformers", "numpy", "sentencepiece"}
 
 
 @pytest.mark.parametrize(

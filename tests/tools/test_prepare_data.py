@@ -74,16 +74,6 @@ def corpus(texts: list[str], tmp_path: Path) -> Path:
     return path
 
 
-def test_help_teaches_and_imports_nothing_heavy():
-    shown = subprocess.run(
-        [sys.executable, "-X", "importtime", TOOL, "--help"], capture_output=True, text=True, check=True
-    )
-    assert "tools/prepare_data.py --input python-docs" in shown.stdout
-    imported = {line.rsplit("|", 1)[-1].strip() for line in shown.stderr.splitlines()}
-    assert "argparse" in imported  # negative control: the list is one of imports
-    assert not imported & {"torch", "megatron.core", "datasets", "numpy", "sentencepiece"}
-
-
 def test_same_bytes_for_one_worker_and_four_and_all_documents_in_order(
     corpus: Path, texts, tmp_path: Path, monkeypatch
 ):
