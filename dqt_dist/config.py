@@ -32,6 +32,9 @@ from dqt_dist.errors import UserError
 CODES_PER_GROUP = 4
 """Codes in one packed byte of the 2-bit format, and 32-bit words in one Philox4x32 draw."""
 
+STATE_BLOCK = 32
+"""Neighbouring columns of a row that share the scale of their 8-bit moments."""
+
 Bits = Literal["ternary", 2, 3, 4, 5, 6, 7, 8]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -82,12 +85,18 @@ class QuantizationConfig(Section):
     """Grid of the codes: "ternary" (-1, 0, 1) or 2..8 bits, -2^(b-1) to 2^(b-1)-1."""
     embeddings: bool = False
     """Store embedding and head as codes too, as the DQT authors' code does; by default they stay in high precision."""
-    activation: Literal["int8", "none"] = Field(
-        default_factory=lambda data: "none" if data["method"] == "none" else "int8"
+    compute: Literal["fp32", "bf16", "fp8", "int8"] = "bf16"
+    """Precision of the linears' matrix products. fp8: inputs, codes and output gradients in e4m3; int8: forward in int8, backward
+    in bf16. Everything around the linears is then in bf16. fp8 and int8 are for method dqt."""
+    activation: Literal["int8", "e4m3", "none"] = Field(
+        default_factory=lambda data: (
+            "none" if data["method"] == "none" else "e4m3" if data["compute"] == "fp8" else "int8"
+        )
     )
-    """Quantisation of a linear's input, one scale per token. Default: int8 for dqt and bitnet, none for none."""
-    compute: Literal["fp32", "bf16"] = "bf16"
-    """Precision of the matrix products."""
+    """Quantisation of a linear's input, one scale per token. Default: none for method none, else e4m3 when compute is fp8 and int8
+    otherwise."""
+    weight_gradient: Literal["bf16", "fp8"] = "fp8"
+    """Operands of the product that gives the weights' gradients, when compute is fp8."""
     rounding: Literal["stochastic", "nearest"] = "stochastic"
     """How an updated weight lands on the grid; nearest exists as the control that makes no progress."""
     scale_rule: Literal["absmean", "sigma", "absmax", "paper"] = Field(
@@ -101,6 +110,12 @@ class QuantizationConfig(Section):
     """k of the sigma rule: the range in standard deviations. Default: 3 up to 4 bits, 6 above."""
     scale_power_of_two: bool = True
     """Round the scale to a power of two, so that scale * code is exact in bf16 and every export is lossless."""
+
+
+    @property
+    def dtype(self) -> Literal["fp32", "bf16"]:
+        """Type of everything that is not an operand of a low-bit product: residual stream, norms, attention, embeddings, head."""
+        return "fp32" if self.compute == "fp32" else "bf16"
 
 
 class OptimizerConfig(Section):
@@ -140,6 +155,12 @@ class OptimizerConfig(Section):
     gradient_reduction: Literal["step", "micro_batch"] = "step"
     """When gradients are summed over data-parallel ranks: once a step, after the micro-batches are added up, or with each
     micro-batch, which costs their number times the traffic and in ZeRO stages 2 and 3 keeps owned rows only throughout."""
+    state_bits: Literal[8, 32] = 32
+    """Bits of each of AdamW's two moments of a low-bit weight. 8: fp8 values with a scale for every 32 columns, rounded
+    stochastically."""
+    fused_backward: bool = False
+    """Update each low-bit matrix as soon as the backward pass has made its gradient, so that gradients of the whole model never
+    exist at once. Needs one micro-batch a step and max_grad_norm = 0."""
     adafactor_decay_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     """Adafactor's second-moment decay is 1 - step^-adafactor_decay_rate."""
     adafactor_clip_threshold: PositiveFloat = 1.0
@@ -202,6 +223,9 @@ class TrainingConfig(Section):
     deterministic: bool = False
     """Only deterministic kernels, so that on GPUs too a run gives the same bits each time and in every ZeRO stage. It costs speed:
     the fused attention kernels are faster when their backward may add up in any order. CPU runs are deterministic anyway."""
+    recompute: Literal["none", "mlp", "full"] = "none"
+    """Activation checkpointing: what the backward pass computes again instead of keeping it. mlp: the feed-forward half of each
+    block; full: whole blocks, of which only the input is kept."""
     replica_check_interval: NonNegativeInt = 100
     """Steps between comparisons of weights that several ranks hold alike; a difference stops the run. 0 for none."""
     eval_interval: NonNegativeInt = 0
@@ -469,6 +493,8 @@ def _problems(config: Config) -> Iterable[str]:
     yield from _tensor_parallel_problems(config)
     yield from _pipeline_problems(config)
     yield from _quantization_problems(config)
+    yield from _fused_backward_problems(config)
+    yield from _state_bits_problems(config)
     yield from _schedule_problems(config)
     yield from _checkpoint_problems(config)
     yield from _deepspeed_problems(config)
@@ -559,6 +585,75 @@ def _quantization_problems(config: Config) -> Iterable[str]:
             f'quantization.activation: "{quantization.activation}" does not go with quantization.method = "none", '
             f'whose linears take their input as it is; use "none"'
         )
+    if quantization.method != "dqt" and quantization.compute in ("fp8", "int8"):
+        yield (
+            f'quantization.compute: "{quantization.compute}" does not go with quantization.method = "{quantization.method}", '
+            f'whose weights are no low-bit codes; use "bf16" or "fp32", or method "dqt"'
+        )
+    elif (quantization.compute == "fp8") != (quantization.activation == "e4m3"):
+        yield (
+            f'quantization.activation: "{quantization.activation}" does not go with quantization.compute = '
+            f'"{quantization.compute}": e4m3 is the operand of fp8 products and of no others; leave it out'
+        )
+    elif quantization.compute == "int8" and quantization.activation != "int8":
+        yield (
+            f'quantization.activation: "{quantization.activation}" does not go with quantization.compute = "int8", whose '
+            f'products take int8 codes; use "int8"'
+        )
+    if quantization.method == "dqt" and quantization.compute == "fp8":
+        if quantization.bits not in ("ternary", 2, 3, 4):
+            yield (
+                f'quantization.compute: "fp8" holds codes of up to 4 bits exactly, quantization.bits is {quantization.bits}; '
+                f'use "bf16"'
+            )
+        yield from _fp8_shape_problems(config)
+
+
+def _fp8_shape_problems(config: Config) -> Iterable[str]:
+    """Both dimensions of every product are whole 16-byte vectors of fp8: torch._scaled_mm takes nothing else."""
+    model, tensor = config.model, config.parallel.tensor
+    key_value = model.hidden_size // model.num_attention_heads * model.num_query_groups
+    widths = {"hidden_size": model.hidden_size, "ffn_hidden_size": model.ffn_hidden_size, "num_query_groups": key_value}
+    for name, width in widths.items():
+        if width % (16 * tensor):
+            meant = f" (keys of width {width})" if name == "num_query_groups" else ""
+            yield (
+                f"model.{name}: {getattr(model, name)}{meant} gives {width / tensor:g} features a rank, which fp8 products need "
+                f"in multiples of 16; nearest: {_nearest(width, 16 * tensor)}"
+            )
+
+
+def _fused_backward_problems(config: Config) -> Iterable[str]:
+    optimizer = config.optimizer
+    if not optimizer.fused_backward:
+        return
+    if optimizer.max_grad_norm > 0:
+        yield (
+            f"optimizer.fused_backward: true updates a matrix before the global gradient norm is known, but "
+            f"optimizer.max_grad_norm is {optimizer.max_grad_norm:g}; use 0, or fused_backward = false"
+        )
+    if optimizer.name != "adamw":
+        yield 'optimizer.fused_backward: true is for optimizer.name = "adamw" only; use false'
+    if config.quantization.method != "dqt":
+        yield (
+            f'optimizer.fused_backward: true does not go with quantization.method = "{config.quantization.method}", which has '
+            f"no low-bit weights; use false"
+        )
+
+
+def _state_bits_problems(config: Config) -> Iterable[str]:
+    optimizer, model, tensor = config.optimizer, config.model, config.parallel.tensor
+    if optimizer.state_bits == 32:
+        return
+    if optimizer.name != "adamw":
+        yield f'optimizer.state_bits: {optimizer.state_bits} is for optimizer.name = "adamw"; use 32'
+    for name in ("hidden_size", "ffn_hidden_size"):
+        value, unit = getattr(model, name), STATE_BLOCK * tensor
+        if value % unit:
+            yield (
+                f"model.{name}: {value} is not divisible by {STATE_BLOCK} * parallel.tensor = {unit}, as optimizer.state_bits = "
+                f"{optimizer.state_bits} needs: a block of {STATE_BLOCK} columns shares a scale; nearest: {_nearest(value, unit)}"
+            )
 
 
 def _schedule_problems(config: Config) -> Iterable[str]:
@@ -672,6 +767,11 @@ def _batch_problems(config: Config, data_parallel_size: int) -> Iterable[str]:
     samples_of_one_pass = data_parallel_size * training.micro_batch_size
     valid_unit = samples_of_one_pass * (pipeline if interleaved else 1)
     num_microbatches, rest = divmod(training.global_batch_size, samples_of_one_pass)
+    if config.optimizer.fused_backward and not rest and num_microbatches > 1:
+        yield (
+            f"optimizer.fused_backward: true needs one micro-batch a step, training.global_batch_size = "
+            f"{training.global_batch_size} makes {num_microbatches}; use training.global_batch_size = {samples_of_one_pass}"
+        )
     nearest = _nearest(training.global_batch_size, valid_unit)
     equation = f"data parallel size {data_parallel_size} * micro_batch_size {training.micro_batch_size}"
     if rest:

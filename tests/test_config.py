@@ -232,7 +232,7 @@ def test_missing_field_is_named(tmp_path: Path) -> None:
             "parallel.virtual_pipeline: 1 is not valid; should be greater than or equal to 2",
         ),
         ("quantization.bits=9", "quantization.bits: 9 is not valid; should be 'ternary', 2, 3, 4, 5, 6, 7 or 8"),
-        ("quantization.compute=fp8", "quantization.compute: \"fp8\" is not valid; should be 'fp32' or 'bf16'"),
+        ("quantization.compute=fp7", "quantization.compute: \"fp7\" is not valid; should be 'fp32', 'bf16', 'fp8' or 'int8'"),
         ("optimizer.learning_rate=NaN", "optimizer.learning_rate: NaN is not valid; should be a finite number"),
         ("data.train=[]", "data.train: [] is not valid; list should have at least 1 item"),
         ("data.train.0.weight=-1", "data.train.0.weight: -1 is not valid; should be greater than 0"),

@@ -55,7 +55,7 @@ def convert(request: Request) -> None:
     """Writes the export. Raises UserError for bad input and VerificationError when the result is not the model."""
     check_output(request.output)
     reader = CheckpointReader(request.checkpoint)
-    dtype = DTYPES[request.dtype or reader.config.quantization.compute]
+    dtype = DTYPES[request.dtype or reader.config.quantization.dtype]
     weights = Weights(reader, dtype, request.ternary)
     _check_ternary(request, weights)
     export_format = request.format or default_format(weights)

@@ -52,7 +52,7 @@ class Parameter:
 def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
     """Megatron's view of the run."""
     model, parallel = config.model, config.parallel
-    dtype = DTYPES[config.quantization.compute]
+    dtype = DTYPES[config.quantization.dtype]
     return LlamaTransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,

@@ -67,7 +67,7 @@ def rank_bytes(config: Config, data_parallel_size: int) -> tuple[RankBytes, Rank
         matrices = 2 if config.parallel.pipeline == 1 else 1
         linear += matrices * config.model.vocab_size * config.model.hidden_size // config.parallel.tensor
     other = counts.linear + counts.other - linear
-    compute_bytes, gradient_bytes = COMPUTE_BYTES[quantization.compute], COMPUTE_BYTES[config.optimizer.gradient_dtype]
+    compute_bytes, gradient_bytes = COMPUTE_BYTES[quantization.dtype], COMPUTE_BYTES[config.optimizer.gradient_dtype]
 
     def share(size: int, from_stage: int) -> int:
         return size // data_parallel_size if stage >= from_stage else size
