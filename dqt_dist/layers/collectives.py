@@ -82,7 +82,10 @@ def gather_sequence(x: Tensor, group: Group) -> Tensor:
     if group.size() == 1:
         return x
     gathered = torch.empty(x.shape[0] * group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
-    all_gather_single(gathered, x.contiguous(), group=group)
+    if x.dtype == torch.float8_e4m3fn:  # bytes to every backend
+        all_gather_single(gathered.view(torch.uint8), x.contiguous().view(torch.uint8), group=group)
+    else:
+        all_gather_single(gathered, x.contiguous(), group=group)
     count_sent("activations", gathered, group)
     return gathered
 
@@ -105,8 +108,3 @@ def reduce_in_place(
         return None
     count_sent(kind, x, group, passes=2)
     return dist.all_reduce(x, op=op, group=group, async_op=async_op)
-
-
-def local_sequence(x: Tensor, group: Group) -> Tensor:
-    """This rank's part [s / n, ...] of a sequence [s, ...] that every rank holds."""
-    return x.chunk(group.size(), dim=0)[group.rank()]

@@ -1,15 +1,23 @@
 """The three products of a low-bit linear, for each compute precision.
 
-    forward   y  = x_q @ C^T        [tokens, in] @ [out, in]^T       unscaled: scales belong to the epilogue
-    dgrad     dx = g @ C            [tokens, out] @ [out, in]        g = dy * row scale
-    wgrad     dW = dy^T @ x         [tokens, out]^T @ [tokens, in]   x dequantised; summed into the gradient sink
+    product    y  = x_q @ C^T               [tokens, in] @ [out, in]^T       partial sums that ranks may add up
+    finish     y * x scale * row scale      the epilogue, after ranks have added up
+    gradient   dy in the form dgrad and wgrad take
+    dgrad      dx = (dy * row scale) @ C    [tokens, out] @ [out, in]
+    wgrad      dW = dy^T @ x                [tokens, out]^T @ [tokens, in]   x dequantised; summed into the gradient sink
 
 Codes are unpacked to the operand type of the product and thrown away after it: scratch of one layer, never of the model.
-With ternary codes and int8 activations every partial sum of the forward is an integer below 2^24 (in_features < 132,104), so
-fp32 holds it exactly, whatever the order of the sum and the TP degree. In bf16 the operands (|x_q| <= 127, any code) are
-exact too and only the result is rounded.
 
-A new precision is one more entry of COMPUTE: the linear itself does not change.
+    compute   product                                          dgrad and wgrad
+    fp32      fp32; the reference                              fp32
+    bf16      bf16 operands, both exact (|x_q| <= 127)         bf16; exact weights when scales are powers of two
+    int8      int8 x int8 -> int32, exact                      as bf16
+    fp8       e4m3 x e4m3, codes exact; scales inside          dy in e4m3 per token; dW of e4m3 or bf16 operands
+
+With ternary codes and int8 activations every partial sum of the forward is an integer below 2^24 (in_features < 132,104), so
+fp32 holds it exactly, whatever the order of the sum and the TP degree; int8 sums are exact for every grid.
+
+All tensors are [tokens, features].
 """
 
 from __future__ import annotations
@@ -19,35 +27,124 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dqt_dist.config import QuantizationConfig
+from dqt_dist.kernels.quantize import Operand, quantize, scaled
+from dqt_dist.kernels.scaled_matmul import scaled_matmul
+from dqt_dist.kernels.transpose import transpose
+from dqt_dist.kernels.unpack import unpack_operand
 from dqt_dist.lowbit.matrix import LowBitMatrix
+
+E4M3 = torch.float8_e4m3fn
+
+
+def _operand(
+    weight: LowBitMatrix, dtype: torch.dtype, row_scale: Tensor | None = None, transposed: bool = False
+) -> Tensor:
+    return unpack_operand(weight.whole(), weight.grid, weight.columns, dtype, row_scale, transposed)
 
 
 @dataclass(frozen=True)
-class DequantizedCompute:
-    """Products in one floating-point type, fp32 (the reference) or bf16, with codes as exact operands."""
+class FloatCompute:
+    """Products in one floating-point type, fp32 (the reference) or bf16."""
 
     dtype: torch.dtype
+    activation_code: torch.dtype | None
+    """Type of a quantised input; None when inputs stay in floating point."""
+    gradient_code: torch.dtype | None = None
 
-    def forward(self, x: Tensor, weight: LowBitMatrix) -> Tensor:
-        """x [..., in] (int8 codes or floats) -> [..., out], without any scale."""
-        return x.to(self.dtype) @ weight.unpack().to(self.dtype).t()
+    def product(self, x: Operand, weight: LowBitMatrix) -> Tensor:
+        return x.codes.to(self.dtype) @ _operand(weight, self.dtype).t()
 
-    def dgrad(self, grad_scaled: Tensor, weight: LowBitMatrix) -> Tensor:
-        """grad_scaled [..., out], the output gradient times the row scales -> [..., in]."""
-        return grad_scaled.to(self.dtype) @ weight.unpack().to(self.dtype)
+    def finish(self, y: Tensor, x_scale: Tensor | None, weight: LowBitMatrix, dtype: torch.dtype) -> Tensor:
+        return scaled(y, x_scale, weight.row_scale(), dtype)
 
-    def wgrad(self, grad: Tensor, x: Tensor, x_scale: Tensor | None, weight: LowBitMatrix) -> None:
-        """Adds grad^T @ (x * x_scale) to the gradient sink of `weight`, in the sink's precision."""
-        if x_scale is not None:
-            x = x * x_scale
-        grad, x = (t.reshape(-1, t.shape[-1]).to(self.dtype) for t in (grad, x))
+    def gradient(self, grad: Tensor, weight: LowBitMatrix) -> Operand:
+        return Operand(grad.to(self.dtype))
+
+    def dgrad(self, grad: Operand, weight: LowBitMatrix) -> Tensor:
+        return grad.codes @ _operand(weight, self.dtype, weight.row_scale())
+
+    def wgrad(self, grad: Operand, x: Operand, weight: LowBitMatrix) -> None:
+        add_weight_gradient(grad.codes, x.dequantized(self.dtype), weight)
+
+
+class Int8Compute(FloatCompute):
+    """The forward on integer tensor cores, the backward as in bf16."""
+
+    def product(self, x: Operand, weight: LowBitMatrix) -> Tensor:
+        return torch._int_mm(x.codes, _operand(weight, torch.int8).t())
+
+
+@dataclass(frozen=True)
+class Fp8Compute:
+    """e4m3 operands throughout, bf16 results; scales are applied inside the products."""
+
+    dtype: torch.dtype
+    activation_code: torch.dtype | None
+    gradient_code: torch.dtype | None
+    """e4m3, or None when weight gradients are products of bf16 operands, so that the bf16 gradient is needed too."""
+
+    def product(self, x: Operand, weight: LowBitMatrix) -> Tensor:
+        assert x.scale is not None
+        return scaled_matmul(x.codes, _operand(weight, E4M3), x.scale, weight.row_scale())
+
+    def finish(self, y: Tensor, x_scale: Tensor | None, weight: LowBitMatrix, dtype: torch.dtype) -> Tensor:
+        return y.to(dtype)
+
+    def gradient(self, grad: Tensor, weight: LowBitMatrix) -> Operand:
+        if self.gradient_code is None:
+            return Operand(grad.to(self.dtype))
+        return quantize(grad, E4M3, feature_scale=weight.row_scale())
+
+    def dgrad(self, grad: Operand, weight: LowBitMatrix) -> Tensor:
+        if grad.scale is None:
+            grad = quantize(grad.codes, E4M3, feature_scale=weight.row_scale())
+        assert grad.scale is not None
+        return scaled_matmul(grad.codes, _operand(weight, E4M3, transposed=True), grad.scale)
+
+    def wgrad(self, grad: Operand, x: Operand, weight: LowBitMatrix) -> None:
+        """A token's scales, of its gradient and of its input, stand inside the sum over tokens: they are multiplied into the
+        gradient's codes, relative to their largest, which is taken out of the sum. The row scale is in the gradient already.
+        """
+        if grad.scale is None or x.scale is None:
+            add_weight_gradient(grad.codes, x.dequantized(self.dtype), weight)
+            return
+        token_scale = grad.scale * x.scale
+        largest = token_scale.amax()
+        columns_of_grad = transpose(grad.codes, token_scale / largest)
+        product = scaled_matmul(columns_of_grad, transpose(x.codes), largest / weight.row_scale())
+        _add_to_sink(product, weight)
+
+
+def add_weight_gradient(grad: Tensor, x: Tensor, weight: LowBitMatrix) -> None:
+    """Adds grad^T @ x to the gradient sink of `weight`, in the sink's precision; both operands [tokens, features] of one type."""
+    if weight.gradient_dtype == grad.dtype:
         sink, has_sum = weight.gradient_sink()
-        if self.dtype == sink.dtype:
-            torch.addmm(sink, grad.t(), x, beta=float(has_sum), out=sink)
-        else:
-            product = torch.mm(grad.t(), x, out_dtype=sink.dtype) if grad.is_cuda else grad.t().float() @ x.float()
-            sink.add_(product) if has_sum else sink.copy_(product)
+        torch.addmm(sink, grad.t(), x, beta=float(has_sum), out=sink)
         weight.gradient_written()
+    else:
+        dtype = weight.gradient_dtype
+        _add_to_sink(torch.mm(grad.t(), x, out_dtype=dtype) if grad.is_cuda else grad.t().float() @ x.float(), weight)
 
 
-COMPUTE = {"fp32": DequantizedCompute(torch.float32), "bf16": DequantizedCompute(torch.bfloat16)}
+def _add_to_sink(product: Tensor, weight: LowBitMatrix) -> None:
+    """Adds a whole gradient [rows, columns] to the sink, or makes it the sink."""
+    if weight.main_grad is None and product.dtype == weight.gradient_dtype:
+        weight.main_grad = product
+    else:
+        sink, has_sum = weight.gradient_sink()
+        sink.add_(product) if has_sum else sink.copy_(product)
+    weight.gradient_written()
+
+
+Compute = FloatCompute | Fp8Compute
+
+
+def make_compute(quantization: QuantizationConfig) -> Compute:
+    """The products of `quantization.compute`."""
+    code = {"int8": torch.int8, "e4m3": E4M3, "none": None}[quantization.activation]
+    if quantization.compute == "fp8":
+        return Fp8Compute(torch.bfloat16, code, E4M3 if quantization.weight_gradient == "fp8" else None)
+    if quantization.compute == "int8":
+        return Int8Compute(torch.bfloat16, code)
+    return FloatCompute({"fp32": torch.float32, "bf16": torch.bfloat16}[quantization.compute], code)

@@ -1,6 +1,6 @@
 """The low-bit linear, column- and row-parallel, each as one autograd function.
 
-    column-parallel   W split by rows (outputs)      x the same on every TP rank, or split by sequence and gathered as int8
+    column-parallel   W split by rows (outputs)      x the same on every TP rank, or split by sequence and gathered as codes
     row-parallel      W split by columns (inputs)    x split by features; partial sums are reduced, THEN scaled
 
     x_q, s_x = quantize(x)                  per token over the full width: row-parallel inputs take a MAX over TP first
@@ -8,7 +8,11 @@
     dx = (dy * s_row) @ C                   straight through the activation's rounding
     dW = dy^T @ (x_q * s_x)                 goes to the weight's gradient sink, not to autograd
 
-Kept for the backward: the int8 activation and its scales (half of bf16), and nothing of the weight but its packed codes.
+A column-parallel linear may have the RMSNorm before it inside (Megatron's fused LayerNormColumnParallelLinear): norm and
+quantisation are one pass and the normed activation is never written. Kept for the backward are the input, which the residual
+stream or attention keeps anyway, and a scale a token; codes are made anew from them. Of the weight nothing is kept but its
+packed codes.
+
 The classes have the constructor and the (output, bias) result of Megatron's parallel linears, so a layer spec can name them.
 """
 
@@ -20,122 +24,163 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dqt_dist.layers.collectives import Group, gather_sequence, local_sequence, reduce_in_place, scatter_sum_sequence
-from dqt_dist.layers.compute import COMPUTE, DequantizedCompute
+from dqt_dist.kernels.quantize import Operand, quantize, rms_norm_backward, rms_norm_quantize
+from dqt_dist.layers.collectives import Group, gather_sequence, reduce_in_place, scatter_sum_sequence
+from dqt_dist.layers.compute import Compute, make_compute
 from dqt_dist.layers.transformer_config import LlamaTransformerConfig
-from dqt_dist.lowbit.activation import quantize_tokens, token_absmax
+from dqt_dist.lowbit.activation import token_absmax, token_scale
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
 
 
-def _quantize(x: Tensor, quantize: bool, width_group: Group | None = None) -> tuple[Tensor, Tensor | None]:
-    """x as int8 codes and per-token scales, or as it is when activations stay in floating point."""
-    if not quantize:
-        return x, None
-    absmax = token_absmax(x)
-    if width_group is not None:
-        reduce_in_place(absmax, width_group, "activation_maxima", op=dist.ReduceOp.MAX)
-    return quantize_tokens(x, absmax)
+class LowBitLinear(nn.Module):
+    """What the two directions share: the weight, how a product is computed, and over which ranks."""
+
+    def __init__(self, rows: int, columns: int, config: LlamaTransformerConfig, bias: bool, tp_group: Group) -> None:
+        super().__init__()
+        if bias:
+            raise ValueError("low-bit linears have no bias (LLaMA has none)")
+        self.group = tp_group
+        self.sequence_parallel = config.sequence_parallel
+        self.compute: Compute = make_compute(config.quantization)
+        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
+        self.weight = LowBitMatrix(rows, columns, make_grid(config.quantization.bits), torch.device(device))
 
 
-def _apply_scales(y: Tensor, x_scale: Tensor | None, weight: LowBitMatrix, dtype: torch.dtype) -> Tensor:
-    y = y.float()
-    if x_scale is not None:
-        y = y * x_scale
-    return (y * weight.row_scale()).to(dtype)
+# ---- forward and backward of either direction on [tokens, features], for autograd functions to put together ----
+
+
+def column_forward(x: Operand, linear: LowBitLinear, dtype: torch.dtype) -> Tensor:
+    """y [tokens, out / tp] of a normed and quantised x, [tokens / tp, in] under sequence parallelism."""
+    x = full_sequence(x, linear)
+    return linear.compute.finish(linear.compute.product(x, linear.weight), x.scale, linear.weight, dtype)
+
+
+def full_sequence(x: Operand, linear: LowBitLinear) -> Operand:
+    """The operand of all tokens: under sequence parallelism each TP rank brings its own."""
+    if not linear.sequence_parallel:
+        return x
+    scale = None if x.scale is None else gather_sequence(x.scale, linear.group)
+    return Operand(gather_sequence(x.codes, linear.group), scale)
+
+
+def column_dgrad(grad: Operand, linear: LowBitLinear, dtype: torch.dtype) -> tuple[Tensor, dist.Work | None]:
+    """dx summed over TP, and what to wait for before it is used; this rank's tokens of it under sequence parallelism."""
+    dx = linear.compute.dgrad(grad, linear.weight).to(dtype)
+    if linear.sequence_parallel:
+        return scatter_sum_sequence(dx, linear.group), None
+    return dx, reduce_in_place(dx, linear.group, "activations", async_op=True)
+
+
+def row_scale_of_input(absmax: Tensor, linear: LowBitLinear) -> Tensor:
+    """Scale [tokens, 1] of a row-parallel input from this rank's maxima, completed over TP."""
+    assert linear.compute.activation_code is not None
+    reduce_in_place(absmax, linear.group, "activation_maxima", op=dist.ReduceOp.MAX)
+    return token_scale(absmax, linear.compute.activation_code)
+
+
+def row_forward(x: Operand, linear: LowBitLinear, dtype: torch.dtype) -> Tensor:
+    """y [tokens, out], or this rank's tokens of it under sequence parallelism, of a quantised x [tokens, in / tp]."""
+    y, x_scale = linear.compute.product(x, linear.weight), x.scale
+    if linear.sequence_parallel:
+        y = scatter_sum_sequence(y, linear.group)
+        x_scale = None if x_scale is None else x_scale.chunk(linear.group.size())[linear.group.rank()]
+    else:
+        reduce_in_place(y, linear.group, "activations")
+    return linear.compute.finish(y, x_scale, linear.weight, dtype)
+
+
+def row_gradient(grad: Tensor, linear: LowBitLinear) -> Operand:
+    """The gradient of y of all tokens, as products take it."""
+    if linear.sequence_parallel:
+        grad = gather_sequence(grad, linear.group)
+    return linear.compute.gradient(grad, linear.weight)
+
+
+def flat(x: Tensor) -> Tensor:
+    """[..., features] as contiguous [tokens, features]."""
+    return x.reshape(-1, x.shape[-1]).contiguous()
+
+
+def unflat(y: Tensor, x: Tensor) -> Tensor:
+    """[tokens, features] with the inner dimensions of x; no view to autograd, so that what comes next may work in place."""
+    return torch.ops.aten._unsafe_view(y, (-1, *x.shape[1:-1], y.shape[-1]))
 
 
 class _ColumnParallel(torch.autograd.Function):
-    """x [s / (tp if sequence_parallel else 1), b, in] -> y [s, b, out / tp]."""
+    """x [s / (tp if sequence_parallel else 1), b, in] -> y [s, b, out / tp]; norm_weight [in] or None."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: LowBitMatrix, compute: DequantizedCompute, quantize: bool, group: Group, sequence: bool
-    ) -> Tensor:
-        x_q, x_scale = _quantize(x, quantize)
-        ctx.save_for_backward(x_q, x_scale)
-        ctx.weight, ctx.compute, ctx.group, ctx.sequence, ctx.dtype = weight, compute, group, sequence, x.dtype
-        x_q, x_scale = _ColumnParallel.full_sequence(ctx, x_q, x_scale)
-        return _apply_scales(compute.forward(x_q, weight), x_scale, weight, x.dtype)
+    def forward(ctx, x: Tensor, norm_weight: Tensor | None, linear: ColumnParallelLowBitLinear) -> Tensor:
+        operand, inverse_rms = linear.operand(flat(x), norm_weight)
+        ctx.save_for_backward(x, norm_weight, operand.scale, inverse_rms)
+        ctx.linear = linear
+        y = column_forward(operand, linear, x.dtype)
+        return unflat(y, x)
 
     @staticmethod
-    def full_sequence(ctx, x_q: Tensor, x_scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if not ctx.sequence:
-            return x_q, x_scale
-        return gather_sequence(x_q, ctx.group), None if x_scale is None else gather_sequence(x_scale, ctx.group)
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, norm_weight, scale, inverse_rms = ctx.saved_tensors
+        linear: ColumnParallelLowBitLinear = ctx.linear
+        tokens = flat(x)
+        gradient = linear.compute.gradient(flat(grad), linear.weight)
+        dx, work = column_dgrad(gradient, linear, x.dtype)
+        operand, _ = linear.operand(tokens, norm_weight, scale)
+        # The sum over TP travels meanwhile.
+        linear.compute.wgrad(gradient, full_sequence(operand, linear), linear.weight)
+        if work is not None:
+            work.wait()
+        if norm_weight is None:
+            return unflat(dx, x), None, None
+        dx, norm_gradient = norm_backward(dx, tokens, norm_weight, inverse_rms, linear)
+        return unflat(dx, x), norm_gradient, None
 
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        x_q, x_scale = _ColumnParallel.full_sequence(ctx, *ctx.saved_tensors)
-        weight, compute, group = ctx.weight, ctx.compute, ctx.group
-        dx = compute.dgrad(grad * weight.row_scale(), weight).to(ctx.dtype)
-        # Sum over TP while the weight gradient is computed; under sequence parallelism each rank keeps its tokens.
-        handle = None
-        if ctx.sequence:
-            dx = scatter_sum_sequence(dx, group)
-        else:
-            handle = reduce_in_place(dx, group, "activations", async_op=True)
-        compute.wgrad(grad, x_q, x_scale, weight)
-        if handle is not None:
-            handle.wait()
-        return dx, None, None, None, None, None
+
+def norm_backward(
+    dh: Tensor, x: Tensor, norm_weight: Tensor, inverse_rms: Tensor, linear: LowBitLinear
+) -> tuple[Tensor, Tensor]:
+    """dx and the norm weight's gradient; under sequence parallelism TP ranks have seen other tokens, and add up."""
+    dx, norm_gradient = rms_norm_backward(dh, x, norm_weight, inverse_rms)
+    if linear.sequence_parallel:
+        reduce_in_place(norm_gradient, linear.group, "gradients")
+    return dx, norm_gradient.to(norm_weight.dtype)
 
 
 class _RowParallel(torch.autograd.Function):
     """x [s, b, in / tp] -> y [s / (tp if sequence_parallel else 1), b, out]."""
 
     @staticmethod
-    def forward(
-        ctx, x: Tensor, weight: LowBitMatrix, compute: DequantizedCompute, quantize: bool, group: Group, sequence: bool
-    ) -> Tensor:
-        x_q, x_scale = _quantize(x, quantize, width_group=group)
-        ctx.save_for_backward(x_q, x_scale)
-        ctx.weight, ctx.compute, ctx.group, ctx.sequence, ctx.dtype = weight, compute, group, sequence, x.dtype
-        y = compute.forward(x_q, weight)
-        if sequence:
-            y = scatter_sum_sequence(y, group)
-            x_scale = None if x_scale is None else local_sequence(x_scale, group)
-        else:
-            reduce_in_place(y, group, "activations")
-        return _apply_scales(y, x_scale, weight, x.dtype)
+    def forward(ctx, x: Tensor, linear: LowBitLinear) -> Tensor:
+        tokens, code = flat(x), linear.compute.activation_code
+        scale = None
+        if code is not None and linear.group.size() > 1:
+            scale = row_scale_of_input(token_absmax(tokens), linear)
+        operand = quantize(tokens, code, scale)
+        ctx.save_for_backward(x, operand.scale)
+        ctx.linear = linear
+        y = row_forward(operand, linear, x.dtype)
+        return unflat(y, x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        x_q, x_scale = ctx.saved_tensors
-        weight, compute = ctx.weight, ctx.compute
-        if ctx.sequence:
-            grad = gather_sequence(grad, ctx.group)
-        dx = compute.dgrad(grad * weight.row_scale(), weight).to(ctx.dtype)
-        compute.wgrad(grad, x_q, x_scale, weight)
-        return dx, None, None, None, None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        x, scale = ctx.saved_tensors
+        linear: LowBitLinear = ctx.linear
+        gradient = row_gradient(flat(grad), linear)
+        dx = linear.compute.dgrad(gradient, linear.weight).to(x.dtype)
+        linear.compute.wgrad(gradient, quantize(flat(x), linear.compute.activation_code, scale), linear.weight)
+        return unflat(dx, x), None
 
 
-class _LowBitLinear(nn.Module):
-    """What the two directions share: the weight and how a product is computed."""
-
-    def __init__(self, rows: int, columns: int, config: LlamaTransformerConfig, bias: bool, tp_group: Group) -> None:
-        super().__init__()
-        if bias:
-            raise ValueError("low-bit linears have no bias (LLaMA has none)")
-        quantization = config.quantization
-        self.group = tp_group
-        self.sequence_parallel = config.sequence_parallel
-        self.compute = COMPUTE[quantization.compute]
-        self.quantize_activation = quantization.activation == "int8"
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = LowBitMatrix(rows, columns, make_grid(quantization.bits), torch.device(device))
-
-    def _apply_function(self, function: type[torch.autograd.Function], x: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and not x.requires_grad:
-            # Autograd would skip this backward and the weight's gradient would be lost without a word.
-            raise RuntimeError("the input of a low-bit linear must require a gradient while gradients are enabled")
-        return function.apply(
-            x, self.weight, self.compute, self.quantize_activation, self.group, self.sequence_parallel
-        )
+def apply_function(function: type[torch.autograd.Function], x: Tensor, *arguments: Any) -> Tensor:
+    """`function` on x; refuses an x without a gradient while gradients are enabled."""
+    if torch.is_grad_enabled() and not x.requires_grad:
+        # Autograd would skip this backward and the weight's gradient would be lost without a word.
+        raise RuntimeError("the input of a low-bit linear must require a gradient while gradients are enabled")
+    return function.apply(x, *arguments)
 
 
-class ColumnParallelLowBitLinear(_LowBitLinear):
-    """Stands in for megatron.core's ColumnParallelLinear (qkv, gate|up)."""
+class ColumnParallelLowBitLinear(LowBitLinear):
+    """Stands in for megatron.core's ColumnParallelLinear."""
 
     def __init__(
         self,
@@ -151,12 +196,30 @@ class ColumnParallelLowBitLinear(_LowBitLinear):
         if gather_output:
             raise ValueError("gather_output is not supported by low-bit linears")
         super().__init__(output_size // tp_group.size(), input_size, config, bias, tp_group)
+        self.eps = config.layernorm_epsilon
+        self.register_parameter("norm_weight", None)
+
+    def operand(
+        self, x: Tensor, norm_weight: Tensor | None, scale: Tensor | None = None
+    ) -> tuple[Operand, Tensor | None]:
+        """x [tokens, in] normed, if there is a norm, and quantised; and its inverse root mean square."""
+        if norm_weight is None:
+            return quantize(x, self.compute.activation_code, scale), None
+        return rms_norm_quantize(x, norm_weight, self.eps, self.compute.activation_code, scale)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return self._apply_function(_ColumnParallel, x), None
+        return apply_function(_ColumnParallel, x, self.norm_weight, self), None
 
 
-class RowParallelLowBitLinear(_LowBitLinear):
+class NormColumnParallelLowBitLinear(ColumnParallelLowBitLinear):
+    """A column-parallel linear with the RMSNorm before it inside (qkv, gate|up)."""
+
+    def __init__(self, input_size: int, output_size: int, *, config: LlamaTransformerConfig, **kwargs: Any) -> None:
+        super().__init__(input_size, output_size, config=config, **kwargs)
+        self.norm_weight = nn.Parameter(torch.ones(input_size, dtype=config.params_dtype))
+
+
+class RowParallelLowBitLinear(LowBitLinear):
     """Stands in for megatron.core's RowParallelLinear (o_proj, down_proj)."""
 
     def __init__(
@@ -175,4 +238,4 @@ class RowParallelLowBitLinear(_LowBitLinear):
         super().__init__(output_size, input_size // tp_group.size(), config, bias, tp_group)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
-        return self._apply_function(_RowParallel, x), None
+        return apply_function(_RowParallel, x, self), None

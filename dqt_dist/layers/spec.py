@@ -1,9 +1,11 @@
 """The LLaMA layer as a Megatron layer spec: which module stands where in megatron-core's TransformerLayer.
 
 method    linears of a block
-dqt       low-bit codes, no float copy           dqt_dist.layers.low_bit_linear
+dqt       low-bit codes, no float copy           dqt_dist.layers.low_bit_linear, .low_bit_feed_forward
 bitnet    float master, ternarised each forward   dqt_dist.layers.bitnet
 none      Megatron's own                          megatron.core.tensor_parallel
+
+The low-bit linears have the block's norms inside, as Megatron's fused ones do; the spec's own norms are then identities.
 """
 
 from __future__ import annotations
@@ -24,12 +26,13 @@ from torch import Tensor, nn
 from dqt_dist.layers.attention import CausalAttention
 from dqt_dist.layers.bitnet import ColumnParallelBitLinear, RowParallelBitLinear
 from dqt_dist.layers.collectives import Group
-from dqt_dist.layers.low_bit_linear import ColumnParallelLowBitLinear, RowParallelLowBitLinear
+from dqt_dist.layers.low_bit_feed_forward import LowBitFeedForward
+from dqt_dist.layers.low_bit_linear import NormColumnParallelLowBitLinear, RowParallelLowBitLinear
 from dqt_dist.layers.norm import ParallelRMSNorm, RMSNorm
 from dqt_dist.layers.transformer_config import LlamaTransformerConfig
 
 LINEARS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
-    "dqt": (ColumnParallelLowBitLinear, RowParallelLowBitLinear),
+    "dqt": (NormColumnParallelLowBitLinear, RowParallelLowBitLinear),
     "bitnet": (ColumnParallelBitLinear, RowParallelBitLinear),
     "none": (ColumnParallelLinear, RowParallelLinear),
 }
@@ -58,7 +61,9 @@ class SubNormLinear(nn.Module):
 
 def layer_spec(config: LlamaTransformerConfig) -> ModuleSpec:
     """Spec of one LLaMA layer for the configured method."""
+    low_bit = config.quantization.method == "dqt"
     column, row = LINEARS[config.quantization.method]
+    norm = IdentityOp if low_bit else RMSNorm
     output = ModuleSpec(module=SubNormLinear, params={"linear": row}) if config.sub_norm else row
     attention = SelfAttentionSubmodules(
         linear_qkv=column,
@@ -67,14 +72,16 @@ def layer_spec(config: LlamaTransformerConfig) -> ModuleSpec:
         q_layernorm=IdentityOp,
         k_layernorm=IdentityOp,
     )
+    unfused = ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=output))
     return ModuleSpec(
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
-            input_layernorm=RMSNorm,
+            input_layernorm=norm,
             self_attention=ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
             self_attn_bda=get_bias_dropout_add,
-            pre_mlp_layernorm=RMSNorm,
-            mlp=ModuleSpec(module=MLP, submodules=MLPSubmodules(linear_fc1=column, linear_fc2=output)),
+            pre_mlp_layernorm=norm,
+            # With a norm between SwiGLU and down_proj the two are no single pass.
+            mlp=LowBitFeedForward if low_bit and not config.sub_norm else unfused,
             mlp_bda=get_bias_dropout_add,
         ),
     )

@@ -1,9 +1,11 @@
-"""Activations in 8 bits: one scale a token, symmetric, over the full width of the input.
+"""Operands of low-bit products in 8 bits: one scale a token, symmetric, over the full width of the input.
 
-    scale = max|x| / 127 over the features of a token          codes = round(x / scale), half to even, in [-127, 127]
+    scale = max|x| / q over the features of a token          codes = round(x / scale)
 
-The convention of BitNet b1.58 (127 / absmax with a floor of 1e-5 on the maximum). Gradients pass straight through: the
-backward of a linear uses the quantised activation for dW and ignores the rounding for dX.
+    int8    q = 127, integers, half to even      the convention of BitNet b1.58, with its floor of 1e-5 on the maximum
+    e4m3    q = 448, 8-bit floats with 4 bits of exponent and 3 of mantissa (OCP FP8, arXiv 2209.05433), half to even
+
+Gradients pass straight through: the backward of a linear uses the quantised activation for dW and ignores the rounding for dX.
 """
 
 from __future__ import annotations
@@ -12,8 +14,12 @@ import torch
 from torch import Tensor
 
 ACTIVATION_QMAX = 127
+CODE_MAX = {torch.int8: ACTIVATION_QMAX, torch.float8_e4m3fn: 448}
+"""The code of the largest magnitude of a token."""
 # The floor of BitNet b1.58's act_quant, so that a token of zeros has a scale; exported engines use the same one.
 ABSMAX_FLOOR = 1e-5
+# Gradients are smaller than activations by any factor; this only keeps q / max|x| finite for a token without a gradient.
+GRADIENT_ABSMAX_FLOOR = 2.0**-100
 
 
 def token_absmax(x: Tensor) -> Tensor:
@@ -21,7 +27,21 @@ def token_absmax(x: Tensor) -> Tensor:
     return x.abs().amax(dim=-1, keepdim=True).float()
 
 
-def quantize_tokens(x: Tensor, absmax: Tensor) -> tuple[Tensor, Tensor]:
-    """int8 codes of x's shape and fp32 scale [..., 1], from the per-token maximum over the FULL width."""
-    scale = absmax.clamp(min=ABSMAX_FLOOR) / ACTIVATION_QMAX
-    return (x.float() / scale).round_().clamp_(-ACTIVATION_QMAX, ACTIVATION_QMAX).to(torch.int8), scale
+def token_scale(absmax: Tensor, dtype: torch.dtype = torch.int8, floor: float = ABSMAX_FLOOR) -> Tensor:
+    """What one code of `dtype` (int8 or float8_e4m3fn) stands for, from the per-token maximum over the FULL width."""
+    return absmax.clamp(min=floor) / CODE_MAX[dtype]
+
+
+def codes_at(x: Tensor, scale: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
+    """Codes of x [..., features] at the scale [..., 1]: the same again whenever the scale is the same."""
+    codes, largest = x.float() * (1.0 / scale), CODE_MAX[dtype]
+    if dtype == torch.int8:
+        codes = codes.round_()
+    # A maximum times the reciprocal may end an ulp above the largest code.
+    return codes.clamp_(-largest, largest).to(dtype)
+
+
+def quantize_tokens(x: Tensor, absmax: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
+    """Codes of x's shape in `dtype` and fp32 scale [..., 1], from the per-token maximum over the FULL width."""
+    scale = token_scale(absmax, dtype)
+    return codes_at(x, scale, dtype), scale

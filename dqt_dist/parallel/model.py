@@ -223,12 +223,21 @@ def _assign_layer(layer: TransformerLayer, config: Config, group: Group, hidden:
         _set(linear.weight, layout)
         if isinstance(linear, ColumnParallelBitLinear | RowParallelBitLinear):
             linear.layout = layout
-    _set_vector(layer.input_layernorm.weight, f"{name}.input_layernorm", hidden)
-    _set_vector(layer.pre_mlp_layernorm.weight, f"{name}.post_attention_layernorm", hidden)
+    input_norm, ffn_norm = _norm_weights(layer, config)
+    _set_vector(input_norm, f"{name}.input_layernorm", hidden)
+    _set_vector(ffn_norm, f"{name}.post_attention_layernorm", hidden)
     if config.model.sub_norm:
         attention_norm, ffn_norm = layer.self_attention.linear_proj.norm, layer.mlp.linear_fc2.norm
         _set_vector(attention_norm.weight, f"{name}.self_attn.attn_sub_norm", hidden, group)
         _set_vector(ffn_norm.weight, f"{name}.mlp.ffn_sub_norm", ffn, group)
+
+
+def _norm_weights(layer: TransformerLayer, config: Config) -> tuple[nn.Parameter, nn.Parameter]:
+    """Of the norms before attention and before the feed-forward half; low-bit modules have them inside."""
+    if config.quantization.method != "dqt":
+        return layer.input_layernorm.weight, layer.pre_mlp_layernorm.weight
+    feed_forward = layer.mlp.linear_fc1 if config.model.sub_norm else layer.mlp
+    return layer.self_attention.linear_qkv.norm_weight, feed_forward.norm_weight
 
 
 def low_bit_matrices(chunks: nn.Module) -> list[LowBitMatrix]:

@@ -1,0 +1,151 @@
+"""Operands of low-bit products: what stands before a product and the 8-bit quantisation of its result, in one pass.
+
+    identity   h = x                                   attention's output; with feature_scale also gradients: h = x * scale[feature]
+    norm       h = x / sqrt(mean(x^2) + eps) * weight  RMSNorm before qkv and gate|up
+    swiglu     h = silu(gate) * up                     before down_proj; x is gate|up side by side
+
+h exists in registers only. Everything is computed in fp32 from x, whatever its type, and rounded once, to the codes. The
+backward passes of norm and swiglu are here too: they read what the forward read and compute h anew.
+
+All tensors are [tokens, features], contiguous. Triton on CUDA; elsewhere the definitions in this file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dqt_dist.lowbit.activation import ABSMAX_FLOOR, GRADIENT_ABSMAX_FLOOR, codes_at, token_absmax, token_scale
+
+
+@dataclass(frozen=True)
+class Operand:
+    """One side of a product: codes [tokens, features] and what one of them stands for, fp32 [tokens, 1]; None for floats."""
+
+    codes: Tensor
+    scale: Tensor | None = None
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """codes * scale in `dtype`."""
+        return self.codes.to(dtype) if self.scale is None else scaled(self.codes, self.scale, None, dtype)
+
+
+def quantize(
+    x: Tensor, code: torch.dtype | None, scale: Tensor | None = None, feature_scale: Tensor | None = None
+) -> Operand:
+    """x as codes of type `code`, or as it is for None.
+
+    scale: fp32 [tokens, 1] when it is known already. feature_scale: fp32 [features]; x is then a gradient.
+    """
+    if code is None:
+        return Operand(x)
+    if x.is_cuda:
+        from dqt_dist.kernels import quantize_triton
+
+        return Operand(*quantize_triton.quantize(x, code, scale, feature_scale))
+    if feature_scale is not None:
+        return _quantized(x.float() * feature_scale, code, x.dtype, scale, GRADIENT_ABSMAX_FLOOR)
+    return _quantized(x, code, x.dtype, scale)
+
+
+def rms_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, code: torch.dtype | None, scale: Tensor | None = None
+) -> tuple[Operand, Tensor]:
+    """The operand of norm(x), in x's type when `code` is None, and fp32 [tokens, 1] r = 1 / sqrt(mean(x^2) + eps)."""
+    if x.is_cuda:
+        from dqt_dist.kernels import quantize_triton
+
+        codes, scale, inverse_rms = quantize_triton.rms_norm_quantize(x, weight, eps, code, scale)
+        return Operand(codes, scale), inverse_rms
+    wide = x.float()
+    inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return _quantized(wide * inverse_rms * weight.float(), code, x.dtype, scale), inverse_rms
+
+
+def rms_norm_backward(dh: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
+    """dx in x's type and dweight fp32 [features], from the gradient of h.
+
+    n = x * r       dweight = sum over tokens of dh * n       dx = r * (dh * w - n * mean(dh * w * n))
+    """
+    if x.is_cuda:
+        from dqt_dist.kernels import quantize_triton
+
+        return quantize_triton.rms_norm_backward(dh, x, weight, inverse_rms)
+    dh, normed = dh.float(), x.float() * inverse_rms
+    dn = dh * weight.float()
+    dx = (dn - normed * (dn * normed).mean(dim=-1, keepdim=True)) * inverse_rms
+    return dx.to(x.dtype), (dh * normed).sum(dim=0)
+
+
+def swiglu_absmax(gate_up: Tensor) -> Tensor:
+    """Largest |silu(gate) * up| of each token, fp32 [tokens, 1], where the width is split over ranks."""
+    if gate_up.is_cuda:
+        from dqt_dist.kernels import quantize_triton
+
+        return quantize_triton.swiglu_absmax(gate_up)
+    return token_absmax(_swiglu(gate_up))
+
+
+def swiglu_quantize(gate_up: Tensor, code: torch.dtype | None, scale: Tensor | None = None) -> Operand:
+    """The operand of silu(gate) * up [tokens, features] for gate_up [tokens, 2 * features]."""
+    if gate_up.is_cuda:
+        from dqt_dist.kernels import quantize_triton
+
+        return Operand(*quantize_triton.swiglu_quantize(gate_up, code, scale))
+    return _quantized(_swiglu(gate_up), code, gate_up.dtype, scale)
+
+
+def swiglu_backward(
+    dh: Tensor, gate_up: Tensor, h_scale: Tensor | None, code: torch.dtype | None, gradient_scale: Tensor | None
+) -> tuple[Operand, Operand]:
+    """Gradient of gate|up and the operand h anew, in one pass over gate_up [tokens, 2 * features] and dh [tokens, features].
+
+    h_scale: fp32 [tokens, 1] of the forward's operand, whose type is `code`. gradient_scale: fp32 [2 * features]; when given
+    the gradient times it comes as e4m3 codes with a scale a token, otherwise as it is, in gate_up's type.
+    """
+    if gate_up.is_cuda:
+        from dqt_dist.kernels import quantize_triton
+
+        gradient, h = quantize_triton.swiglu_backward(dh, gate_up, h_scale, code, gradient_scale)
+        return Operand(*gradient), Operand(h, h_scale)
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    dh, gate_sigmoid = dh.float(), torch.sigmoid(gate)
+    silu = gate * gate_sigmoid
+    gradient = torch.cat([dh * up * (gate_sigmoid + silu * (1 - gate_sigmoid)), dh * silu], dim=-1)
+    h = _quantized(silu * up, code, gate_up.dtype, h_scale)
+    if gradient_scale is None:
+        return Operand(gradient.to(gate_up.dtype)), h
+    return quantize(gradient, torch.float8_e4m3fn, feature_scale=gradient_scale), h
+
+
+def scaled(x: Tensor, token_scale: Tensor | None, feature_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x * token_scale [tokens, 1] * feature_scale [features], computed in fp32 and rounded once, to `dtype`."""
+    if x.is_cuda:
+        from dqt_dist.kernels import quantize_triton
+
+        return quantize_triton.scaled(x, token_scale, feature_scale, dtype)
+    x = x.float()
+    if token_scale is not None:
+        x = x * token_scale
+    if feature_scale is not None:
+        x = x * feature_scale
+    return x.to(dtype)
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return functional.silu(gate) * up
+
+
+def _quantized(
+    h: Tensor, code: torch.dtype | None, dtype: torch.dtype, scale: Tensor | None, floor: float = ABSMAX_FLOOR
+) -> Operand:
+    """h as codes at `scale`, which is taken from h when it is not given; in `dtype` when there is no code."""
+    if code is None:
+        return Operand(h.to(dtype))
+    if scale is None:
+        scale = token_scale(token_absmax(h), code, floor)
+    return Operand(codes_at(h, scale, code), scale)

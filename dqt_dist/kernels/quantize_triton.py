@@ -1,0 +1,365 @@
+# pyright: reportMissingImports=false, reportIndexIssue=false
+"""Triton forms of `quantize.py`: one program a token (a persistent one for the norm's weight gradient).
+
+A row is walked in blocks as often as its statistics need: norm takes a sum of squares, then a maximum, then writes codes. Only
+the first walk reads device memory, the others hit the L1 cache: a row of 2 * 5632 bf16 values is 22 KiB.
+
+Bytes that must move a token of H features (bf16 in, 8-bit codes out), the floor of each kernel:
+
+    quantize, rms_norm_quantize   3 H          swiglu_quantize   5 H (4 for gate|up, 1 for codes)
+    rms_norm_backward             6 H          swiglu_backward   9 H with e4m3 gradients, 11 H with bf16 ones
+    scaled                        4 H
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dqt_dist.lowbit.activation import ABSMAX_FLOOR, CODE_MAX, GRADIENT_ABSMAX_FLOOR
+
+# Features a program handles at once, at most: 16 a thread with 4 warps.
+BLOCK = 2048
+NUM_WARPS = 4
+# Programs of the norm's backward on each multiprocessor; each adds up the weight's gradient over its tokens.
+NORM_PROGRAMS = 4
+
+IDENTITY, NORM, SWIGLU = (tl.constexpr(i) for i in range(3))
+# 1.5 * 2^23: added and taken away, it rounds a number below 2^22 to an integer, half to even.
+ROUNDER = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _load_h(
+    x_row, weight, feature_scale, inverse_rms, offsets, features, PROLOGUE: tl.constexpr, FEATURE_SCALE: tl.constexpr
+):
+    """fp32 h at `offsets` of a row; zeros past the end."""
+    inside = offsets < features
+    x = tl.load(x_row + offsets, mask=inside, other=0.0).to(tl.float32)
+    if PROLOGUE == NORM:
+        x = x * inverse_rms * tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32)
+    if PROLOGUE == SWIGLU:
+        up = tl.load(x_row + features + offsets, mask=inside, other=0.0).to(tl.float32)
+        x = x / (1.0 + tl.exp(-x)) * up
+    if FEATURE_SCALE:
+        x = x * tl.load(feature_scale + offsets, mask=inside, other=0.0)
+    return x
+
+
+@triton.jit
+def _to_code(h, inverse_scale, CODE_MAX_: tl.constexpr, INTEGER: tl.constexpr):
+    h = h * inverse_scale
+    h = tl.minimum(tl.maximum(h, -CODE_MAX_), CODE_MAX_)
+    if INTEGER:
+        h = (h + ROUNDER) - ROUNDER
+    return h
+
+
+@triton.jit
+def _quantize_kernel(
+    x,
+    weight,
+    feature_scale,
+    codes,
+    scale,
+    inverse_rms,
+    features,
+    x_stride,
+    eps,
+    floor,
+    PROLOGUE: tl.constexpr,
+    FEATURE_SCALE: tl.constexpr,
+    QUANTIZE: tl.constexpr,
+    SCALE_KNOWN: tl.constexpr,
+    WRITE_CODES: tl.constexpr,
+    CODE_MAX_: tl.constexpr,
+    INTEGER: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    x_row = x + token * x_stride
+    block = tl.arange(0, BLOCK)
+    r = 1.0
+    if PROLOGUE == NORM:
+        squares = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, features, BLOCK):
+            offsets = start + block
+            value = tl.load(x_row + offsets, mask=offsets < features, other=0.0).to(tl.float32)
+            squares += value * value
+        r = 1.0 / tl.sqrt_rn(tl.sum(squares) / features + eps)
+        tl.store(inverse_rms + token, r)
+    inverse_scale = 1.0
+    if QUANTIZE:
+        if SCALE_KNOWN:
+            unit = tl.load(scale + token)
+        else:
+            largest = tl.zeros((BLOCK,), tl.float32)
+            for start in range(0, features, BLOCK):
+                h = _load_h(x_row, weight, feature_scale, r, start + block, features, PROLOGUE, FEATURE_SCALE)
+                largest = tl.maximum(largest, tl.abs(h))
+            unit = tl.div_rn(tl.maximum(tl.max(largest), floor), CODE_MAX_)
+            tl.store(scale + token, unit)
+        inverse_scale = tl.div_rn(1.0, unit)
+    if WRITE_CODES:
+        codes_row = codes + token * features
+        for start in range(0, features, BLOCK):
+            offsets = start + block
+            h = _load_h(x_row, weight, feature_scale, r, offsets, features, PROLOGUE, FEATURE_SCALE)
+            if QUANTIZE:
+                h = _to_code(h, inverse_scale, CODE_MAX_, INTEGER)
+            tl.store(codes_row + offsets, h.to(codes.dtype.element_ty), mask=offsets < features)
+
+
+@triton.jit
+def _swiglu_gradient(gate_row, dh_row, offsets, features):
+    """fp32 h, dgate and dup at `offsets`."""
+    inside = offsets < features
+    gate = tl.load(gate_row + offsets, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(gate_row + features + offsets, mask=inside, other=0.0).to(tl.float32)
+    dh = tl.load(dh_row + offsets, mask=inside, other=0.0).to(tl.float32)
+    sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+    silu = gate * sigmoid
+    return silu * up, dh * up * (sigmoid + silu * (1.0 - sigmoid)), dh * silu
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    dh,
+    gate_up,
+    gradient_scale,
+    h_scale,
+    h_codes,
+    gradient,
+    gradient_unit,
+    features,
+    floor,
+    QUANTIZE_H: tl.constexpr,
+    QUANTIZE_GRADIENT: tl.constexpr,
+    H_MAX: tl.constexpr,
+    H_INTEGER: tl.constexpr,
+    GRADIENT_MAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    gate_row = gate_up + token * 2 * features
+    dh_row = dh + token * features
+    block = tl.arange(0, BLOCK)
+    inverse_unit = 1.0
+    if QUANTIZE_GRADIENT:
+        largest = tl.zeros((BLOCK,), tl.float32)
+        for start in range(0, features, BLOCK):
+            offsets = start + block
+            inside = offsets < features
+            _, d_gate, d_up = _swiglu_gradient(gate_row, dh_row, offsets, features)
+            d_gate *= tl.load(gradient_scale + offsets, mask=inside, other=0.0)
+            d_up *= tl.load(gradient_scale + features + offsets, mask=inside, other=0.0)
+            largest = tl.maximum(largest, tl.maximum(tl.abs(d_gate), tl.abs(d_up)))
+        unit = tl.div_rn(tl.maximum(tl.max(largest), floor), GRADIENT_MAX)
+        tl.store(gradient_unit + token, unit)
+        inverse_unit = tl.div_rn(1.0, unit)
+    inverse_h = 1.0
+    if QUANTIZE_H:
+        inverse_h = tl.div_rn(1.0, tl.load(h_scale + token))
+    h_row = h_codes + token * features
+    gradient_row = gradient + token * 2 * features
+    for start in range(0, features, BLOCK):
+        offsets = start + block
+        inside = offsets < features
+        h, d_gate, d_up = _swiglu_gradient(gate_row, dh_row, offsets, features)
+        if QUANTIZE_H:
+            h = _to_code(h, inverse_h, H_MAX, H_INTEGER)
+        tl.store(h_row + offsets, h.to(h_codes.dtype.element_ty), mask=inside)
+        if QUANTIZE_GRADIENT:
+            d_gate *= tl.load(gradient_scale + offsets, mask=inside, other=0.0)
+            d_up *= tl.load(gradient_scale + features + offsets, mask=inside, other=0.0)
+            d_gate = _to_code(d_gate, inverse_unit, GRADIENT_MAX, False)
+            d_up = _to_code(d_up, inverse_unit, GRADIENT_MAX, False)
+        tl.store(gradient_row + offsets, d_gate.to(gradient.dtype.element_ty), mask=inside)
+        tl.store(gradient_row + features + offsets, d_up.to(gradient.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_backward_kernel(
+    dh, x, weight, inverse_rms, dx, weight_parts, tokens, features, programs, BLOCK: tl.constexpr
+):
+    program = tl.program_id(0)
+    offsets = tl.arange(0, BLOCK)
+    inside = offsets < features
+    w = tl.load(weight + offsets, mask=inside, other=0.0).to(tl.float32)
+    part = tl.zeros((BLOCK,), tl.float32)
+    for token in range(program, tokens, programs):
+        row = (tl.zeros((), tl.int64) + token) * features
+        r = tl.load(inverse_rms + token)
+        normed = tl.load(x + row + offsets, mask=inside, other=0.0).to(tl.float32) * r
+        d = tl.load(dh + row + offsets, mask=inside, other=0.0).to(tl.float32)
+        part += d * normed
+        d *= w
+        mean = tl.sum(d * normed) / features
+        tl.store(dx + row + offsets, ((d - normed * mean) * r).to(dx.dtype.element_ty), mask=inside)
+    tl.store(weight_parts + program.to(tl.int64) * features + offsets, part, mask=inside)
+
+
+@triton.jit
+def _scaled_kernel(
+    x,
+    token_scale,
+    feature_scale,
+    out,
+    features,
+    TOKEN_SCALE: tl.constexpr,
+    FEATURE_SCALE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    factor = 1.0
+    if TOKEN_SCALE:
+        factor = tl.load(token_scale + token)
+    for start in range(0, features, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        inside = offsets < features
+        value = tl.load(x + token * features + offsets, mask=inside).to(tl.float32) * factor
+        if FEATURE_SCALE:
+            value *= tl.load(feature_scale + offsets, mask=inside, other=0.0)
+        tl.store(out + token * features + offsets, value.to(out.dtype.element_ty), mask=inside)
+
+
+def _block(features: int) -> int:
+    return min(BLOCK, triton.next_power_of_2(features))
+
+
+def _launch(
+    x: Tensor,
+    features: int,
+    code: torch.dtype | None,
+    scale: Tensor | None,
+    prologue: tl.constexpr,
+    *,
+    weight: Tensor | None = None,
+    eps: float = 0.0,
+    feature_scale: Tensor | None = None,
+    write_codes: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Codes (or h itself in x's type), scale and inverse rms; what does not apply is None."""
+    assert x.dim() == 2 and x.stride(1) == 1, (x.shape, x.stride())
+    tokens, known = x.shape[0], scale is not None
+    codes = torch.empty(tokens, features if write_codes else 0, dtype=code or x.dtype, device=x.device)
+    if code is not None and not known:
+        scale = torch.empty(tokens, 1, device=x.device)
+    inverse_rms = torch.empty(tokens, 1, device=x.device) if prologue == NORM else None
+    _quantize_kernel[(tokens,)](
+        x,
+        weight,
+        feature_scale,
+        codes,
+        scale,
+        inverse_rms,
+        features,
+        x.stride(0),
+        eps,
+        ABSMAX_FLOOR if feature_scale is None else GRADIENT_ABSMAX_FLOOR,
+        PROLOGUE=prologue,
+        FEATURE_SCALE=feature_scale is not None,
+        QUANTIZE=code is not None,
+        SCALE_KNOWN=known,
+        WRITE_CODES=write_codes,
+        CODE_MAX_=float(CODE_MAX[code]) if code is not None else 1.0,
+        INTEGER=code == torch.int8,
+        BLOCK=_block(features),
+        num_warps=NUM_WARPS,
+    )
+    return codes, scale, inverse_rms
+
+
+def quantize(
+    x: Tensor, code: torch.dtype, scale: Tensor | None, feature_scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """See quantize.py."""
+    return _launch(x, x.shape[1], code, scale, IDENTITY, feature_scale=feature_scale)[:2]
+
+
+def rms_norm_quantize(
+    x: Tensor, weight: Tensor, eps: float, code: torch.dtype | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """See quantize.py."""
+    codes, scale, inverse_rms = _launch(x, x.shape[1], code, scale, NORM, weight=weight, eps=eps)
+    assert inverse_rms is not None
+    return codes, scale, inverse_rms
+
+
+def swiglu_quantize(gate_up: Tensor, code: torch.dtype | None, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """See quantize.py."""
+    return _launch(gate_up, gate_up.shape[1] // 2, code, scale, SWIGLU)[:2]
+
+
+def swiglu_absmax(gate_up: Tensor) -> Tensor:
+    """See quantize.py."""
+    _, scale, _ = _launch(gate_up, gate_up.shape[1] // 2, torch.int8, None, SWIGLU, write_codes=False)
+    assert scale is not None
+    return scale * CODE_MAX[torch.int8]
+
+
+def rms_norm_backward(dh: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
+    """See quantize.py."""
+    assert dh.is_contiguous() and x.is_contiguous() and dh.shape == x.shape
+    tokens, features = x.shape
+    programs = min(tokens, NORM_PROGRAMS * torch.cuda.get_device_properties(x.device).multi_processor_count)
+    dx = torch.empty_like(x)
+    parts = torch.empty(programs, features, device=x.device)
+    block = triton.next_power_of_2(features)
+    num_warps = 4 if block <= 2048 else 8 if block <= 4096 else 16
+    _norm_backward_kernel[(programs,)](
+        dh, x, weight, inverse_rms, dx, parts, tokens, features, programs, BLOCK=block, num_warps=num_warps
+    )
+    return dx, parts.sum(dim=0)
+
+
+def swiglu_backward(
+    dh: Tensor, gate_up: Tensor, h_scale: Tensor | None, code: torch.dtype | None, gradient_scale: Tensor | None
+) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
+    """See quantize.py: (gradient, its scale), h."""
+    assert dh.is_contiguous() and gate_up.is_contiguous()
+    tokens, features = dh.shape
+    quantized = gradient_scale is not None
+    h = torch.empty(tokens, features, dtype=code or gate_up.dtype, device=dh.device)
+    gradient_dtype = torch.float8_e4m3fn if quantized else gate_up.dtype
+    gradient = torch.empty(tokens, 2 * features, dtype=gradient_dtype, device=dh.device)
+    unit = torch.empty(tokens, 1, device=dh.device) if quantized else None
+    _swiglu_backward_kernel[(tokens,)](
+        dh,
+        gate_up,
+        gradient_scale,
+        h_scale,
+        h,
+        gradient,
+        unit,
+        features,
+        GRADIENT_ABSMAX_FLOOR,
+        QUANTIZE_H=code is not None,
+        QUANTIZE_GRADIENT=quantized,
+        H_MAX=float(CODE_MAX[code]) if code is not None else 1.0,
+        H_INTEGER=code == torch.int8,
+        GRADIENT_MAX=float(CODE_MAX[torch.float8_e4m3fn]),
+        BLOCK=_block(features),
+        num_warps=NUM_WARPS,
+    )
+    return (gradient, unit), h
+
+
+def scaled(x: Tensor, token_scale: Tensor | None, feature_scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """See quantize.py."""
+    assert x.is_contiguous()
+    out = torch.empty_like(x, dtype=dtype)
+    _scaled_kernel[(x.shape[0],)](
+        x,
+        token_scale,
+        feature_scale,
+        out,
+        x.shape[1],
+        TOKEN_SCALE=token_scale is not None,
+        FEATURE_SCALE=feature_scale is not None,
+        BLOCK=_block(x.shape[1]),
+        num_warps=NUM_WARPS,
+    )
+    return out

@@ -1,0 +1,94 @@
+"""The feed-forward half of a low-bit block as one autograd function: norm, gate|up, SwiGLU, down.
+
+    x -> norm -> quantise -> [gate|up] -> silu(gate) * up -> quantise -> [down] -> y
+
+Norm and SwiGLU exist in registers only, between what a product wrote and the codes that the next one reads. Kept for the
+backward are x, which the residual stream keeps anyway, the output of gate|up, and a scale a token; everything else is made
+anew. In the backward SwiGLU's gradient goes straight to the codes that gate|up's products read: the widest tensor of the
+model is never written as bf16.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from torch import Tensor, nn
+
+from dqt_dist.kernels.quantize import swiglu_absmax, swiglu_backward, swiglu_quantize
+from dqt_dist.layers.low_bit_linear import (
+    ColumnParallelLowBitLinear,
+    RowParallelLowBitLinear,
+    apply_function,
+    column_dgrad,
+    column_forward,
+    flat,
+    full_sequence,
+    norm_backward,
+    row_forward,
+    row_gradient,
+    row_scale_of_input,
+    unflat,
+)
+from dqt_dist.layers.transformer_config import LlamaTransformerConfig
+
+
+class _FeedForward(torch.autograd.Function):
+    """x [s / (tp if sequence_parallel else 1), b, hidden] -> y of the same shape."""
+
+    @staticmethod
+    def forward(
+        ctx, x: Tensor, norm_weight: Tensor, fc1: ColumnParallelLowBitLinear, fc2: RowParallelLowBitLinear
+    ) -> Tensor:
+        operand, inverse_rms = fc1.operand(flat(x), norm_weight)
+        gate_up = column_forward(operand, fc1, x.dtype)
+        code, h_scale = fc2.compute.activation_code, None
+        if code is not None and fc2.group.size() > 1:
+            h_scale = row_scale_of_input(swiglu_absmax(gate_up), fc2)
+        h = swiglu_quantize(gate_up, code, h_scale)
+        ctx.save_for_backward(x, norm_weight, operand.scale, inverse_rms, gate_up, h.scale)
+        ctx.fc1, ctx.fc2 = fc1, fc2
+        return unflat(row_forward(h, fc2, x.dtype), x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, norm_weight, x_scale, inverse_rms, gate_up, h_scale = ctx.saved_tensors
+        fc1: ColumnParallelLowBitLinear = ctx.fc1
+        fc2: RowParallelLowBitLinear = ctx.fc2
+        tokens = flat(x)
+
+        gradient = row_gradient(flat(grad), fc2)
+        dh = fc2.compute.dgrad(gradient, fc2.weight)
+        as_codes = fc1.compute.gradient_code is not None
+        gradient_1, h = swiglu_backward(
+            dh, gate_up, h_scale, fc2.compute.activation_code, fc1.weight.row_scale() if as_codes else None
+        )
+        del dh, gate_up
+        fc2.compute.wgrad(gradient, h, fc2.weight)
+        del gradient, h
+
+        dx, work = column_dgrad(gradient_1, fc1, x.dtype)
+        operand, _ = fc1.operand(tokens, norm_weight, x_scale)
+        # The sum over TP travels meanwhile.
+        fc1.compute.wgrad(gradient_1, full_sequence(operand, fc1), fc1.weight)
+        if work is not None:
+            work.wait()
+        dx, norm_gradient = norm_backward(dx, tokens, norm_weight, inverse_rms, fc1)
+        return unflat(dx, x), norm_gradient, None, None
+
+
+class LowBitFeedForward(nn.Module):
+    """Stands in for a norm and megatron.core's MLP."""
+
+    def __init__(self, config: LlamaTransformerConfig) -> None:
+        super().__init__()
+        hidden, ffn = config.hidden_size, config.ffn_hidden_size
+        group = parallel_state.get_tensor_model_parallel_group()
+        self.linear_fc1 = ColumnParallelLowBitLinear(hidden, 2 * ffn, config=config, tp_group=group)
+        self.linear_fc2 = RowParallelLowBitLinear(ffn, hidden, config=config, tp_group=group)
+        # Of this module, not of linear_fc1: ZeRO stage 3 gathers the parameters of modules that are called.
+        self.norm_weight = nn.Parameter(torch.ones(hidden, dtype=config.params_dtype))
+
+    def forward(self, x: Tensor, **_: Any) -> tuple[Tensor, None]:
+        return apply_function(_FeedForward, x, self.norm_weight, self.linear_fc1, self.linear_fc2), None
