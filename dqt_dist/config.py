@@ -111,7 +111,6 @@ class QuantizationConfig(Section):
     scale_power_of_two: bool = True
     """Round the scale to a power of two, so that scale * code is exact in bf16 and every export is lossless."""
 
-
     @property
     def dtype(self) -> Literal["fp32", "bf16"]:
         """Type of everything that is not an operand of a low-bit product: residual stream, norms, attention, embeddings, head."""

@@ -135,8 +135,9 @@ class GradientFeed:
             if shard.numel == shard.master.numel():
                 flat[id(shard.master)] = gradient
                 continue
-            whole = flat.setdefault(id(shard.master), gradient.new_zeros(shard.master.numel()))
-            shard.view(whole).copy_(gradient)
+            if id(shard.master) not in flat:
+                flat[id(shard.master)] = gradient.new_zeros(shard.master.numel())
+            shard.view(flat[id(shard.master)]).copy_(gradient)
         if self.stage == 0:
             self._waiting = flat
             return
