@@ -14,7 +14,7 @@ from typing import Any
 
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
-from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
+from megatron.core.transformer.attention import SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -23,7 +23,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
 
-from dqt_dist.layers.attention import CausalAttention
+from dqt_dist.layers.attention import CausalAttention, RotarySelfAttention
 from dqt_dist.layers.bitnet import ColumnParallelBitLinear, RowParallelBitLinear
 from dqt_dist.layers.collectives import Group
 from dqt_dist.layers.low_bit_feed_forward import LowBitFeedForward
@@ -77,7 +77,7 @@ def layer_spec(config: LlamaTransformerConfig) -> ModuleSpec:
         module=TransformerLayer,
         submodules=TransformerLayerSubmodules(
             input_layernorm=norm,
-            self_attention=ModuleSpec(SelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
+            self_attention=ModuleSpec(RotarySelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
             # With a norm between SwiGLU and down_proj the two are no single pass.

@@ -1,4 +1,4 @@
-"""Megatron's TransformerConfig with the two things its layers need to know of ours."""
+"""Megatron's TransformerConfig with the things its layers need to know of ours."""
 
 from __future__ import annotations
 
@@ -15,3 +15,4 @@ class LlamaTransformerConfig(TransformerConfig):
 
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     sub_norm: bool = False
+    rope_base: float = 10000.0

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from dqt_dist.config import Config
 from dqt_dist.layers.bitnet import ColumnParallelBitLinear, RowParallelBitLinear
+from dqt_dist.layers.language_model import LlamaModel
 from dqt_dist.layers.low_bit_embedding import LowBitEmbedding, LowBitHead
 from dqt_dist.layers.spec import SubNormLinear, block_spec
 from dqt_dist.layers.transformer_config import LlamaTransformerConfig
@@ -79,7 +80,8 @@ def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
         perform_initialization=False,
         # gloo has no batched point-to-point calls.
         batch_p2p_comm=not on_cpu,
-        bias_activation_fusion=False,
+        # SwiGLU of the methods without low-bit codes: Megatron's own fused one, which torch.compile makes.
+        bias_activation_fusion=not on_cpu and config.quantization.method != "dqt",
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -87,6 +89,7 @@ def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
         persist_layer_norm=False,
         quantization=config.quantization,
         sub_norm=model.sub_norm,
+        rope_base=model.rope_base,
     )
 
 
@@ -98,7 +101,7 @@ def build_model(config: Config, groups: Groups) -> nn.ModuleList:
     with megatron_cpu.cuda_or_cpu():
         for stage in range(config.parallel.virtual_pipeline or 1):
             virtual_stage = stage if config.parallel.virtual_pipeline else None
-            chunk = GPTModel(
+            chunk = LlamaModel(
                 config=megatron_config,
                 transformer_layer_spec=block_spec(megatron_config, virtual_stage),
                 vocab_size=config.model.vocab_size,
@@ -106,8 +109,7 @@ def build_model(config: Config, groups: Groups) -> nn.ModuleList:
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
                 share_embeddings_and_output_weights=False,
-                position_embedding_type="rope",
-                rotary_base=config.model.rope_base,
+                position_embedding_type="none",  # it is inside attention
                 vp_stage=virtual_stage,
             )
             if config.quantization.embeddings:
