@@ -1,0 +1,63 @@
+"""qkv taken apart and rotated: the definition against complex numbers, the Triton kernels against the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dqt_dist.kernels.rope import angles, split_and_rotate
+
+# sequence, batch, groups, queries a group, head; heads that fill no power of two and one of 128.
+SHAPES = [(5, 2, 2, 3, 12), (7, 3, 4, 1, 128), (4, 1, 20, 2, 64)]
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    s, b, groups, queries, head = shape
+    generator = torch.Generator().manual_seed(1)
+    mixed = torch.randn(s, b, groups * (queries + 2) * head, generator=generator).to(dtype)
+    # Strided, as attention's backward hands them back: [batch, heads, sequence, head] in memory.
+    grads = [
+        torch.randn(b, n, s, head, generator=generator).to(dtype).permute(2, 0, 1, 3)
+        for n in (groups * queries, groups, groups)
+    ]
+    return mixed, grads
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rotation_is_a_complex_product(shape: tuple[int, ...]) -> None:
+    s, b, groups, queries, head = shape
+    mixed, _ = inputs(shape, torch.float64)
+    mixed.requires_grad_()
+    cos, sin = angles(s, head, 10000.0, mixed.device)
+    q, k, v = split_and_rotate(mixed, groups, cos, sin)
+    heads = mixed.view(s, b, groups, queries + 2, head)
+    turn = torch.polar(torch.ones_like(cos, dtype=torch.float64), torch.atan2(sin.double(), cos.double()))[
+        :, None, None
+    ]
+    for found, wanted in ((q, heads[..., :-2, :].reshape(s, b, -1, head)), (k, heads[..., -2, :])):
+        turned = torch.complex(*wanted.chunk(2, dim=-1)) * turn
+        # Rotated in fp32: a product, a product and a sum.
+        torch.testing.assert_close(found, torch.cat([turned.real, turned.imag], -1), rtol=2.0**-20, atol=2.0**-20)
+    assert torch.equal(v, heads[..., -1, :])
+    # The rotation keeps lengths, so its backward is its inverse: the gradient of sum(x * x) / 2 is x itself.
+    (back,) = torch.autograd.grad((q, k, v), mixed, (q.detach(), k.detach(), v.detach()))
+    torch.testing.assert_close(back, mixed.detach(), rtol=2.0**-18, atol=2.0**-18)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_equal_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The same three operations; a fused multiply-add may round one of them less."""
+    mixed, grads = inputs(shape, dtype)
+    cos, sin = angles(shape[0], shape[4], 10000.0, mixed.device)
+    on_device = mixed.cuda().requires_grad_()
+    found = split_and_rotate(on_device, shape[2], cos.cuda(), sin.cuda())
+    wanted_mixed = mixed.requires_grad_()
+    wanted = split_and_rotate(wanted_mixed, shape[2], cos, sin)
+    ulp = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}[dtype]
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=ulp, atol=2 * ulp)
+    (a,) = torch.autograd.grad(found, on_device, [g.cuda() for g in grads])
+    (b,) = torch.autograd.grad(wanted, wanted_mixed, grads)
+    torch.testing.assert_close(a.cpu(), b, rtol=ulp, atol=2 * ulp)
