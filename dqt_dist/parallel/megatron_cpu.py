@@ -40,8 +40,12 @@ def prepare() -> None:
     """Once per process, before megatron-core is used."""
     if torch.cuda.is_available():
         return
+    from megatron.core.tensor_parallel import random
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
+    # Activation checkpointing saves and restores the state of the device's generator, which nothing here draws from.
+    random._get_cuda_rng_state = lambda *_, **__: torch.empty(0, dtype=torch.uint8)
+    random._set_cuda_rng_state = lambda *_, **__: None
     torch.cuda.current_device = lambda: torch.device("cpu")
     torch.cuda.synchronize = lambda device=None: None
     tracker = get_cuda_rng_tracker()

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,13 @@ from dqt_dist.parallel.groups import Group, Groups
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+# training.recompute in Megatron's words.
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+}
+
 # Weights drawn at once at initialisation: a few int64 temporaries of 32 MiB each.
 INIT_CHUNK = 1 << 22
 
@@ -54,6 +61,7 @@ def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
     """Megatron's view of the run."""
     model, parallel = config.model, config.parallel
     dtype = DTYPES[config.quantization.dtype]
+    recompute: dict[str, Any] = RECOMPUTE[config.training.recompute]
     return LlamaTransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -87,6 +95,7 @@ def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
         gradient_accumulation_fusion=False,
         apply_rope_fusion=False,
         persist_layer_norm=False,
+        **recompute,
         quantization=config.quantization,
         sub_norm=model.sub_norm,
         rope_base=model.rope_base,
