@@ -1,8 +1,8 @@
 # pyright: reportMissingImports=false, reportIndexIssue=false
 """Triton forms of `quantize.py`: one program a token (a persistent one for the norm's weight gradient).
 
-A row is walked in blocks as often as its statistics need: norm takes a sum of squares, then a maximum, then writes codes. Only
-the first walk reads device memory, the others hit the L1 cache: a row of 2 * 5632 bf16 values is 22 KiB.
+A row of up to ONE_BLOCK features stays in registers between the read and the write. A wider one is walked in blocks as often as
+its statistics need: norm takes a sum of squares, then a maximum, then writes codes; all walks but the first hit the caches.
 
 Bytes that must move a token of H features (bf16 in, 8-bit codes out), the floor of each kernel:
 
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from dqt_dist.lowbit.activation import ABSMAX_FLOOR, CODE_MAX, GRADIENT_ABSMAX_FLOOR
 
-# Features a program handles at once, at most: 16 a thread with 4 warps.
-BLOCK = 2048
-NUM_WARPS = 4
+# Widest row that a program keeps in registers, and the block of those that are wider; 16 features a thread.
+ONE_BLOCK, BLOCK = 8192, 2048
+FEATURES_PER_WARP = 512
 # Programs of the norm's backward on each multiprocessor; each adds up the weight's gradient over its tokens.
 NORM_PROGRAMS = 4
 
@@ -76,52 +76,66 @@ def _quantize_kernel(
     WRITE_CODES: tl.constexpr,
     CODE_MAX_: tl.constexpr,
     INTEGER: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     x_row = x + token * x_stride
     block = tl.arange(0, BLOCK)
+    codes_row = codes + token * features
+    h = tl.zeros((BLOCK,), tl.float32)
     r = 1.0
     if PROLOGUE == NORM:
         squares = tl.zeros((BLOCK,), tl.float32)
         for start in range(0, features, BLOCK):
             offsets = start + block
-            value = tl.load(x_row + offsets, mask=offsets < features, other=0.0).to(tl.float32)
-            squares += value * value
+            h = tl.load(x_row + offsets, mask=offsets < features, other=0.0).to(tl.float32)
+            squares += h * h
         r = 1.0 / tl.sqrt_rn(tl.sum(squares) / features + eps)
         tl.store(inverse_rms + token, r)
+        if ONE_BLOCK:
+            h = h * r * tl.load(weight + block, mask=block < features, other=0.0).to(tl.float32)
+    elif ONE_BLOCK:
+        h = _load_h(x_row, weight, feature_scale, r, block, features, PROLOGUE, FEATURE_SCALE)
     inverse_scale = 1.0
     if QUANTIZE:
         if SCALE_KNOWN:
             unit = tl.load(scale + token)
         else:
-            largest = tl.zeros((BLOCK,), tl.float32)
-            for start in range(0, features, BLOCK):
-                h = _load_h(x_row, weight, feature_scale, r, start + block, features, PROLOGUE, FEATURE_SCALE)
-                largest = tl.maximum(largest, tl.abs(h))
+            largest = tl.abs(h)
+            if not ONE_BLOCK:
+                largest = tl.zeros((BLOCK,), tl.float32)
+                for start in range(0, features, BLOCK):
+                    wide = _load_h(x_row, weight, feature_scale, r, start + block, features, PROLOGUE, FEATURE_SCALE)
+                    largest = tl.maximum(largest, tl.abs(wide))
             unit = tl.div_rn(tl.maximum(tl.max(largest), floor), CODE_MAX_)
             tl.store(scale + token, unit)
         inverse_scale = tl.div_rn(1.0, unit)
     if WRITE_CODES:
-        codes_row = codes + token * features
         for start in range(0, features, BLOCK):
             offsets = start + block
-            h = _load_h(x_row, weight, feature_scale, r, offsets, features, PROLOGUE, FEATURE_SCALE)
+            if not ONE_BLOCK:
+                h = _load_h(x_row, weight, feature_scale, r, offsets, features, PROLOGUE, FEATURE_SCALE)
             if QUANTIZE:
                 h = _to_code(h, inverse_scale, CODE_MAX_, INTEGER)
             tl.store(codes_row + offsets, h.to(codes.dtype.element_ty), mask=offsets < features)
 
 
 @triton.jit
-def _swiglu_gradient(gate_row, dh_row, offsets, features):
-    """fp32 h, dgate and dup at `offsets`."""
+def _swiglu_gradient(gate_row, dh_row, gradient_scale, offsets, features, SCALE: tl.constexpr):
+    """fp32 h, dgate and dup at `offsets`, the last two times their features' scales."""
     inside = offsets < features
     gate = tl.load(gate_row + offsets, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_row + features + offsets, mask=inside, other=0.0).to(tl.float32)
     dh = tl.load(dh_row + offsets, mask=inside, other=0.0).to(tl.float32)
     sigmoid = 1.0 / (1.0 + tl.exp(-gate))
     silu = gate * sigmoid
-    return silu * up, dh * up * (sigmoid + silu * (1.0 - sigmoid)), dh * silu
+    d_gate = dh * up * (sigmoid + silu * (1.0 - sigmoid))
+    d_up = dh * silu
+    if SCALE:
+        d_gate *= tl.load(gradient_scale + offsets, mask=inside, other=0.0)
+        d_up *= tl.load(gradient_scale + features + offsets, mask=inside, other=0.0)
+    return silu * up, d_gate, d_up
 
 
 @triton.jit
@@ -140,22 +154,22 @@ def _swiglu_backward_kernel(
     H_MAX: tl.constexpr,
     H_INTEGER: tl.constexpr,
     GRADIENT_MAX: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     gate_row = gate_up + token * 2 * features
     dh_row = dh + token * features
     block = tl.arange(0, BLOCK)
+    h, d_gate, d_up = _swiglu_gradient(gate_row, dh_row, gradient_scale, block, features, QUANTIZE_GRADIENT)
     inverse_unit = 1.0
     if QUANTIZE_GRADIENT:
-        largest = tl.zeros((BLOCK,), tl.float32)
-        for start in range(0, features, BLOCK):
-            offsets = start + block
-            inside = offsets < features
-            _, d_gate, d_up = _swiglu_gradient(gate_row, dh_row, offsets, features)
-            d_gate *= tl.load(gradient_scale + offsets, mask=inside, other=0.0)
-            d_up *= tl.load(gradient_scale + features + offsets, mask=inside, other=0.0)
-            largest = tl.maximum(largest, tl.maximum(tl.abs(d_gate), tl.abs(d_up)))
+        largest = tl.maximum(tl.abs(d_gate), tl.abs(d_up))
+        for start in range(BLOCK, features, BLOCK):
+            _, wide_gate, wide_up = _swiglu_gradient(
+                gate_row, dh_row, gradient_scale, start + block, features, QUANTIZE_GRADIENT
+            )
+            largest = tl.maximum(largest, tl.maximum(tl.abs(wide_gate), tl.abs(wide_up)))
         unit = tl.div_rn(tl.maximum(tl.max(largest), floor), GRADIENT_MAX)
         tl.store(gradient_unit + token, unit)
         inverse_unit = tl.div_rn(1.0, unit)
@@ -167,13 +181,12 @@ def _swiglu_backward_kernel(
     for start in range(0, features, BLOCK):
         offsets = start + block
         inside = offsets < features
-        h, d_gate, d_up = _swiglu_gradient(gate_row, dh_row, offsets, features)
+        if not ONE_BLOCK:
+            h, d_gate, d_up = _swiglu_gradient(gate_row, dh_row, gradient_scale, offsets, features, QUANTIZE_GRADIENT)
         if QUANTIZE_H:
             h = _to_code(h, inverse_h, H_MAX, H_INTEGER)
         tl.store(h_row + offsets, h.to(h_codes.dtype.element_ty), mask=inside)
         if QUANTIZE_GRADIENT:
-            d_gate *= tl.load(gradient_scale + offsets, mask=inside, other=0.0)
-            d_up *= tl.load(gradient_scale + features + offsets, mask=inside, other=0.0)
             d_gate = _to_code(d_gate, inverse_unit, GRADIENT_MAX, False)
             d_up = _to_code(d_up, inverse_unit, GRADIENT_MAX, False)
         tl.store(gradient_row + offsets, d_gate.to(gradient.dtype.element_ty), mask=inside)
@@ -225,8 +238,11 @@ def _scaled_kernel(
         tl.store(out + token * features + offsets, value.to(out.dtype.element_ty), mask=inside)
 
 
-def _block(features: int) -> int:
-    return min(BLOCK, triton.next_power_of_2(features))
+def _blocks(features: int) -> dict[str, int]:
+    """How a row of `features` is walked, as arguments of a kernel."""
+    whole = triton.next_power_of_2(features)
+    block = whole if whole <= ONE_BLOCK else BLOCK
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // FEATURES_PER_WARP))}
 
 
 def _launch(
@@ -266,8 +282,8 @@ def _launch(
         WRITE_CODES=write_codes,
         CODE_MAX_=float(CODE_MAX[code]) if code is not None else 1.0,
         INTEGER=code == torch.int8,
-        BLOCK=_block(features),
-        num_warps=NUM_WARPS,
+        ONE_BLOCK=features <= ONE_BLOCK,
+        **_blocks(features),
     )
     return codes, scale, inverse_rms
 
@@ -341,8 +357,8 @@ def swiglu_backward(
         H_MAX=float(CODE_MAX[code]) if code is not None else 1.0,
         H_INTEGER=code == torch.int8,
         GRADIENT_MAX=float(CODE_MAX[torch.float8_e4m3fn]),
-        BLOCK=_block(features),
-        num_warps=NUM_WARPS,
+        ONE_BLOCK=features <= ONE_BLOCK,
+        **_blocks(features),
     )
     return (gradient, unit), h
 
@@ -359,7 +375,6 @@ def scaled(x: Tensor, token_scale: Tensor | None, feature_scale: Tensor | None, 
         x.shape[1],
         TOKEN_SCALE=token_scale is not None,
         FEATURE_SCALE=feature_scale is not None,
-        BLOCK=_block(x.shape[1]),
-        num_warps=NUM_WARPS,
+        **_blocks(x.shape[1]),
     )
     return out

@@ -39,6 +39,8 @@ class LowBitMatrix(nn.Module):
         self.gather: Callable[[], Tensor] | None = None
         """Returns the packed codes of all rows where this rank does not hold them."""
         self.main_grad: Tensor | None = None
+        # Made again when the scale has been written to; products ask for it several times a step.
+        self._row_scale: tuple[tuple[int, int], Tensor] | None = None
         self.gradient_dtype = torch.float32
         self.on_gradient: Callable[[], None] | None = None
         """Called each time a backward pass has added to `main_grad`."""
@@ -71,7 +73,10 @@ class LowBitMatrix(nn.Module):
 
     def row_scale(self) -> Tensor:
         """The scale of each row, fp32 [rows]; applied in the GEMM's epilogue, never multiplied into stored codes."""
-        return self.scale[self.row_matrix.int()]
+        version = (id(self.scale), self.scale._version)
+        if self._row_scale is None or self._row_scale[0] != version:
+            self._row_scale = (version, self.scale[self.row_matrix.int()])
+        return self._row_scale[1]
 
     def packed(self, start: int, stop: int) -> Tensor:
         """View of the packed codes of held rows [start, stop)."""

@@ -50,7 +50,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         # Megatron's schedule runs the micro-batches; engine.step() is the boundary.
         "managed_gradient_accumulation": False,
         "gradient_clipping": 0.0,
-        "bf16": {"enabled": config.quantization.dtype == "bf16"},
+        # Gradients come to it finite; its own check would wait for the device in every step.
+        "bf16": {"enabled": config.quantization.dtype == "bf16", "check_grad_overflow": False},
         # torch's AdamW also updates what is offloaded to the host.
         "zero_force_ds_cpu_optimizer": False,
     }
