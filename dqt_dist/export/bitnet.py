@@ -34,7 +34,7 @@ def check(weights: Weights) -> None:
             f"--format hf-bitnet: holds ternary codes, this model has quantization.bits = {weights.grid.bits}; use "
             "hf-compressed, hf or gguf, or --bits ternary"
         )
-    if config.quantization.activation != "int8":
+    if config.quantization.activation == "none":
         raise UserError(
             "--format hf-bitnet: its engine always rounds activations to 8 bits, this model was trained with "
             'quantization.activation = "none"; use hf-compressed or hf'

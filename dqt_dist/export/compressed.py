@@ -100,7 +100,7 @@ def quantization_config(weights: Weights) -> dict[str, Any]:
         "targets": ["Linear"],
         "format": layout,
         "weights": {"num_bits": bits, **common, "strategy": "channel", "dynamic": False},
-        "input_activations": activations if weights.config.quantization.activation == "int8" else None,
+        "input_activations": activations if weights.config.quantization.activation != "none" else None,
         "output_activations": None,
     }
     return {

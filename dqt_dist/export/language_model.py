@@ -32,7 +32,7 @@ from dqt_dist.export.hf_reader import ARCHITECTURES, read_json
 from dqt_dist.export.record import RECORD
 from dqt_dist.export.verify import load_folder, quiet_transformers
 from dqt_dist.export.weights import Weights
-from dqt_dist.lowbit.activation import quantize_tokens, token_absmax
+from dqt_dist.lowbit.activation import ACTIVATION_CODES, quantize_tokens, token_absmax
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,16 @@ class BitNetLinear(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, weight: Tensor, quantize_activation: bool) -> None:
+    def __init__(self, weight: Tensor, activation_code: torch.dtype | None) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
-        self.quantize_activation = quantize_activation
+        self.activation_code = activation_code
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], of x's dtype."""
-        if self.quantize_activation:
-            codes, scale = quantize_tokens(x, token_absmax(x))
-            x = (codes * scale).to(x.dtype)
+        if self.activation_code is not None:
+            codes, scale = quantize_tokens(x, token_absmax(x), self.activation_code)
+            x = (codes.float() * scale).to(x.dtype)
         return functional.linear(x, self.weight)
 
 
@@ -78,17 +78,17 @@ class CodeLinear(nn.Module):
     codes: Tensor
     scale: Tensor
 
-    def __init__(self, codes: Tensor, scale: Tensor, quantize_activation: bool) -> None:
+    def __init__(self, codes: Tensor, scale: Tensor, activation_code: torch.dtype | None) -> None:
         super().__init__()
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
-        self.quantize_activation = quantize_activation
+        self.activation_code = activation_code
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], of x's dtype."""
-        if not self.quantize_activation:
+        if self.activation_code is None:
             return (functional.linear(x, self.codes).float() * self.scale).to(x.dtype)
-        x_q, x_scale = quantize_tokens(x, token_absmax(x))
+        x_q, x_scale = quantize_tokens(x, token_absmax(x), self.activation_code)
         y = functional.linear(x_q.to(self.codes.dtype), self.codes).float()
         return (y * x_scale * self.scale).to(x.dtype)
 
@@ -134,7 +134,7 @@ def _open_checkpoint(path: Path, tokenizer: Path | None, device: torch.device, d
 def from_weights(weights: Weights, device: torch.device, dtype: torch.dtype) -> Any:
     """transformers' LLaMA with these weights, taken a matrix at a time."""
     model = _empty_model(weights)
-    quantize = weights.config.quantization.activation == "int8"
+    code = ACTIVATION_CODES[weights.config.quantization.activation]
     coded = set(weights.linears) if weights.has_codes else set()
     if weights.config.quantization.embeddings:
         coded.add("lm_head")  # in training a low-bit linear as well; the embedding is only looked up
@@ -145,9 +145,9 @@ def from_weights(weights: Weights, device: torch.device, dtype: torch.dtype) -> 
         if name in coded:
             codes, scale = weights.codes(name)
             if weights.method == "bitnet":
-                linear = BitNetLinear((codes * scale).to(device, dtype), quantize)
+                linear = BitNetLinear((codes * scale).to(device, dtype), code)
             else:
-                linear = CodeLinear(codes.to(device, dtype), scale.to(device), quantize)
+                linear = CodeLinear(codes.to(device, dtype), scale.to(device), code)
             model.set_submodule(module, linear)
         else:
             value = weights.parameter(name).to(device, dtype)

@@ -9,6 +9,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -45,7 +46,7 @@ class WeightSource(Protocol):
 
 
 def alone(config: Config, activation: str) -> Config:
-    """`config` for one process in fp32, with activations "int8" or "none"."""
+    """`config` for one process in fp32, with activations "int8", "e4m3" or "none"."""
     quantization = config.quantization.model_copy(update={"compute": "fp32", "activation": activation})
     return config.model_copy(update={"parallel": ParallelConfig(), "deepspeed": {}, "quantization": quantization})
 
@@ -122,7 +123,7 @@ def fill(chunks: nn.ModuleList, weights: WeightSource) -> None:
     for module in chunks.modules():
         if isinstance(module, LowBitHead):
             # No export rounds the input of the head: engines keep it a float matrix.
-            module.quantize_activation = False
+            module.compute = replace(module.compute, activation_code=None)
 
 
 def _trainer_value(weights: WeightSource, name: str) -> Tensor:

@@ -32,6 +32,7 @@ from dqt_dist.kernels.quantize import Operand, quantize, scaled
 from dqt_dist.kernels.scaled_matmul import scaled_matmul
 from dqt_dist.kernels.transpose import transpose
 from dqt_dist.kernels.unpack import unpack_operand
+from dqt_dist.lowbit.activation import ACTIVATION_CODES
 from dqt_dist.lowbit.matrix import LowBitMatrix
 
 E4M3 = torch.float8_e4m3fn
@@ -142,7 +143,7 @@ Compute = FloatCompute | Fp8Compute
 
 def make_compute(quantization: QuantizationConfig) -> Compute:
     """The products of `quantization.compute`."""
-    code = {"int8": torch.int8, "e4m3": E4M3, "none": None}[quantization.activation]
+    code = ACTIVATION_CODES[quantization.activation]
     if quantization.compute == "fp8":
         return Fp8Compute(torch.bfloat16, code, E4M3 if quantization.weight_gradient == "fp8" else None)
     if quantization.compute == "int8":

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 ACTIVATION_QMAX = 127
+ACTIVATION_CODES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "none": None}
+"""Type of the codes of a `quantization.activation`."""
 CODE_MAX = {torch.int8: ACTIVATION_QMAX, torch.float8_e4m3fn: 448}
 """The code of the largest magnitude of a token."""
 # The floor of BitNet b1.58's act_quant, so that a token of zeros has a scale; exported engines use the same one.

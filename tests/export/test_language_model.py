@@ -17,7 +17,8 @@ from dqt_dist.export.weights import Weights
 from tests.export.conftest import TOKENS, Trained, TrainerLogits
 from tests.export.test_hf import BITNET, EMBEDDINGS, FLOATS, FP32, FREE_SCALE, INT8, NONE, SUB_NORM, bits
 
-CASES = [(), (bits(4),), (bits(8), FLOATS), (SUB_NORM,), (FREE_SCALE,), (NONE,), (BITNET,), (EMBEDDINGS,)]
+FP8 = "quantization.compute=fp8"
+CASES = [(), (bits(4),), (bits(8), FLOATS), (SUB_NORM,), (FREE_SCALE,), (NONE,), (BITNET,), (EMBEDDINGS,), (FP8,)]
 
 
 def activation_of(run: Path) -> str:
@@ -32,10 +33,10 @@ def test_logits_are_those_of_the_trainer(trained: Trained, trainer_logits: Train
     opened = open_model(run)
     if EMBEDDINGS in overrides:
         # In training the head rounds its input; trainer_model leaves that out, for comparison with exports, which cannot.
-        assert opened.model.lm_head.quantize_activation
-        opened.model.lm_head.quantize_activation = False
+        assert opened.model.lm_head.activation_code is not None
+        opened.model.lm_head.activation_code = None
     activation = activation_of(run)
-    tolerance = INT8 if activation == "int8" else FP32
+    tolerance = FP32 if activation == "none" else INT8
     tolerance.assert_close(opened.model(TOKENS).logits, trainer_logits(activation, *overrides))
 
 
@@ -64,7 +65,7 @@ def test_a_linear_is_that_of_the_trainer(trained: Trained, overrides: tuple) -> 
     else:
         assert torch.equal(ours(x), wanted)
     assert isinstance(ours, BitNetLinear if BITNET in overrides else CodeLinear)
-    ours.quantize_activation = not ours.quantize_activation
+    ours.activation_code = torch.int8 if ours.activation_code is None else None
     assert not torch.allclose(ours(x), wanted, rtol=1e-5, atol=0)
 
 
