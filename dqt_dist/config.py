@@ -612,6 +612,12 @@ def _fp8_shape_problems(config: Config) -> Iterable[str]:
     """Both dimensions of every product are whole 16-byte vectors of fp8: torch._scaled_mm takes nothing else."""
     model, tensor = config.model, config.parallel.tensor
     key_value = model.hidden_size // model.num_attention_heads * model.num_query_groups
+    tokens = config.training.micro_batch_size * model.seq_length
+    if tokens % 16:
+        yield (
+            f"model.seq_length: {model.seq_length} * training.micro_batch_size = {config.training.micro_batch_size} gives {tokens} "
+            f"tokens, over which fp8 products of weight gradients sum in multiples of 16; use a multiple of 16"
+        )
     widths = {"hidden_size": model.hidden_size, "ffn_hidden_size": model.ffn_hidden_size, "num_query_groups": key_value}
     for name, width in widths.items():
         if width % (16 * tensor):

@@ -20,6 +20,7 @@ WORLD_SIZES = {
     "130m_ternary": (1, 2, 4),
     "320m_ternary": (1, 8),
     "1b_ternary": (1, 8, 32),
+    "1b_ternary_fp8": (1, 8, 32),
     "1b_int8": (1, 8),
     "1b_bf16": (1, 8),
     "1b_bitnet": (1, 8),
@@ -232,7 +233,10 @@ def test_missing_field_is_named(tmp_path: Path) -> None:
             "parallel.virtual_pipeline: 1 is not valid; should be greater than or equal to 2",
         ),
         ("quantization.bits=9", "quantization.bits: 9 is not valid; should be 'ternary', 2, 3, 4, 5, 6, 7 or 8"),
-        ("quantization.compute=fp7", "quantization.compute: \"fp7\" is not valid; should be 'fp32', 'bf16', 'fp8' or 'int8'"),
+        (
+            "quantization.compute=fp7",
+            "quantization.compute: \"fp7\" is not valid; should be 'fp32', 'bf16', 'fp8' or 'int8'",
+        ),
         ("optimizer.learning_rate=NaN", "optimizer.learning_rate: NaN is not valid; should be a finite number"),
         ("data.train=[]", "data.train: [] is not valid; list should have at least 1 item"),
         ("data.train.0.weight=-1", "data.train.0.weight: -1 is not valid; should be greater than 0"),
@@ -301,6 +305,42 @@ def test_a_field_that_others_follow_from_is_reported_once(file: Path) -> None:
         (
             ["quantization.method=none", "quantization.activation=int8"],
             'quantization.activation: "int8" does not go with quantization.method = "none"',
+        ),
+        (
+            ["quantization.method=none", "quantization.compute=fp8"],
+            'quantization.compute: "fp8" does not go with quantization.method = "none"',
+        ),
+        (
+            ["quantization.compute=fp8", "quantization.activation=int8"],
+            'quantization.activation: "int8" does not go with quantization.compute = "fp8"',
+        ),
+        (
+            ["quantization.activation=e4m3"],
+            'quantization.activation: "e4m3" does not go with quantization.compute = "bf16"',
+        ),
+        (
+            ["quantization.compute=int8", "quantization.activation=none"],
+            'quantization.activation: "none" does not go with quantization.compute = "int8"',
+        ),
+        (
+            ["quantization.compute=fp8", "quantization.bits=8"],
+            'quantization.compute: "fp8" holds codes of up to 4 bits exactly, quantization.bits is 8; use "bf16"',
+        ),
+        (
+            ["quantization.compute=fp8", "model.ffn_hidden_size=168"],
+            "model.ffn_hidden_size: 168 gives 168 features a rank, which fp8 products need in multiples of 16; nearest: 160 or 176",
+        ),
+        (
+            ["optimizer.state_bits=8", "model.ffn_hidden_size=168"],
+            "model.ffn_hidden_size: 168 is not divisible by 32 * parallel.tensor = 32, as optimizer.state_bits = 8 needs",
+        ),
+        (
+            ["optimizer.name=adafactor", "optimizer.state_bits=8"],
+            'optimizer.state_bits: 8 is for optimizer.name = "adamw"; use 32',
+        ),
+        (
+            ["optimizer.fused_backward=true"],
+            "optimizer.max_grad_norm is 1; use 0, or fused_backward = false",
         ),
         (
             ["optimizer.warmup_steps=101"],
