@@ -103,8 +103,9 @@ def swiglu_backward(
 ) -> tuple[Operand, Operand]:
     """Gradient of gate|up and the operand h anew, in one pass over gate_up [tokens, 2 * features] and dh [tokens, features].
 
-    h_scale: fp32 [tokens, 1] of the forward's operand, whose type is `code`. gradient_scale: fp32 [2 * features]; when given
-    the gradient times it comes as e4m3 codes with a scale a token, otherwise as it is, in gate_up's type.
+    h_scale: fp32 [tokens, 1] of the forward's operand, whose type is `code`. gradient_scale: fp32 [2 * features], one value for
+    gate and one for up; when given the gradient times it comes as e4m3 codes with a scale a token, otherwise as it is, in
+    gate_up's type.
     """
     if gate_up.is_cuda:
         from dqt_dist.kernels import quantize_triton
