@@ -159,7 +159,8 @@ class OptimizerConfig(Section):
     stochastically."""
     fused_backward: bool = False
     """Update each low-bit matrix as soon as the backward pass has made its gradient, so that gradients of the whole model never
-    exist at once. Needs one micro-batch a step and max_grad_norm = 0."""
+    exist at once. Needs one micro-batch a step and max_grad_norm = 0. Elements of a gradient that are not finite then count as zero:
+    the norm that would have stopped the step comes too late for the low-bit weights."""
     adafactor_decay_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
     """Adafactor's second-moment decay is 1 - step^-adafactor_decay_rate."""
     adafactor_clip_threshold: PositiveFloat = 1.0

@@ -2,7 +2,8 @@
 
     codes/<matrix>                 packed codes          uint8 or int8 [rows, packed columns]
     scale/<matrix>                 scale                 fp32 [1, 1]
-    low_bit.<moment>/<matrix>      optimizer state       fp32, exp_avg and exp_avg_sq [rows, columns]
+    low_bit.<moment>/<matrix>      optimizer state       fp32 or uint8, exp_avg and exp_avg_sq [rows, columns]; of 8-bit moments
+                                                         also exponents of blocks, *_scale [rows, columns / 32]
     parameter/<name>               master value          fp32 [rows, columns]
     parameter.<moment>/<name>      optimizer state       fp32 [rows, columns]
 
@@ -47,7 +48,8 @@ def _add(state: LogicalState, name: str, shape: tuple[int, int], offset: tuple[i
 
 
 def _add_low_bit_moments(state: LogicalState, rows: OwnedRows) -> None:
-    """AdamW's moments have the matrix's shape; Adafactor's are a column [rows, 1] and a row [1, columns] a matrix."""
+    """AdamW's moments have a value a column, or one a block of columns; Adafactor's are a column [rows, 1] and a row [1, columns] a
+    matrix."""
     layout = rows.weight.layout
     assert layout is not None
     for name, tensor in rows.state.items():
@@ -56,17 +58,14 @@ def _add_low_bit_moments(state: LogicalState, rows: OwnedRows) -> None:
                 view = tensor[index : index + 1]
                 _add(state, f"low_bit.{name}/{matrix.name}", (1, matrix.columns), (0, layout.column_offset), view)
             continue
-        columns = 1 if tensor.dim() == 1 else layout.columns
         for matrix, row, local, count in layout.pieces(rows.start, rows.stop):
-            view = tensor.view(-1, columns)[local - rows.start : local - rows.start + count]
-            shape, offset = (
-                ((matrix.rows, 1), (row, 0))
-                if tensor.dim() == 1
-                else (
-                    (matrix.rows, matrix.columns),
-                    (row, layout.column_offset),
-                )
-            )
+            view = tensor[local - rows.start : local - rows.start + count]
+            if tensor.dim() == 1:
+                shape, offset, view = (matrix.rows, 1), (row, 0), view[:, None]
+            else:
+                per_value = layout.columns // tensor.shape[1]
+                shape = (matrix.rows, matrix.columns // per_value)
+                offset = (row, layout.column_offset // per_value)
             _add(state, f"low_bit.{name}/{matrix.name}", shape, offset, view)
 
 

@@ -31,7 +31,9 @@ from dqt_dist.errors import UserError
 from dqt_dist.parallel.engine import CombinedOptimizer
 
 # Fields that say what the state IS; a checkpoint with others is of another model.
-IDENTITY = {"model": None, "quantization": ("method", "bits", "embeddings"), "optimizer": ("name",)}
+IDENTITY = {"model": None, "quantization": ("method", "bits", "embeddings"), "optimizer": ("name", "state_bits")}
+# What a field was before there was one; checkpoints of then do not name it.
+BEFORE = {"state_bits": 32}
 
 
 def checkpoints_folder(config: Config) -> Path:
@@ -125,7 +127,7 @@ def check_identity(manifest: dict[str, Any], config: Config, path: Path) -> None
     differing = []
     for section, fields in IDENTITY.items():
         for name in fields or current[section]:
-            old, new = saved[section].get(name), current[section][name]
+            old, new = saved[section].get(name, BEFORE.get(name)), current[section][name]
             if old != new:
                 differing.append(f"{section}.{name}: the checkpoint has {old!r}, the config {new!r}")
     if differing:

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 BLOCK = 2048
 NUM_WARPS = 8
@@ -70,4 +71,6 @@ def gradient_(logits: Tensor, labels: Tensor, log_sum: Tensor, grad: Tensor) -> 
     _gradient_kernel[(tokens,)](
         logits, labels, log_sum.contiguous(), grad.contiguous(), vocabulary, BLOCK=BLOCK, num_warps=NUM_WARPS
     )
+    # Autograd counts what torch writes; what a kernel writes it must be told.
+    increment_version(logits)
     return logits

@@ -1,7 +1,11 @@
-"""The rounding update of some rows: the Triton kernel on CUDA, its definition in `lowbit/update.py` elsewhere."""
+"""The rounding update of some rows: the Triton kernel on CUDA, its definition in `lowbit/update.py` elsewhere.
+
+With AdamW in the same pass: `optim/adamw.py`, which also holds the definition of that.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dqt_dist.lowbit.coordinates import LANES
@@ -14,21 +18,24 @@ def update_rows(
 ) -> Tensor:
     """Updates rows [start, start + len(direction)) in place; arguments and meaning as `update_rows_reference`.
 
-    Returns int64 [matrices, 3]: flips, zeros and clamped weights, summed over the rows of each logical matrix.
+    Returns integers [n, 3]: flips, zeros and clamped weights of each row.
     """
-    if _kernel_fits(weight):
+    if kernel_fits(weight):
         from dqt_dist.kernels.low_bit_update_triton import (
             update_rows_triton as update,
         )  # Triton exists beside CUDA only
     else:
         update = update_rows_reference
-    row_counts = update(weight, direction, start, learning_rate, weight_decay, key)
-    stop = start + direction.shape[0]
-    counts = row_counts.new_zeros(len(weight.scale), 3)
-    return counts.index_add_(0, weight.row_matrix[start:stop].int(), row_counts)
+    return update(weight, direction, start, learning_rate, weight_decay, key)
 
 
-def _kernel_fits(weight: LowBitMatrix) -> bool:
+def sum_by_matrix(weight: LowBitMatrix, start: int, row_counts: Tensor) -> Tensor:
+    """Counts of rows from `start` on [n, 3] as counts of their logical matrices, int64 [matrices, 3]."""
+    counts = torch.zeros(len(weight.scale), 3, dtype=torch.int64, device=row_counts.device)
+    return counts.index_add_(0, weight.row_matrix[start : start + len(row_counts)].int(), row_counts.long())
+
+
+def kernel_fits(weight: LowBitMatrix) -> bool:
     """On CUDA, with columns in whole Philox groups (every shape the config allows is)."""
     layout = weight.layout
     assert layout is not None

@@ -11,6 +11,7 @@ from typing import Any
 
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron.core.typed_torch import apply_module
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -28,7 +29,7 @@ class RotarySelfAttention(SelfAttention):
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
         """hidden_states [s, b, h] -> q [s, b, heads, d], k and v [s, b, groups, d] of this TP rank; s is the whole sequence."""
-        mixed, _ = self.linear_qkv(hidden_states)
+        mixed = apply_module(self.linear_qkv)(hidden_states)[0]
         head = self.hidden_size_per_attention_head
         cos, sin = angles(mixed.shape[0], head, self.config.rope_base, mixed.device)
         return split_and_rotate(mixed, self.num_query_groups_per_partition, cos, sin)

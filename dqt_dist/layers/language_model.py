@@ -6,13 +6,18 @@ import torch
 import torch.distributed as dist
 from megatron.core.models.gpt import GPTModel
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from dqt_dist.kernels.cross_entropy import gradient_, statistics
 from dqt_dist.layers.collectives import Group, reduce_in_place
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
-    """logits [s, b, vocabulary / tp], labels int64 [s, b] -> loss fp32 [s, b]. The backward overwrites the logits."""
+    """logits [s, b, vocabulary / tp], labels int64 [s, b] -> loss fp32 [s, b].
+
+    The backward overwrites the logits with their gradient: nobody else may need them by then, and the output layer that made them
+    does not. A second backward through the same graph is refused by autograd, which sees that a saved tensor has changed.
+    """
 
     @staticmethod
     def forward(ctx, logits: Tensor, labels: Tensor, group: Group) -> Tensor:
@@ -31,6 +36,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         return (log_sum - own).view(labels.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
         logits, labels, log_sum = ctx.saved_tensors
         gradient_(logits.view(-1, logits.shape[-1]), labels, log_sum, grad.reshape(-1).float())

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dqt_dist.lowbit.coordinates import Purpose, uniform
+from dqt_dist.lowbit.coordinates import Purpose, random_words, uniform
 from dqt_dist.lowbit.grid import Grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
+from dqt_dist.lowbit.philox import to_unit_interval
 from dqt_dist.lowbit.rounding import Rounding, round_nearest, round_stochastic
 
 
@@ -43,6 +44,12 @@ def round_to_grid(wanted: Tensor, uniforms: Tensor | None, grid: Grid) -> Tensor
     return round_nearest(wanted, grid) if uniforms is None else round_stochastic(wanted, uniforms, grid)
 
 
+def rounding_words(weight: LowBitMatrix, start: int, stop: int, key: RoundingKey) -> Tensor:
+    """The 32-bit words that rows [start, stop) are rounded with: int64 [stop - start, columns]."""
+    assert weight.layout is not None
+    return random_words(Purpose.ROUND, key.seed, key.step, weight.layout, start, stop, weight.codes.device)
+
+
 def update_rows_reference(
     weight: LowBitMatrix,
     direction: Tensor,
@@ -50,11 +57,12 @@ def update_rows_reference(
     learning_rate: float,
     weight_decay: float,
     key: RoundingKey,
+    words: Tensor | None = None,
 ) -> Tensor:
     """Updates rows [start, start + len(direction)) of `weight` in place.
 
-    `direction` is fp32 [n, columns]. Returns int64 [n, 3], a line a row: codes that changed, codes that are now zero, wanted
-    weights that lay outside the grid.
+    `direction` is fp32 [n, columns]; `words` are the rows' `rounding_words` where the caller has drawn them. Returns int64 [n, 3], a
+    line a row: codes that changed, codes that are now zero, wanted weights that lay outside the grid.
     """
     assert weight.layout is not None
     stop = start + direction.shape[0]
@@ -63,7 +71,10 @@ def update_rows_reference(
     wanted = torch.where(wanted.isfinite(), wanted, codes.float())
     uniforms = None
     if key.mode == "stochastic":
-        uniforms = uniform(Purpose.ROUND, key.seed, key.step, weight.layout, start, stop, wanted.device)
+        if words is None:
+            uniforms = uniform(Purpose.ROUND, key.seed, key.step, weight.layout, start, stop, wanted.device)
+        else:
+            uniforms = to_unit_interval(words)
     clamped = (wanted < weight.grid.qmin) | (wanted > weight.grid.qmax)
     updated = round_to_grid(wanted, uniforms, weight.grid)
     # Before the write: codes of 5 to 8 bits are not packed, so `codes` shares the memory that is about to change.

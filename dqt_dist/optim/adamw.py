@@ -1,15 +1,47 @@
-"""AdamW's direction (Loshchilov and Hutter, arXiv 1711.05101) as a pure function of tensors.
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101) for weights that exist as codes only.
 
     m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
     direction = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon)
 
-The weight itself does not appear: for a low-bit weight it exists only as a code, and landing on the grid is the rounding's
-business (`lowbit/update.py`). Decoupled weight decay acts there too.
+The weight itself does not appear in the direction: landing on the grid is the rounding's business (`lowbit/update.py`), and so is
+decoupled weight decay. `adamw_update_rows` does both in one step; on CUDA in one pass over memory, without a direction anywhere.
+
+Moments have 32 bits or 8. With 8 the direction is taken from their new values before these are rounded (`lowbit/block_float.py`:
+m signed, v unsigned). The 8 random bits of that rounding are the low ones of the word whose upper 24 round the code.
+
+    state_bits 32   exp_avg, exp_avg_sq               fp32  [rows, columns]         8 bytes a weight
+    state_bits 8    exp_avg, exp_avg_sq               uint8 [rows, columns]         2.0625 bytes a weight
+                    exp_avg_scale, exp_avg_sq_scale   uint8 [rows, columns / 32]    exponents of blocks
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
+
+from dqt_dist.config import STATE_BLOCK
+from dqt_dist.kernels.low_bit_update import kernel_fits
+from dqt_dist.lowbit.block_float import decode_signed, decode_unsigned, encode_signed, encode_unsigned, noise_of
+from dqt_dist.lowbit.matrix import LowBitMatrix
+from dqt_dist.lowbit.update import RoundingKey, rounding_words, update_rows_reference
+
+Moments = dict[str, Tensor]
+"""The moments of some rows by the names above."""
+
+GRADIENT_LIMIT = 2.0**63
+"""Elements of this magnitude, whose square is hardly finite, count as zero, like those that are not finite themselves."""
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """What is constant over a run."""
+
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
 
 
 def adamw_direction(
@@ -23,3 +55,75 @@ def adamw_direction(
     exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
     denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(epsilon)
     return exp_avg / denominator / (1 - beta1**step)
+
+
+def new_moments(
+    rows: int, columns: int, state_bits: int, device: torch.device | None = None, pin_memory: bool = False
+) -> Moments:
+    """Zeros."""
+    widths = {"exp_avg": columns, "exp_avg_sq": columns}
+    dtype = torch.float32
+    if state_bits == 8:
+        widths |= {f"{name}_scale": columns // STATE_BLOCK for name in widths}
+        dtype = torch.uint8
+    return {
+        name: torch.zeros(rows, width, dtype=dtype, device=device, pin_memory=pin_memory)
+        for name, width in widths.items()
+    }
+
+
+def adamw_update_rows(
+    weight: LowBitMatrix,
+    gradient: Tensor,
+    moments: Moments,
+    start: int,
+    clip: Tensor,
+    learning_rate: float,
+    adamw: AdamW,
+    key: RoundingKey,
+) -> Tensor:
+    """One AdamW step of rows [start, start + len(gradient)): moments and codes change in place.
+
+    `gradient` [n, columns] is fp32 or bf16; elements that are not finite, or hardly (GRADIENT_LIMIT), count as zero, the others are
+    multiplied with `clip`, an fp32 scalar on their device. With clip = 0 the moments decay and only weight decay moves codes. `moments` are those of the n rows; `key.step` is Adam's t.
+
+    Returns integers [n, 3]: flips, zeros and clamped weights of each row.
+    """
+    if kernel_fits(weight):
+        from dqt_dist.kernels.low_bit_update_triton import (
+            adamw_update_rows_triton as update,
+        )  # Triton exists beside CUDA only
+
+        settings = (adamw.beta1, adamw.beta2), adamw.epsilon, adamw.weight_decay, GRADIENT_LIMIT
+        return update(weight, gradient, moments, start, clip, learning_rate, *settings, key)
+    return adamw_update_rows_reference(weight, gradient, moments, start, clip, learning_rate, adamw, key)
+
+
+def adamw_update_rows_reference(
+    weight: LowBitMatrix,
+    gradient: Tensor,
+    moments: Moments,
+    start: int,
+    clip: Tensor,
+    learning_rate: float,
+    adamw: AdamW,
+    key: RoundingKey,
+) -> Tensor:
+    """As `adamw_update_rows`, on any device."""
+    gradient = torch.where(gradient.abs() < GRADIENT_LIMIT, gradient.float(), 0.0) * clip
+    words = rounding_words(weight, start, start + len(gradient), key)
+    settings = {"step": key.step, "beta1": adamw.beta1, "beta2": adamw.beta2, "epsilon": adamw.epsilon}
+    if "exp_avg_scale" not in moments:
+        direction = adamw_direction(gradient, moments["exp_avg"], moments["exp_avg_sq"], **settings)
+    else:
+        exp_avg = decode_signed(moments["exp_avg"], moments["exp_avg_scale"])
+        exp_avg_sq = decode_unsigned(moments["exp_avg_sq"], moments["exp_avg_sq_scale"])
+        direction = adamw_direction(gradient, exp_avg, exp_avg_sq, **settings)
+        noise = noise_of(words)
+        for name, new, encode in (("exp_avg", exp_avg, encode_signed), ("exp_avg_sq", exp_avg_sq, encode_unsigned)):
+            codes, exponents = encode(new, noise)
+            moments[name].copy_(codes)
+            moments[f"{name}_scale"].copy_(exponents)
+    # A step that is clipped to nothing must not move codes by its first moment either.
+    direction *= clip > 0
+    return update_rows_reference(weight, direction, start, learning_rate, adamw.weight_decay, key, words)

@@ -31,11 +31,15 @@ class CodeGatherer:
             start, stop = row_bounds(weight.rows, group.size())[group.rank()]
             weight.keep_rows(start, stop, partial(self._lend, index))
 
-    def forget(self) -> None:
-        """Drops what was gathered, also what is under way: to be called before codes change."""
-        if self._ahead is not None:
+    def forget(self, index: int | None = None) -> None:
+        """Drops what was gathered of matrix `index`, or of all, also what is under way: to be called before codes change."""
+        if self._ahead is not None and index in (None, self._ahead[0]):
             self._ahead[1].finish()
-        self._codes, self._ahead, self._last, self._before = None, None, -1, -1
+            self._ahead = None
+        if index in (None, self._last):
+            self._codes = None
+        if index is None:
+            self._last, self._before = -1, -1
 
     def _lend(self, index: int) -> Tensor:
         """Packed codes of all rows of matrix `index`; good until another one is asked for."""

@@ -120,7 +120,7 @@ class CombinedOptimizer:
         self.master_device = masters[0].device if masters else groups.device
         self.feed = GradientFeed(high_precision, torch_optimizer, self.shards, config.zero_stage)
         self.gradients = [self._collect(shard) for shard in self.shards]
-        self.low_bit = LowBitOptimizer(low_bit_matrices(chunks), config, groups, self.reducer)
+        self.low_bit = LowBitOptimizer(low_bit_matrices(chunks), config, groups, self.reducer, self._step_under_way)
         self.steps_done = 0
         self.last_factor = 0.0
         self.grad_norm = torch.zeros((), device=groups.device)
@@ -152,19 +152,25 @@ class CombinedOptimizer:
         parameter.register_post_accumulate_grad_hook(add)
         return gradient
 
+    def _step_under_way(self) -> tuple[int, float]:
+        """Number and low-bit learning rate of the step that `step` completes next."""
+        optimizer, step = self.config.optimizer, self.steps_done + 1
+        return step, optimizer.low_bit_learning_rate * schedule_factor(step, self.config.training.steps, optimizer)
+
     def step(self, *_: Any, **__: Any) -> None:
         """One update of everything."""
         optimizer = self.config.optimizer
-        step = self.steps_done + 1
+        step, low_bit_rate = self._step_under_way()
         self.last_factor = factor = schedule_factor(step, self.config.training.steps, optimizer)
         # Phase 1 reduce: what the backward passes have not sent to its owners yet.
         self.reducer.finish()
         # Phase 2 clip: one norm over everything.
         self.grad_norm = self._global_norm()
         clip = clip_factor(self.grad_norm, optimizer.max_grad_norm)
-        # Phase 3 update.
+        # Phase 3 update; with fused_backward the low-bit matrices had theirs when their gradients came.
         self._update_high_precision(factor, clip)
-        self.low_bit.update(step, optimizer.low_bit_learning_rate * factor, clip)
+        if not optimizer.fused_backward:
+            self.low_bit.update(step, low_bit_rate, clip)
         # Phase 4 gather: packed codes.
         self.low_bit.gather_codes()
         self.steps_done = step
@@ -175,14 +181,13 @@ class CombinedOptimizer:
         moves = (clip > 0).to(self.master_device)
         for group in self.high_precision.param_groups:
             group["lr"] = group["peak_learning_rate"] * factor * moves
-        clipped = []
+        means = []
         for gradient in self.gradients:
             assert gradient.mean is not None
-            # clip is 0 for a step whose norm is not finite; 0 * inf is nan, which becomes 0.
-            clipped.append(gradient.mean.view(-1).float().mul_(clip).nan_to_num_(nan=0.0))
+            means.append(gradient.mean.view(-1))
             gradient.mean = None
-        self.feed.put(clipped)
-        del clipped
+        self.feed.put(means, clip)
+        del means
         self.high_precision.step()
 
     def finalize_gradient_accumulation_boundary(self) -> None:

@@ -10,6 +10,9 @@ When the second arrow is taken:
     optimizer.gradient_reduction = "micro_batch"   in every backward pass, whatever the stage: only owned pieces are ever added
                       up, for M times the traffic
 
+    optimizer.fused_backward              in the backward pass of the only micro-batch, whatever the stage, for low-bit matrices:
+                      their owner takes the mean at once (`Gradient.consume`) and it is freed
+
 In all of them an element is first added up over micro-batches on its rank and then over ranks in rank order by its owner
 (row_sharding.py), or with "micro_batch" the other way round. So the four stages give the same bits. DeepSpeed reduces nothing:
 its sums follow the backend's algorithm and its bucket sizes, divide before or after the sum depending on the stage, and would
@@ -25,6 +28,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from dqt_dist.kernels.square_sum import square_sum
 from dqt_dist.parallel.groups import Group
 from dqt_dist.parallel.row_sharding import Bounds, PendingSum, start_gather, start_sum
 
@@ -47,6 +51,10 @@ class Gradient:
     """Hands over this rank's sum over micro-batches and forgets it; None when there is none."""
     mean: Tensor | None = None
     """Reduced, [owned rows, columns], or all rows with `to_all`; alive from the reduction to the update."""
+    consume: Callable[[Tensor], None] | None = None
+    """Takes the mean as soon as it is there; `mean` then stays None."""
+    square_sum: Tensor | None = None
+    """Sum of squares of the mean that was consumed last, fp64 scalar."""
     arrivals: int = field(default=0)
     """Micro-batches of this step whose backward has reached the weight."""
 
@@ -69,7 +77,8 @@ class GradientReducer:
     def _arrived(self, gradient: Gradient) -> None:
         gradient.arrivals += 1
         complete = gradient.arrivals == self.num_microbatches
-        if self.each_micro_batch or (self.in_backward and complete):
+        in_backward = self.in_backward or gradient.consume is not None
+        if self.each_micro_batch or (in_backward and complete):
             self._start(gradient)
 
     def _start(self, gradient: Gradient) -> None:
@@ -88,13 +97,24 @@ class GradientReducer:
         gradient, pending = self._in_flight.popleft()
         self._add(gradient, pending.finish().view(-1, gradient.columns))
 
-    @staticmethod
-    def _add(gradient: Gradient, mean: Tensor) -> None:
-        gradient.mean = mean if gradient.mean is None else gradient.mean.add_(mean)
+    def _add(self, gradient: Gradient, mean: Tensor) -> None:
+        """Adds the owned rows of a mean, or has them consumed."""
+        if gradient.consume is None:
+            gradient.mean = mean if gradient.mean is None else gradient.mean.add_(mean)
+            return
+        if gradient.to_all:
+            mean = self._gather(gradient, mean)
+        gradient.square_sum = square_sum(mean)
+        gradient.consume(mean)
+
+    def _gather(self, gradient: Gradient, mean: Tensor) -> Tensor:
+        if self.group.size() == 1:
+            return mean
+        return start_gather(mean, gradient.rows, self.group, "gradients").finish()
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Reduces what is left; afterwards every gradient has its `mean`. Raises RuntimeError for one that never came."""
+        """Reduces what is left; afterwards every gradient has its `mean` or was consumed. Raises RuntimeError for one that never came."""
         for gradient in self.gradients:
             if gradient.arrivals != self.num_microbatches:
                 raise RuntimeError(
@@ -104,11 +124,10 @@ class GradientReducer:
             self._start(gradient)
         while self._in_flight:
             self._finish_oldest()
-        if self.group.size() > 1:
-            for gradient in self.gradients:
-                if gradient.to_all:
-                    assert gradient.mean is not None
-                    gradient.mean = start_gather(gradient.mean, gradient.rows, self.group, "gradients").finish()
+        for gradient in self.gradients:
+            if gradient.to_all and gradient.consume is None:
+                assert gradient.mean is not None
+                gradient.mean = self._gather(gradient, gradient.mean)
 
     def square_norm(self, gradients: list[Gradient]) -> Tensor:
         """Sum of squares over `gradients` of the elements that this data-parallel rank alone counts, fp64 scalar.
@@ -117,7 +136,6 @@ class GradientReducer:
         factor that are made of it are the same in every ZeRO stage but for about one step in 10^8.
         """
         counted = [g for g in gradients if not g.to_all or self.group.rank() == 0]
-        norms = [torch.linalg.vector_norm(g.mean, dtype=torch.float64) for g in counted if g.mean is not None]
-        if not norms:
-            return torch.zeros((), dtype=torch.float64)
-        return torch.stack(norms).square().sum()
+        sums = [g.square_sum if g.mean is None else square_sum(g.mean) for g in counted]
+        sums = [total for total in sums if total is not None]
+        return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)

@@ -14,24 +14,30 @@ exist for owned rows only, on the device or, with deepspeed.zero_optimization.of
 The class sequences phases; what an update is stands in `optim/`:
 
     Phase 1 GradientReducer.finish   Phase 2 square_norm, clip (the caller's)   Phase 3 update   Phase 4 gather_codes
+
+With optimizer.fused_backward phase 3 comes first and in pieces: the reducer hands over the mean of a matrix's gradient while the
+backward pass is under way (`Gradient.consume`), the matrix is updated at once with the same step number, rate and draws, and the
+gradient is freed. Nobody needs its codes any more in this step: a linear's backward takes dx before dW. There is no clip factor then,
+as the norm is not known yet; elements that are not finite count as zero (`adamw.GRADIENT_LIMIT`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dqt_dist.config import Config, OptimizerConfig
-from dqt_dist.kernels.low_bit_update import update_rows
+from dqt_dist.kernels.low_bit_update import sum_by_matrix, update_rows
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey
 from dqt_dist.optim import adafactor
-from dqt_dist.optim.adamw import adamw_direction
+from dqt_dist.optim.adamw import AdamW, adamw_update_rows, new_moments
 from dqt_dist.parallel.code_shards import CodeGatherer
 from dqt_dist.parallel.gradients import Gradient, GradientReducer
 from dqt_dist.parallel.groups import Groups
@@ -41,7 +47,7 @@ from dqt_dist.parallel.row_sharding import row_bounds, start_gather
 Block = Callable[[slice], Tensor]
 """The clipped fp32 gradient of a range of owned rows."""
 
-# Elements updated at once. A block of rows keeps its dozen fp32 and int64 temporaries small beside the moments.
+# Elements updated at once where the update has temporaries: a block of rows keeps the dozen of fp32 and int64 small beside moments.
 UPDATE_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
@@ -54,48 +60,63 @@ class OwnedRows:
     stop: int
     state: dict[str, Tensor] = field(default_factory=dict)
     gradient: Gradient = field(init=False)
-    counts: Tensor | None = None
-    """int64 [matrices, 3] of the last update: flips, zeros, clamped; owned rows only."""
+    row_counts: list[Tensor] = field(default_factory=list)
+    """Of each block of the last update, [rows, 3]: flips, zeros, clamped."""
 
     @property
     def row_matrix(self) -> Tensor:
         return self.weight.row_matrix[self.start : self.stop].long()
 
-    def chunks(self) -> Iterator[slice]:
-        """Row ranges, relative to `start`, that are updated at once."""
+    def counts(self) -> Tensor:
+        """Flips, zeros and clamped weights of the last update, owned rows only: int64 [matrices, 3]."""
+        return sum_by_matrix(self.weight, self.start, torch.cat(self.row_counts))
+
+    def chunks(self, whole: bool = False) -> Iterator[slice]:
+        """Row ranges, relative to `start`, that are updated at once: all there are for `whole`."""
         rows_at_once = max(1, UPDATE_CHUNK[self.weight.codes.device.type] // self.weight.columns)
+        if whole:
+            rows_at_once = max(1, self.stop - self.start)
         for low in range(0, self.stop - self.start, rows_at_once):
             yield slice(low, min(low + rows_at_once, self.stop - self.start))
 
 
+@dataclass(frozen=True)
+class StepFacts:
+    """What an update needs beside gradient and state."""
+
+    learning_rate: float
+    key: RoundingKey
+    clip: Tensor
+    """fp32 scalar on the device that gradients are multiplied with."""
+
+
 class AdamWRule:
-    """Two fp32 moments a weight."""
+    """Two moments a weight, of 32 or 8 bits; on CUDA one pass over a matrix, without temporaries."""
 
     def __init__(self, config: OptimizerConfig, offload: bool) -> None:
-        self.offload = offload
-        self.beta1, self.beta2, self.epsilon = config.beta1 or 0.0, config.beta2, config.epsilon
+        self.offload, self.state_bits = offload, config.state_bits
+        self.adamw = AdamW(config.beta1 or 0.0, config.beta2, config.epsilon, config.low_bit_weight_decay)
 
     def new_state(self, rows: OwnedRows) -> dict[str, Tensor]:
         shape, device = (rows.stop - rows.start, rows.weight.columns), rows.weight.codes.device
         if self.offload:
-            return {name: torch.zeros(shape, pin_memory=device.type == "cuda") for name in ("exp_avg", "exp_avg_sq")}
-        return {name: torch.zeros(shape, device=device) for name in ("exp_avg", "exp_avg_sq")}
+            return new_moments(*shape, self.state_bits, pin_memory=device.type == "cuda")
+        return new_moments(*shape, self.state_bits, device)
 
-    def directions(self, rows: OwnedRows, gradient: Block, step: int) -> Iterator[tuple[slice, Tensor]]:
-        """Yields the direction of each block of owned rows and updates its moments."""
-        for block in rows.chunks():
-            kept = (rows.state["exp_avg"][block], rows.state["exp_avg_sq"][block])
+    def update(self, rows: OwnedRows, mean: Tensor, facts: StepFacts) -> Iterator[Tensor]:
+        """Updates moments and codes of the owned rows; yields the counts of each block's rows."""
+        device = rows.weight.codes.device
+        for block in rows.chunks(whole=device.type == "cuda" and not self.offload):
+            kept = {name: tensor[block] for name, tensor in rows.state.items()}
             # The kept tensors themselves, unless they are offloaded.
-            moments = [moment.to(rows.weight.codes.device, non_blocking=True) for moment in kept]
-            yield (
-                block,
-                adamw_direction(
-                    gradient(block), *moments, step=step, beta1=self.beta1, beta2=self.beta2, epsilon=self.epsilon
-                ),
+            moments = {name: tensor.to(device, non_blocking=True) for name, tensor in kept.items()}
+            start = rows.start + block.start
+            yield adamw_update_rows(
+                rows.weight, mean[block], moments, start, facts.clip, facts.learning_rate, self.adamw, facts.key
             )
             if self.offload:
-                for moment, updated in zip(kept, moments, strict=True):
-                    moment.copy_(updated, non_blocking=True)
+                for name, tensor in kept.items():
+                    tensor.copy_(moments[name], non_blocking=True)
 
 
 class AdafactorRule:
@@ -139,6 +160,20 @@ class AdafactorRule:
         assert layout is not None
         return layout.columns != layout.in_features
 
+    def update(self, rows: OwnedRows, mean: Tensor, facts: StepFacts) -> Iterator[Tensor]:
+        """Updates moments and codes of the owned rows; yields the counts of each block's rows."""
+
+        def clipped(block: slice) -> Tensor:
+            # clip is 0 for a step whose norm is not finite; 0 * inf is nan, which becomes 0.
+            return (mean[block].float() * facts.clip).nan_to_num_(nan=0.0)
+
+        # A step that is clipped to nothing must not move codes by its first moment either.
+        moves = facts.clip > 0
+        decay = self.config.low_bit_weight_decay
+        for block, direction in self.directions(rows, clipped, facts.key.step):
+            start = rows.start + block.start
+            yield update_rows(rows.weight, direction * moves, start, facts.learning_rate, decay, facts.key)
+
     def directions(self, rows: OwnedRows, gradient: Block, step: int) -> Iterator[tuple[slice, Tensor]]:
         """Yields the direction of each block of owned rows, after updating the factored moments of the shard."""
         layout, state, row_matrix = rows.weight.layout, rows.state, rows.row_matrix
@@ -177,8 +212,16 @@ class AdafactorRule:
 class LowBitOptimizer:
     """Owns the moments and the update of every low-bit shard of this rank."""
 
-    def __init__(self, weights: list[LowBitMatrix], config: Config, groups: Groups, reducer: GradientReducer) -> None:
-        self.config, self.group = config, groups.data
+    def __init__(
+        self,
+        weights: list[LowBitMatrix],
+        config: Config,
+        groups: Groups,
+        reducer: GradientReducer,
+        step_under_way: Callable[[], tuple[int, float]],
+    ) -> None:
+        """`step_under_way` tells number and learning rate of the step whose backward pass is running."""
+        self.config, self.group, self.step_under_way = config, groups.data, step_under_way
         self.stage = config.zero_stage
         self.used = config.quantization.method == "dqt"
         self.grid = make_grid(config.quantization.bits)
@@ -188,7 +231,7 @@ class LowBitOptimizer:
             if optimizer.name == "adamw"
             else AdafactorRule(optimizer, groups, rows_sharded=self.sharded)
         )
-        self.rows = [self._own(weight, reducer) for weight in weights]
+        self.rows = [self._own(index, weight, reducer) for index, weight in enumerate(weights)]
         self.gatherer = CodeGatherer(weights, self.group) if self.stage == 3 and self.group.size() > 1 else None
 
     @property
@@ -200,7 +243,7 @@ class LowBitOptimizer:
     def gradients(self) -> list[Gradient]:
         return [rows.gradient for rows in self.rows]
 
-    def _own(self, weight: LowBitMatrix, reducer: GradientReducer) -> OwnedRows:
+    def _own(self, index: int, weight: LowBitMatrix, reducer: GradientReducer) -> OwnedRows:
         assert weight.layout is not None
         bounds = row_bounds(weight.rows, self.group.size())
         rows = OwnedRows(weight, *(bounds[self.group.rank()] if self.sharded else (0, weight.rows)))
@@ -212,6 +255,8 @@ class LowBitOptimizer:
 
         name = weight.layout.matrices[0].name
         rows.gradient = Gradient(name, weight.rows, weight.columns, bounds, not self.sharded, take)
+        if self.config.optimizer.fused_backward:
+            rows.gradient.consume = partial(self._update_in_backward, index)
         weight.gradient_dtype = DTYPES[self.config.optimizer.gradient_dtype]
         weight.on_gradient = reducer.add(rows.gradient)
         return rows
@@ -219,24 +264,26 @@ class LowBitOptimizer:
     @torch.no_grad()
     def update(self, step: int, learning_rate: float, clip: Tensor) -> None:
         """Phase 3: gradients times `clip` (0-dim), direction, stochastic rounding onto the codes of the owned rows."""
-        config = self.config
-        key = RoundingKey(config.training.seed, step, config.quantization.rounding)
-        decay = config.optimizer.low_bit_weight_decay
         self.codes_change()
-        # A step that is clipped to nothing must not move codes by its first moment either.
-        moves = clip > 0
+        facts = self._facts(step, learning_rate, clip)
         for rows in self.rows:
             mean, rows.gradient.mean = rows.gradient.mean, None
             assert mean is not None
+            self._update(rows, mean, facts)
 
-            def clipped(block: slice, mean: Tensor = mean) -> Tensor:
-                # clip is 0 for a step whose norm is not finite; 0 * inf is nan, which becomes 0.
-                return (mean[block].float() * clip).nan_to_num_(nan=0.0)
+    def _update_in_backward(self, index: int, mean: Tensor) -> None:
+        """Phase 3 for one matrix, when its gradient has come."""
+        if self.gatherer is not None:
+            self.gatherer.forget(index)
+        self._update(self.rows[index], mean, self._facts(*self.step_under_way(), torch.ones((), device=mean.device)))
 
-            rows.counts = torch.zeros(len(rows.weight.scale), 3, dtype=torch.int64, device=mean.device)
-            for block, direction in self.rule.directions(rows, clipped, step):
-                start = rows.start + block.start
-                rows.counts += update_rows(rows.weight, direction * moves, start, learning_rate, decay, key)
+    def _facts(self, step: int, learning_rate: float, clip: Tensor) -> StepFacts:
+        return StepFacts(
+            learning_rate, RoundingKey(self.config.training.seed, step, self.config.quantization.rounding), clip
+        )
+
+    def _update(self, rows: OwnedRows, mean: Tensor, facts: StepFacts) -> None:
+        rows.row_counts = list(self.rule.update(rows, mean, facts))
 
     def codes_change(self) -> None:
         """To be called before anybody writes to codes: what stage 3 has gathered ahead is out of date then."""

@@ -126,18 +126,18 @@ class GradientFeed:
         else:
             _switch_off_reduction(high_precision, stage)
 
-    def put(self, gradients: list[Tensor]) -> None:
-        """Takes the fp32 gradient of the owned elements of each shard, flat, in the order of the shards."""
+    def put(self, gradients: list[Tensor], clip: Tensor) -> None:
+        """Takes the gradient of the owned elements of each shard, flat, in the order of the shards; times `clip`, in fp32."""
         flat: dict[int, Tensor] = {}
         for shard, gradient in zip(self.shards, gradients, strict=True):
             if shard.master is None:
                 continue
-            if shard.numel == shard.master.numel():
-                flat[id(shard.master)] = gradient
-                continue
             if id(shard.master) not in flat:
-                flat[id(shard.master)] = gradient.new_zeros(shard.master.numel())
+                flat[id(shard.master)] = gradient.new_zeros(shard.master.numel(), dtype=torch.float32)
             shard.view(flat[id(shard.master)]).copy_(gradient)
+        for gradient in flat.values():
+            # clip is 0 for a step whose norm is not finite; 0 * inf is nan, which becomes 0.
+            gradient.mul_(clip).nan_to_num_(nan=0.0)
         if self.stage == 0:
             self._waiting = flat
             return

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dqt_dist.config import Config, layout
+from dqt_dist.config import STATE_BLOCK, Config, OptimizerConfig, layout
 from dqt_dist.lowbit.grid import make_grid
 
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2}
@@ -52,7 +52,8 @@ class RankBytes:
     weights: int
     """What the model computes with."""
     gradients: int
-    """Sums over micro-batches. ZeRO 2 and 3: the owned part; what is under way in the backward comes on top."""
+    """Sums over micro-batches. ZeRO 2 and 3: the owned part; fused_backward: none of the low-bit weights. What is under way in the
+    backward comes on top."""
     masters: int
     moments: int
     on_host: bool
@@ -72,12 +73,11 @@ def rank_bytes(config: Config, data_parallel_size: int) -> tuple[RankBytes, Rank
     def share(size: int, from_stage: int) -> int:
         return size // data_parallel_size if stage >= from_stage else size
 
-    adafactor = config.optimizer.name == "adafactor"
     low_bit = RankBytes(
         share(linear * make_grid(quantization.bits).storage_bits // 8, 3),
-        share(gradient_bytes * linear, 2),
+        0 if config.optimizer.fused_backward else share(gradient_bytes * linear, 2),
         0,
-        share((4 if config.optimizer.beta1 else 0) * linear if adafactor else 8 * linear, 1),
+        share(_low_bit_moments(linear, config.optimizer), 1),
         config.offloads_optimizer,
     )
     # Without ZeRO fp32 parameters are their own masters; DeepSpeed's stages 1 and 2 copy them, stage 3 does not.
@@ -90,6 +90,14 @@ def rank_bytes(config: Config, data_parallel_size: int) -> tuple[RankBytes, Rank
         config.offloads_optimizer,
     )
     return low_bit, high_precision
+
+
+def _low_bit_moments(weights: int, optimizer: OptimizerConfig) -> int:
+    """Bytes; Adafactor's sums over rows and columns are left out."""
+    if optimizer.name == "adafactor":
+        return 4 * weights if optimizer.beta1 else 0
+    # Two moments; of 8 bits also an exponent a block of each.
+    return 8 * weights if optimizer.state_bits == 32 else 2 * weights + 2 * weights // STATE_BLOCK
 
 
 def _shown(size: RankBytes) -> str:

@@ -54,10 +54,12 @@ class LowBitTable:
         table = torch.zeros(len(self.names), len(FIGURES) + 1, dtype=torch.int64, device=self.groups.device)
         if self.counts_here:
             for rows in self.optimizer.rows:
-                assert rows.weight.layout is not None and rows.counts is not None
+                assert rows.weight.layout is not None
+                if not rows.row_counts:  # a rank may own no row
+                    continue
                 lines = torch.tensor([self.index[m.name] for m in rows.weight.layout.matrices], device=table.device)
                 row_counts = torch.bincount(rows.row_matrix, minlength=len(lines))
-                table[lines, :3] += rows.counts
+                table[lines, :3] += rows.counts()
                 table[lines, 3] += row_counts * rows.weight.columns
         dist.all_reduce(table, group=self.groups.world)
         table = table.cpu().double()

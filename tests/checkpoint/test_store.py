@@ -106,6 +106,7 @@ INTERLEAVED = (PP, "parallel.virtual_pipeline=2")
 FOUR_LAYERS = ("model.num_layers=4", "training.global_batch_size=8")
 BITNET, NONE = "quantization.method=bitnet", "quantization.method=none"
 ADAFACTOR, MOMENT = "optimizer.name=adafactor", "optimizer.beta1=0.9"
+STATE_8 = ("optimizer.state_bits=8", "model.hidden_size=64", "model.ffn_hidden_size=64")
 EXTRAS = ("quantization.embeddings=true", "model.sub_norm=true")
 SAME_LAYOUT: list[Layout] = [
     (1, *SCHEDULE),
@@ -114,6 +115,7 @@ SAME_LAYOUT: list[Layout] = [
     (2, *INTERLEAVED, *FOUR_LAYERS),
     (4, TP, ZERO_1, ADAFACTOR, MOMENT),
     (2, TP, BITNET),
+    (2, ZERO_1, *STATE_8),
 ]
 
 
@@ -144,6 +146,7 @@ OTHER_LAYOUT: list[tuple[Layout, Layout, tuple[str, ...]]] = [
     ((4, TP, ZERO_1), (1,), (ADAFACTOR, MOMENT)),
     ((1,), (4, TP, ZERO_1), (ADAFACTOR, MOMENT)),
     ((2, TP), (2, ZERO_1), EXTRAS),
+    ((4, TP, ZERO_3), (3, ZERO_1), STATE_8),
 ]
 
 
@@ -362,6 +365,14 @@ def test_what_may_change_between_runs_is_not_refused(saved_at: Any, tmp_path: Pa
     manifest = read_manifest(saved_at((1, *SCHEDULE)).folder)
     others = ["training.steps=99", "optimizer.learning_rate=1e-4", TP, ZERO_1, BF16, "training.seed=5"]
     store.check_identity(manifest, small_config(tmp_path, *others), Path("of a test"))
+
+
+def test_moments_of_other_bits_are_refused_and_old_ones_have_32(saved_at: Any, tmp_path: Path) -> None:
+    manifest = read_manifest(saved_at((1, *SCHEDULE)).folder)
+    del manifest["config"]["optimizer"]["state_bits"]  # as it was before there was a choice
+    store.check_identity(manifest, small_config(tmp_path), Path("of a test"))
+    with pytest.raises(UserError, match=r"optimizer\.state_bits: the checkpoint has 32, the config 8"):
+        store.check_identity(manifest, small_config(tmp_path, *STATE_8), Path("of a test"))
 
 
 @pytest.mark.parametrize("first_moment_saved", [True, False])

@@ -77,3 +77,20 @@ def test_no_position_sees_the_future() -> None:
     after = attention()(query, key, value, attention_mask=None)
     assert torch.equal(after[:4], before[:4])
     assert not bool((after[4:] == before[4:]).all(dim=-1).any())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("query_groups", [16, 4])
+def test_nothing_is_copied_between_the_layouts(query_groups: int) -> None:
+    """The kernel writes its output, and the gradients, in the layout of query, key and value: permuting them makes views.
+
+    Negative control: a query that lies in memory as [b, n, s, d] has an output that must be copied.
+    """
+    shapes = [(256, 2, heads, 128) for heads in (16, query_groups, query_groups)]
+    q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes)
+    out = attention()(q, k, v, attention_mask=None)
+    assert out._base is not None and out.is_contiguous()
+    for grad in torch.autograd.grad(out, (q, k, v), torch.randn_like(out)):
+        assert grad.is_contiguous()
+    other = q.detach().permute(1, 2, 0, 3).contiguous().permute(2, 0, 1, 3)
+    assert attention()(other, k.detach(), v.detach(), attention_mask=None)._base is None

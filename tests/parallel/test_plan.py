@@ -37,6 +37,7 @@ CASES = [
       for stage in range(4) for compute in ("fp32", "bf16")),
     (4, "parallel.tensor=2", "deepspeed.zero_optimization.stage=1", "quantization.bits=8"),
     (1, "quantization.embeddings=true", "quantization.bits=4"),
+    (2, "optimizer.state_bits=8", "model.ffn_hidden_size=64", "deepspeed.zero_optimization.stage=2"),
     (2, "quantization.method=bitnet", "deepspeed.zero_optimization.stage=1"),
 ]  # fmt: skip
 

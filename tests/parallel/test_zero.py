@@ -89,6 +89,7 @@ STAGE_CASES: dict[str, tuple[Any, ...]] = {
     "TP 2 SP DP 2": (4, 5, TP, SP, "model.sub_norm=true"),
     "bf16 gradients": (3, 5, BF16, "optimizer.gradient_dtype=bf16", "quantization.bits=4"),
     "each micro-batch": (3, 5, "optimizer.gradient_reduction=micro_batch", "quantization.embeddings=true"),
+    "8-bit moments": (3, 5, CLIPPED, "optimizer.state_bits=8", "model.ffn_hidden_size=64"),
     "none": (3, 5, BF16, "quantization.method=none"),
     "bitnet": (3, 5, "quantization.method=bitnet"),
 }

@@ -1,0 +1,153 @@
+"""optimizer.fused_backward: matrices are updated inside the backward pass, and nothing but the memory of gradients is different."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dqt_dist.checkpoint.digest import digest
+from dqt_dist.checkpoint.folder import Progress
+from dqt_dist.training.low_bit_figures import LowBitTable
+from dqt_dist.training.step import train_step
+from tests.distributed import run_distributed
+from tests.parallel.runs import Run, Whole, assert_equal, start, whole_state
+from tests.small import random_batches
+
+FUSED = "optimizer.fused_backward=true"
+STATE_8 = ("optimizer.state_bits=8", "model.ffn_hidden_size=64")
+STEPS = 3
+# The rate is another one at each step: a wrong step number shows.
+SETTINGS = ("optimizer.max_grad_norm=0", "optimizer.schedule=linear", "optimizer.warmup_steps=2")
+
+
+def begin(world_size: int, *overrides: str) -> Run:
+    return start(*SETTINGS, f"training.global_batch_size={2 * world_size}", *overrides)  # one micro-batch
+
+
+def zero(stage: int) -> str:
+    return f"deepspeed.zero_optimization.stage={stage}"
+
+
+# ---- the same bits ----
+
+
+def result(rank: int, world_size: int, *overrides: str) -> tuple[str, list[float], list[float], Tensor]:
+    """Digest of everything after three steps, losses, norms, and the figures of the last update."""
+    run = begin(world_size, *overrides)
+    results = [run.step(number) for number in range(1, STEPS + 1)]
+    figures = LowBitTable(run.optimizer.low_bit, run.config, run.groups).figures().per_matrix
+    state = digest(whole_state(run).items(), Progress(0, 0, 0)).total
+    return state, [run.mean_loss(r) for r in results], [float(r.grad_norm) for r in results], figures
+
+
+CASES: list[tuple[Any, ...]] = [
+    (1, 0),
+    (1, 0, *STATE_8),
+    (2, 0, *STATE_8),
+    (2, 1, "quantization.embeddings=true"),
+    (2, 2, *STATE_8),
+    (2, 3, *STATE_8, "training.recompute=full"),
+    (3, 3, "quantization.embeddings=true", "quantization.compute=bf16", "optimizer.gradient_dtype=bf16"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_it_leaves_the_bits_of_a_step_that_updates_at_the_end(case: tuple[Any, ...]) -> None:
+    """Codes, moments, parameters, losses, norms and counts. Would fail if a matrix changed before its own dx, or in stage 3 before
+    everybody has what was gathered of it; or with the rate of the step before (asserted below)."""
+    ranks, stage, *overrides = case
+    state, losses, norms, figures = run_distributed(result, ranks, zero(stage), *overrides, FUSED)[0]
+    wanted_state, wanted_losses, wanted_norms, wanted_figures = run_distributed(result, ranks, zero(stage), *overrides)[
+        0
+    ]
+    assert (losses, norms) == (wanted_losses, wanted_norms)
+    assert torch.equal(figures, wanted_figures) and figures[:, 0].min() > 0
+    assert state == wanted_state
+
+
+def test_another_rate_is_seen() -> None:
+    """Negative control: what one step number too few or too many would do."""
+    one, other = (run_distributed(result, 1, zero(0), FUSED, f"optimizer.warmup_steps={steps}")[0] for steps in (2, 3))
+    assert one[0] != other[0]
+
+
+# ---- memory ----
+
+
+def most_gradients(rank: int, world_size: int, *overrides: str) -> tuple[int, int]:
+    """(elements of all low-bit matrices, of all float memory alive as large as one whenever a gradient has just been made) in a step,
+    moments not counted."""
+    model = ("model.num_layers=4", "model.hidden_size=64", "model.ffn_hidden_size=64", "model.seq_length=4")
+    run = begin(world_size, *model, "model.vocab_size=16", *overrides)
+    run.step(1)
+    rows = run.optimizer.low_bit.rows
+    smallest = min(r.weight.numel for r in rows) // world_size
+    moments = {tensor.untyped_storage().data_ptr() for r in rows for tensor in r.state.values()}
+    gc.collect()
+    before = {address for address, _ in float_storages(smallest)}
+    most = 0
+
+    def watched(weight: Any, arrived: Any) -> None:
+        def on_gradient() -> None:
+            nonlocal most
+            most = max(most, sum(n for at, n in float_storages(smallest) if at not in before and at not in moments))
+            arrived()
+
+        weight.on_gradient = on_gradient
+
+    for r in rows:
+        watched(r.weight, r.weight.on_gradient)
+    run.step(2)
+    return sum(r.weight.numel for r in rows), most
+
+
+def float_storages(smallest: int) -> set[tuple[int, int]]:
+    """(address, elements) of float memory of at least `smallest` elements."""
+    alive = [t for t in gc.get_objects() if issubclass(type(t), Tensor) and t.is_floating_point()]
+    found = {(t.untyped_storage().data_ptr(), t.untyped_storage().nbytes() // t.element_size()) for t in alive}
+    return {(address, numel) for address, numel in found if numel >= smallest}
+
+
+@pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 0), (2, 2)])
+def test_gradients_of_a_few_matrices_are_alive_at_once(ranks: int, stage: int) -> None:
+    """16 matrices of four layers; the largest, gate|up, is a third of a layer. On one rank: the gradient that was just made
+    and nothing of the ones before. With exchanges: three more under way, each twice. Control: updated at the end, all are there."""
+    weights, most = run_distributed(most_gradients, ranks, zero(stage), *STATE_8[:1], FUSED)[0]
+    largest = 2 * 64 * 64
+    assert most <= (largest if ranks == 1 else 7 * largest) < weights
+    weights, most = run_distributed(most_gradients, ranks, zero(0), *STATE_8[:1])[0]
+    assert most >= weights
+
+
+# ---- gradients that are not finite ----
+
+
+def poisoned(rank: int, world_size: int, *overrides: str) -> tuple[Whole, Whole, Whole, float]:
+    """States before and after a step whose loss is not finite, and after the next one; its gradient norm."""
+    run = begin(world_size, *overrides)
+    run.step(1)
+    before = {name: tensor.clone() for name, tensor in whole_state(run).items()}
+    batches = random_batches(run.config, 2, run.groups.data.rank(), run.groups.data.size())
+    batches[0]["loss_mask"] *= float("inf")  # inf / inf
+    norm = float(train_step(run.engine, run.chunks, batches, run.config, run.groups).grad_norm)
+    after = {name: tensor.clone() for name, tensor in whole_state(run).items()}
+    run.step(3)
+    return before, after, whole_state(run), norm
+
+
+@pytest.mark.parametrize("overrides", [(), STATE_8], ids=str)
+def test_a_gradient_that_is_not_finite_counts_as_zero(overrides: tuple[str, ...]) -> None:
+    """Nothing becomes nan: low-bit moments decay, ordinary parameters are left alone as ever, the norm tells, the run goes on."""
+    before, after, later, norm = run_distributed(poisoned, 1, *overrides, FUSED)[0]
+    assert not torch.tensor(norm).isfinite()
+    assert_equal(after, before, "parameter/")
+    assert all(tensor.isfinite().all() for tensor in [*after.values(), *later.values()])
+    if not overrides:
+        for name in (name for name in before if name.startswith("low_bit.exp_avg_sq/")):
+            assert torch.equal(after[name], before[name] * 0.95)
+    changed = [name for name in after if not torch.equal(later[name], after[name])]
+    assert any(name.startswith("codes/") for name in changed) and "parameter/embed_tokens" in changed
