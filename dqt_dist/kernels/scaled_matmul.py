@@ -24,7 +24,7 @@ def scaled_matmul(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor | None 
     if b_scale is None:
         b_scale = ones(b.shape[0], b.device)
     if a.is_cuda:
-        return torch._scaled_mm(
+        return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
             a, b.t(), a_scale.view(-1, 1), b_scale.view(1, -1), out_dtype=torch.bfloat16, use_fast_accum=True
         )
     return ((a.float() @ b.float().t()) * a_scale.view(-1, 1) * b_scale).to(torch.bfloat16)

@@ -73,7 +73,7 @@ class Int8Compute(FloatCompute):
     """The forward on integer tensor cores, the backward as in bf16."""
 
     def product(self, x: Operand, weight: LowBitMatrix) -> Tensor:
-        return torch._int_mm(x.codes, _operand(weight, torch.int8).t())
+        return torch._int_mm(x.codes, _operand(weight, torch.int8).t())  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclass(frozen=True)

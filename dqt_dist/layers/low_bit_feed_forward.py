@@ -84,6 +84,7 @@ class LowBitFeedForward(nn.Module):
     def __init__(self, config: LlamaTransformerConfig) -> None:
         super().__init__()
         hidden, ffn = config.hidden_size, config.ffn_hidden_size
+        assert ffn is not None
         group = parallel_state.get_tensor_model_parallel_group()
         self.linear_fc1 = ColumnParallelLowBitLinear(hidden, 2 * ffn, config=config, tp_group=group)
         self.linear_fc2 = RowParallelLowBitLinear(ffn, hidden, config=config, tp_group=group)

@@ -1,15 +1,23 @@
-"""The Triton kernel of the rounding update against its definition, on a CUDA device."""
+"""The Triton kernels of the rounding update, alone and with AdamW, against their definitions, on a CUDA device."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
 from dqt_dist.kernels.low_bit_update import update_rows
 from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey, update_rows_reference
+from dqt_dist.optim.adamw import (
+    AdamW,
+    Moments,
+    adamw_update_rows,
+    adamw_update_rows_reference,
+    new_moments,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -90,3 +98,119 @@ def test_not_finite_direction_keeps_the_codes() -> None:
     counts = update_rows(ours, direction, 0, 1e-2, 0.0, RoundingKey(3, 2, "stochastic"))
     assert torch.equal(ours.codes, reference.codes)
     assert int(counts[:, 0].sum()) == 0
+
+
+# ---- with AdamW ----
+
+# (columns, bits of the moments): whole blocks of the kernel and rests, any multiple of 4 with 32 bits and of 32 with 8.
+SHAPES = [(4, 32), (100, 32), (2500, 32), (32, 8), (288, 8), (1024, 8), (2528, 8)]
+LIKE_PAPER = AdamW(beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
+HALF = 0.5  # a clip factor
+
+
+def stepped(
+    bits, columns: int, state_bits: int, gradients: list[Tensor], adamw: AdamW, rate: float, mode="stochastic"
+) -> list[tuple[LowBitMatrix, Moments, Tensor]]:
+    """Codes, moments and last counts of the kernel and of its definition, from the same start and gradients."""
+    results = []
+    clip = torch.tensor(HALF, device="cuda")
+    for weight, update in zip(
+        fused_pair(bits, columns, column_offset=32), (adamw_update_rows, adamw_update_rows_reference), strict=True
+    ):
+        moments = new_moments(weight.rows, columns, state_bits, torch.device("cuda"))
+        for step, gradient in enumerate(gradients, start=1):
+            key = RoundingKey(2**31 + 7, step, mode)
+            counts = update(weight, gradient, moments, 0, clip, rate, adamw, key)
+        results.append((weight, moments, counts))
+    return results
+
+
+def fraction(a: Tensor, b: Tensor) -> float:
+    """Share of elements that differ."""
+    return float((a != b).double().mean())
+
+
+@pytest.mark.parametrize("mode", ["stochastic", "nearest"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("columns", "state_bits"), SHAPES)
+@pytest.mark.parametrize("bits", ["ternary", 4, 8])
+def test_adamw_kernel_follows_its_definition(bits, columns: int, state_bits: int, dtype: torch.dtype, mode) -> None:
+    """Three steps of any gradient, some elements not finite or zero. Moments are contracted to fused multiply-adds, roots and
+    reciprocals approximate to 2^-21, so a draw that falls into the gap decides otherwise: at most a few of 2^16."""
+    gradients = [
+        torch.randn(17, columns, device="cuda") * torch.logspace(-6, 1, columns, device="cuda") for _ in range(3)
+    ]
+    for gradient in gradients:
+        gradient[2, : columns // 2] = 0.0
+        gradient[3, 1], gradient[4, 2] = float("nan"), float("inf")
+    gradients = [gradient.to(dtype) for gradient in gradients]
+    (ours, moments, counts), (reference, wanted, wanted_counts) = stepped(
+        bits, columns, state_bits, gradients, LIKE_PAPER, 3e-3, mode
+    )
+    few = 2.0**-12 + 2 / ours.numel
+    assert fraction(ours.unpack(), reference.unpack()) <= few
+    for name, moment in moments.items():
+        if state_bits == 8:
+            assert fraction(moment, wanted[name]) <= few, name
+        else:
+            # Five roundings of 2^-24 of the two numbers that are added, which may cancel.
+            bound = 2.0**-20 * wanted[name].abs().amax(dim=1, keepdim=True)
+            assert ((moment - wanted[name]).abs() <= bound).all(), name
+    # A code of the definition that is hit exactly may be missed by an ulp, on the far side of the grid's end.
+    assert ((counts.double() - wanted_counts.double()).abs().sum(0) <= 2 + few * ours.numel).all()
+    assert int(counts[:, 1].sum()) == int((ours.unpack() == 0).sum())
+    assert fraction(ours.unpack(), fused_pair(bits, columns, column_offset=32)[0].unpack()) > 0 or mode == "nearest"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [288, 1024])
+def test_adamw_kernel_gives_the_same_8_bit_moments_where_arithmetic_is_exact(columns: int, dtype: torch.dtype) -> None:
+    """beta1 = 1/2 and beta2 = 1/2 of gradients that are small integers times powers of two: every sum is exact in fp32, so codes and
+    exponents of both moments are equal. Control: another seed rounds them otherwise."""
+    gradients = [
+        torch.randint(-8, 9, (17, columns), device="cuda") * 2.0 ** torch.randint(-3, 4, (17, 1), device="cuda")
+        for _ in range(3)
+    ]
+    adamw = AdamW(beta1=0.5, beta2=0.5, epsilon=1e-8, weight_decay=0.0)
+    (_, moments, _), (_, wanted, _) = stepped("ternary", columns, 8, [g.to(dtype) for g in gradients], adamw, 1e-3)
+    assert all(torch.equal(moment, wanted[name]) for name, moment in moments.items())
+    again, *_ = fused_pair("ternary", columns, column_offset=32)
+    other = new_moments(again.rows, columns, 8, torch.device("cuda"))
+    for step, gradient in enumerate(gradients, start=1):
+        clip = torch.tensor(HALF, device="cuda")
+        adamw_update_rows(again, gradient.to(dtype), other, 0, clip, 1e-3, adamw, RoundingKey(8, step, "stochastic"))
+    assert not torch.equal(other["exp_avg"], moments["exp_avg"])
+
+
+@pytest.mark.parametrize("state_bits", [8, 32])
+def test_adamw_of_rows_in_parts_equals_rows_at_once(state_bits: int) -> None:
+    whole, parts = fused_pair("ternary", 1056)
+    gradient = torch.randn(whole.rows, 1056, device="cuda")
+    key, clip = RoundingKey(3, 2, "stochastic"), torch.ones((), device="cuda")
+    moments = new_moments(whole.rows, 1056, state_bits, torch.device("cuda"))
+    adamw_update_rows(whole, gradient, moments, 0, clip, 1e-2, LIKE_PAPER, key)
+    for start, stop in ((0, 7), (7, 17)):
+        own = new_moments(stop - start, 1056, state_bits, torch.device("cuda"))
+        adamw_update_rows(parts, gradient[start:stop], own, start, clip, 1e-2, LIKE_PAPER, key)
+        assert all(torch.equal(own[name], moments[name][start:stop]) for name in own)
+    assert torch.equal(whole.codes, parts.codes)
+
+
+@pytest.mark.parametrize("state_bits", [8, 32])
+def test_a_clip_of_zero_moves_no_code_on_the_device(state_bits: int) -> None:
+    """Not even by the first moment, and without a word to the host. Control: a clip of one moves them."""
+    weight, reference = fused_pair("ternary", 1024)
+    moments = new_moments(weight.rows, 1024, state_bits, torch.device("cuda"))
+    adamw = AdamW(0.9, 0.95, 1e-8, 0.0)
+    gradient = torch.randn(weight.rows, 1024, device="cuda")
+    nothing, one = torch.zeros((), device="cuda"), torch.ones((), device="cuda")
+    adamw_update_rows(weight, gradient, moments, 0, one, 1e-2, adamw, RoundingKey(3, 1, "stochastic"))
+    assert not torch.equal(weight.codes, reference.codes)
+    moved = weight.codes.clone()
+    bad = torch.full_like(gradient, float("nan"))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        counts = adamw_update_rows(weight, bad, moments, 0, nothing, 1e-2, adamw, RoundingKey(3, 2, "stochastic"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(weight.codes, moved) and int(counts[:, 0].sum()) == 0

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from dqt_dist.kernels.low_bit_update import update_rows
+from dqt_dist.kernels.low_bit_update import sum_by_matrix, update_rows
 from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout
 from dqt_dist.lowbit.grid import Bits, make_grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
@@ -42,6 +43,11 @@ def fused(bits: Bits = 4) -> LowBitMatrix:
 
 def random_codes(weight: LowBitMatrix) -> Tensor:
     return torch.randint(weight.grid.qmin, weight.grid.qmax + 1, (weight.rows, weight.columns), dtype=torch.int8)
+
+
+def counted_update(weight: LowBitMatrix, direction: Tensor, start: int, *settings: Any) -> Tensor:
+    """`update_rows` with the counts of each logical matrix, int64 [matrices, 3]."""
+    return sum_by_matrix(weight, start, update_rows(weight, direction, start, *settings))
 
 
 # ---- AdamW on a fine grid ----
@@ -100,7 +106,7 @@ def test_zero_update_flips_nothing(bits: Bits, mode: str) -> None:
     weight = matrix(bits, 64, 52, 0.3)
     codes = random_codes(weight)
     weight.set_codes(codes)
-    counts = update_rows(weight, torch.zeros(64, 52), 0, 0.1, 0.0, RoundingKey(1, 1, mode))  # type: ignore[arg-type]
+    counts = counted_update(weight, torch.zeros(64, 52), 0, 0.1, 0.0, RoundingKey(1, 1, mode))  # type: ignore[arg-type]
     assert torch.equal(weight.unpack(), codes)
     assert counts.tolist() == [[0, int((codes == 0).sum()), 0]]
 
@@ -110,7 +116,7 @@ def test_a_direction_that_is_not_finite_keeps_its_code() -> None:
     weight = matrix(4, 1, 4)
     weight.set_codes(torch.tensor([[3, -5, 7, 2]]))
     direction = torch.tensor([[math.nan, math.inf, -math.inf, 1.0]])
-    counts = update_rows(weight, direction, 0, 1.0, 0.0, KEY)
+    counts = counted_update(weight, direction, 0, 1.0, 0.0, KEY)
     assert weight.unpack().tolist() == [[3, -5, 7, 1]]
     assert counts.tolist() == [[1, 0, 0]]
 
@@ -147,10 +153,10 @@ def test_blocks_of_rows_give_the_codes_of_the_whole() -> None:
     codes = random_codes(whole)
     for weight in (whole, parts, wrong):
         weight.set_codes(codes)
-    counts = update_rows(whole, direction, 0, 0.1, 0.0, KEY)
+    counts = counted_update(whole, direction, 0, 0.1, 0.0, KEY)
     part_counts = torch.zeros_like(counts)
     for start, stop in ((0, 1), (1, 4), (4, 6)):
-        part_counts += update_rows(parts, direction[start:stop], start, 0.1, 0.0, KEY)
+        part_counts += counted_update(parts, direction[start:stop], start, 0.1, 0.0, KEY)
     assert torch.equal(parts.unpack(), whole.unpack()) and torch.equal(part_counts, counts)
     assert not torch.equal(whole.unpack(), codes)
 
@@ -187,7 +193,7 @@ def test_counts_are_per_matrix_flips_zeros_and_clamped(bits: Bits) -> None:
     direction[3, 5] = -2.0  # a: 0 -> 2, a flip
     direction[2, 0] = -0.25  # b: qmax -> qmax + 1 at scale 1/4, clamped, no flip
     direction[5, 5] = 0.5  # b: 0 -> -2, a flip
-    counts = update_rows(weight, direction, 0, 1.0, 0.0, KEY)
+    counts = counted_update(weight, direction, 0, 1.0, 0.0, KEY)
     a = [2, 4 * 8 - 2, 1]  # all of a but qmin and 2 are zero now
     b = [1, 2 * 8 - 2, 1]  # all of b but qmax and -2
     assert counts.tolist() == [a, b] and counts.dtype == torch.int64
@@ -195,7 +201,7 @@ def test_counts_are_per_matrix_flips_zeros_and_clamped(bits: Bits) -> None:
 
 def test_counts_of_a_block_leave_other_matrices_at_zero() -> None:
     weight = fused()
-    counts = update_rows(weight, torch.zeros(1, 8), 2, 1.0, 0.0, KEY)  # row 2 belongs to matrix b
+    counts = counted_update(weight, torch.zeros(1, 8), 2, 1.0, 0.0, KEY)  # row 2 belongs to matrix b
     assert counts.tolist() == [[0, 0, 0], [0, 8, 0]]
 
 
