@@ -12,6 +12,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from dqt_dist.kernels.launch import launch
+
 BLOCK = 2048
 NUM_WARPS = 8
 
@@ -59,8 +61,17 @@ def statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     assert logits.is_contiguous() and labels.is_contiguous()
     tokens, vocabulary = logits.shape
     found = torch.empty(3, tokens, device=logits.device)
-    _statistics_kernel[(tokens,)](
-        logits, labels, found[0], found[1], found[2], vocabulary, BLOCK=BLOCK, num_warps=NUM_WARPS
+    launch(
+        _statistics_kernel,
+        (tokens,),
+        logits,
+        labels,
+        found[0],
+        found[1],
+        found[2],
+        vocabulary,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
     )
     return found[0], found[1], found[2]
 
@@ -68,8 +79,16 @@ def statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def gradient_(logits: Tensor, labels: Tensor, log_sum: Tensor, grad: Tensor) -> Tensor:
     """See cross_entropy.py."""
     tokens, vocabulary = logits.shape
-    _gradient_kernel[(tokens,)](
-        logits, labels, log_sum.contiguous(), grad.contiguous(), vocabulary, BLOCK=BLOCK, num_warps=NUM_WARPS
+    launch(
+        _gradient_kernel,
+        (tokens,),
+        logits,
+        labels,
+        log_sum.contiguous(),
+        grad.contiguous(),
+        vocabulary,
+        BLOCK=BLOCK,
+        num_warps=NUM_WARPS,
     )
     # Autograd counts what torch writes; what a kernel writes it must be told.
     increment_version(logits)

@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dqt_dist.config import STATE_BLOCK
+from dqt_dist.kernels.launch import launch
 from dqt_dist.lowbit.block_float import SIGNED_EXPONENT_MIN, UNSIGNED_EXPONENT_MIN
 from dqt_dist.lowbit.coordinates import Purpose, row_words
 from dqt_dist.lowbit.matrix import LowBitMatrix
@@ -243,7 +244,9 @@ def update_rows_triton(
     assert direction.dtype == torch.float32 and direction.is_contiguous()
     rows = direction.shape[0]
     counts = torch.empty(rows, 3, dtype=torch.int32, device=direction.device)
-    _update_kernel[(rows,)](
+    launch(
+        _update_kernel,
+        (rows,),
         weight.packed(start, start + rows),
         direction,
         *_row_facts(weight, start, start + rows),
@@ -453,7 +456,9 @@ def adamw_update_rows_triton(
     rows = gradient.shape[0]
     counts = torch.empty(rows, 3, dtype=torch.int32, device=gradient.device)
     beta1, beta2 = betas
-    _adamw_kernel[(rows,)](
+    launch(
+        _adamw_kernel,
+        (rows,),
         weight.packed(start, start + rows),
         gradient,
         exp_avg,

@@ -112,7 +112,7 @@ def swiglu_backward(
 
         gradient, h = quantize_triton.swiglu_backward(dh, gate_up, h_scale, code, gradient_scale)
         return Operand(*gradient), Operand(h, h_scale)
-    gate, up = gate_up.float().chunk(2, dim=-1)
+    gate, up = _halves(gate_up)
     dh, gate_sigmoid = dh.float(), torch.sigmoid(gate)
     silu = gate * gate_sigmoid
     gradient = torch.cat([dh * up * (gate_sigmoid + silu * (1 - gate_sigmoid)), dh * silu], dim=-1)
@@ -136,8 +136,15 @@ def scaled(x: Tensor, token_scale: Tensor | None, feature_scale: Tensor | None, 
     return x.to(dtype)
 
 
-def _swiglu(gate_up: Tensor) -> Tensor:
+def _halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
+    """gate and up in fp32, each contiguous: over the short rows of a strided half torch takes its scalar exponential, whose last
+    bit is another, so that the tensor-parallel degree would change results."""
     gate, up = gate_up.float().chunk(2, dim=-1)
+    return gate.contiguous(), up.contiguous()
+
+
+def _swiglu(gate_up: Tensor) -> Tensor:
+    gate, up = _halves(gate_up)
     return functional.silu(gate) * up
 
 

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dqt_dist.kernels.launch import launch
 from dqt_dist.lowbit.activation import ABSMAX_FLOOR, CODE_MAX, GRADIENT_ABSMAX_FLOOR
 
 # Widest row that a program keeps in registers, and the block of those that are wider; 32 features a thread.
@@ -273,7 +274,9 @@ def _launch(
     if code is not None and not known:
         scale = torch.empty(tokens, 1, device=x.device)
     inverse_rms = torch.empty(tokens, 1, device=x.device) if prologue == NORM else None
-    _quantize_kernel[(tokens,)](
+    launch(
+        _quantize_kernel,
+        (tokens,),
         x,
         weight,
         feature_scale,
@@ -334,8 +337,20 @@ def rms_norm_backward(dh: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor
     parts = torch.empty(programs, features, device=x.device)
     block = triton.next_power_of_2(features)
     num_warps = 4 if block <= 2048 else 8 if block <= 4096 else 16
-    _norm_backward_kernel[(programs,)](
-        dh, x, weight, inverse_rms, dx, parts, tokens, features, programs, BLOCK=block, num_warps=num_warps
+    launch(
+        _norm_backward_kernel,
+        (programs,),
+        dh,
+        x,
+        weight,
+        inverse_rms,
+        dx,
+        parts,
+        tokens,
+        features,
+        programs,
+        BLOCK=block,
+        num_warps=num_warps,
     )
     return dx, parts.sum(dim=0)
 
@@ -351,7 +366,9 @@ def swiglu_backward(
     gradient_dtype = torch.float8_e4m3fn if quantized else gate_up.dtype
     gradient = torch.empty(tokens, 2 * features, dtype=gradient_dtype, device=dh.device)
     unit = torch.empty(tokens, 1, device=dh.device) if quantized else None
-    _swiglu_backward_kernel[(tokens,)](
+    launch(
+        _swiglu_backward_kernel,
+        (tokens,),
         dh,
         gate_up,
         gradient_scale,
@@ -376,7 +393,9 @@ def scaled(x: Tensor, token_scale: Tensor | None, feature_scale: Tensor | None, 
     """See quantize.py."""
     assert x.is_contiguous()
     out = torch.empty_like(x, dtype=dtype)
-    _scaled_kernel[(x.shape[0],)](
+    launch(
+        _scaled_kernel,
+        (x.shape[0],),
         x,
         token_scale,
         feature_scale,

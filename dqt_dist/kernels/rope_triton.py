@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dqt_dist.kernels.launch import launch
+
 # Heads handled at once; with heads of 128 a thread of 4 warps holds 8 pairs.
 HEADS = 16
 
@@ -87,7 +89,9 @@ def _launch(mixed: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Te
     half = cos.shape[1]
     assert mixed.is_contiguous() and all(t.stride(3) == 1 for t in (q, k, v))
     queries = q.shape[2] // groups
-    _rope_kernel[(s * b,)](
+    launch(
+        _rope_kernel,
+        (s * b,),
         mixed,
         q,
         k,

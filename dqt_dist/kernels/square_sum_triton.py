@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false, reportIndexIssue=false
-"""Triton form of `square_sum.py`: a partial sum a program, added up in a fixed order by a second launch."""
+"""Triton form of `square_sum.py`: a partial sum a program."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from dqt_dist.kernels.launch import launch
 
 # Elements of a program, and of one of its loads.
 CHUNK, BLOCK = 1 << 17, 4096
@@ -27,5 +29,5 @@ def square_sum(x: Tensor) -> Tensor:
     """See square_sum.py."""
     assert x.is_contiguous()
     parts = torch.empty(triton.cdiv(x.numel(), CHUNK), dtype=torch.float64, device=x.device)
-    _square_sum_kernel[(parts.numel(),)](x, parts, x.numel(), CHUNK=CHUNK, BLOCK=BLOCK, num_warps=8)
-    return parts.sum()
+    launch(_square_sum_kernel, (parts.numel(),), x, parts, x.numel(), CHUNK=CHUNK, BLOCK=BLOCK, num_warps=8)
+    return parts

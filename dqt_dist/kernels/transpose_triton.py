@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dqt_dist.kernels.launch import launch
+
 # Whole 128-byte lines on both sides.
 TILE = 128
 
@@ -31,7 +33,16 @@ def transpose(codes: Tensor, token_factor: Tensor | None) -> Tensor:
     # Codes that only move are bytes.
     source, target = (codes, out) if token_factor is not None else (codes.view(torch.uint8), out.view(torch.uint8))
     grid = (triton.cdiv(tokens, TILE), triton.cdiv(features, TILE))
-    _transpose_kernel[grid](
-        source, token_factor, target, tokens, features, FACTOR=token_factor is not None, TILE=TILE, num_warps=8
+    launch(
+        _transpose_kernel,
+        grid,
+        source,
+        token_factor,
+        target,
+        tokens,
+        features,
+        FACTOR=token_factor is not None,
+        TILE=TILE,
+        num_warps=8,
     )
     return out

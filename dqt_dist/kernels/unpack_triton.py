@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dqt_dist.kernels.launch import launch
 from dqt_dist.lowbit.grid import Grid
 
 # A tile of 64 rows x 128 columns: 8 KiB to 16 KiB written, whole 128-byte lines in both layouts.
@@ -62,7 +63,9 @@ def unpack_operand(
     assert packed.is_contiguous()
     rows = packed.shape[0]
     out = torch.empty((columns, rows) if transposed else (rows, columns), dtype=dtype, device=packed.device)
-    _unpack_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS))](
+    launch(
+        _unpack_kernel,
+        (triton.cdiv(rows, ROWS), triton.cdiv(columns, COLUMNS)),
         packed,
         row_scale,
         out,

@@ -85,7 +85,8 @@ def adamw_update_rows(
     """One AdamW step of rows [start, start + len(gradient)): moments and codes change in place.
 
     `gradient` [n, columns] is fp32 or bf16; elements that are not finite, or hardly (GRADIENT_LIMIT), count as zero, the others are
-    multiplied with `clip`, an fp32 scalar on their device. With clip = 0 the moments decay and only weight decay moves codes. `moments` are those of the n rows; `key.step` is Adam's t.
+    multiplied with `clip`, an fp32 scalar on their device. With clip = 0 moments decay and only weight decay moves codes. `moments`
+    are those of the n rows; `key.step` is Adam's t.
 
     Returns integers [n, 3]: flips, zeros and clamped weights of each row.
     """

@@ -9,9 +9,8 @@ When the second arrow is taken:
                       beside the backward of the layers below, and the whole gradient is freed as soon as it has been sent
     optimizer.gradient_reduction = "micro_batch"   in every backward pass, whatever the stage: only owned pieces are ever added
                       up, for M times the traffic
-
-    optimizer.fused_backward              in the backward pass of the only micro-batch, whatever the stage, for low-bit matrices:
-                      their owner takes the mean at once (`Gradient.consume`) and it is freed
+    optimizer.fused_backward                       in the backward pass of the only micro-batch, whatever the stage, for low-bit
+                      matrices: their owner takes the mean at once (`Gradient.consume`) and it is freed
 
 In all of them an element is first added up over micro-batches on its rank and then over ranks in rank order by its owner
 (row_sharding.py), or with "micro_batch" the other way round. So the four stages give the same bits. DeepSpeed reduces nothing:
@@ -54,7 +53,7 @@ class Gradient:
     consume: Callable[[Tensor], None] | None = None
     """Takes the mean as soon as it is there; `mean` then stays None."""
     square_sum: Tensor | None = None
-    """Sum of squares of the mean that was consumed last, fp64 scalar."""
+    """Sum of squares of the mean that was consumed last, in parts, fp64."""
     arrivals: int = field(default=0)
     """Micro-batches of this step whose backward has reached the weight."""
 
@@ -114,7 +113,8 @@ class GradientReducer:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Reduces what is left; afterwards every gradient has its `mean` or was consumed. Raises RuntimeError for one that never came."""
+        """Reduces what is left; afterwards every gradient has its `mean` or was consumed. Raises RuntimeError for one that never
+        came."""
         for gradient in self.gradients:
             if gradient.arrivals != self.num_microbatches:
                 raise RuntimeError(
@@ -138,4 +138,4 @@ class GradientReducer:
         counted = [g for g in gradients if not g.to_all or self.group.rank() == 0]
         sums = [g.square_sum if g.mean is None else square_sum(g.mean) for g in counted]
         sums = [total for total in sums if total is not None]
-        return torch.stack(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
+        return torch.cat(sums).sum() if sums else torch.zeros((), dtype=torch.float64)

@@ -42,8 +42,9 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
     "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
 }
 
-# Weights drawn at once at initialisation: a few int64 temporaries of 32 MiB each.
-INIT_CHUNK = 1 << 22
+# Weights drawn at once at initialisation, by device: a few int64 temporaries of 32 MiB each, of 512 MiB on a GPU, where a model of
+# 40 B weights would otherwise take millions of launches.
+INIT_CHUNK = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
     model, parallel = config.model, config.parallel
     dtype = DTYPES[config.quantization.dtype]
     recompute: dict[str, Any] = RECOMPUTE[config.training.recompute]
+    # SwiGLU of the methods without low-bit codes: Megatron's own fused one, which torch.compile makes.
+    fused_swiglu = not on_cpu and config.quantization.method != "dqt"
     return LlamaTransformerConfig(
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
@@ -73,7 +76,7 @@ def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
         normalization="RMSNorm",
         add_bias_linear=False,
         gated_linear_unit=True,
-        activation_func=F.silu,
+        activation_func=F.silu if fused_swiglu else silu_of_half,
         hidden_dropout=0.0,
         attention_dropout=0.0,
         tensor_model_parallel_size=parallel.tensor,
@@ -88,8 +91,7 @@ def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
         perform_initialization=False,
         # gloo has no batched point-to-point calls.
         batch_p2p_comm=not on_cpu,
-        # SwiGLU of the methods without low-bit codes: Megatron's own fused one, which torch.compile makes.
-        bias_activation_fusion=not on_cpu and config.quantization.method != "dqt",
+        bias_activation_fusion=fused_swiglu,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
@@ -100,6 +102,11 @@ def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
         sub_norm=model.sub_norm,
         rope_base=model.rope_base,
     )
+
+
+def silu_of_half(gate: Tensor) -> Tensor:
+    """SiLU of a strided half of gate|up, for Megatron's unfused SwiGLU; see kernels/quantize.py `_halves` for why it is copied."""
+    return F.silu(gate.contiguous())
 
 
 def build_model(config: Config, groups: Groups) -> nn.ModuleList:
@@ -264,8 +271,8 @@ def parameters(chunks: nn.Module) -> list[Parameter]:
 # ---- initial values ----
 
 
-def _row_chunks(layout: ShardLayout) -> Iterator[tuple[int, int]]:
-    rows_at_once = max(1, INIT_CHUNK // layout.columns)
+def _row_chunks(layout: ShardLayout, device: torch.device) -> Iterator[tuple[int, int]]:
+    rows_at_once = max(1, INIT_CHUNK[device.type] // layout.columns)
     for start in range(0, layout.rows, rows_at_once):
         yield start, min(start + rows_at_once, layout.rows)
 
@@ -278,7 +285,7 @@ def initialize(chunks: nn.ModuleList, config: Config, group: Group) -> None:
         if parameter.layout.columns == 1:
             parameter.tensor.fill_(1.0)
             continue
-        for start, stop in _row_chunks(parameter.layout):
+        for start, stop in _row_chunks(parameter.layout, parameter.tensor.device):
             parameter.tensor[start:stop] = normal(seed, parameter.layout, start, stop, parameter.tensor.device) * std
     for weight in low_bit_matrices(chunks):
         _initialize_low_bit(weight, config, group)
@@ -289,7 +296,7 @@ def _initialize_low_bit(weight: LowBitMatrix, config: Config, group: Group) -> N
     assert layout is not None
     seed, std = config.training.seed, config.model.init_std
     statistics: list[WeightStatistics | None] = [None] * len(layout.matrices)
-    for start, stop in _row_chunks(layout):
+    for start, stop in _row_chunks(layout, device):
         drawn = normal(seed, layout, start, stop, device) * std
         row_matrix = weight.row_matrix[start:stop]
         for index in range(len(layout.matrices)):
@@ -297,7 +304,7 @@ def _initialize_low_bit(weight: LowBitMatrix, config: Config, group: Group) -> N
             known = statistics[index]
             statistics[index] = part if known is None else known.merge(part)
     weight.scale.copy_(_scales([s for s in statistics if s is not None], weight, config, group))
-    for start, stop in _row_chunks(layout):
+    for start, stop in _row_chunks(layout, device):
         drawn = normal(seed, layout, start, stop, device) * std
         weight.set_weights(drawn, start)
 

@@ -5,6 +5,7 @@ Everything a step does is in `step.train_step`; here is what happens between ste
 
 from __future__ import annotations
 
+import gc
 import math
 import time
 from dataclasses import asdict
@@ -84,6 +85,9 @@ class Trainer:
         """From the current step to the last one, then validation, checkpoint, summary and report; whether it got there."""
         training = self.config.training
         stop = StopSignal()
+        # Modules and optimizer stay: the collector need not walk them again and again, 15 ms of each step of a 1.36 B model.
+        gc.collect()
+        gc.freeze()
         try:
             batches = self.train_loader.iterate(self.progress.samples)
             while self.step < training.steps:
@@ -100,6 +104,7 @@ class Trainer:
             stop.restore()
             return True
         finally:
+            gc.unfreeze()
             # A write that is under way is finished even when the step after it failed.
             self.checkpoint_writer.close()
             self.recorder.close()

@@ -104,7 +104,8 @@ def test_with_8_bits_the_direction_comes_before_the_rounding_of_moments() -> Non
     """So the first step is that of 32 bits; later ones start from rounded moments, which are within a step of theirs."""
     gradients = [torch.randn(8, 128) for _ in range(3)]
     first, wanted = shard(8, 128), shard(8, 128)
-    stepped(first, 8, gradients[:1]), stepped(wanted, 32, gradients[:1])
+    stepped(first, 8, gradients[:1])
+    stepped(wanted, 32, gradients[:1])
     assert torch.equal(first.codes, wanted.codes)
     exact, rounded = stepped(shard(8, 128), 32, gradients), stepped(shard(8, 128), 8, gradients)
     exp_avg = decode_signed(rounded["exp_avg"], rounded["exp_avg_scale"])

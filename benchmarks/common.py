@@ -1,0 +1,96 @@
+"""What the benchmarks share: medians, and how a result is written down."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CPU_SECONDS = 0.3
+
+
+def median_seconds(function: Callable[[], Any], device: str) -> float:
+    """Median over many calls; on CUDA with a cold L2 cache (triton.testing.do_bench clears it before each call)."""
+    if device == "cuda":
+        from triton.testing import do_bench  # pyright: ignore[reportMissingImports]
+
+        return do_bench(function, return_mode="median") / 1e3
+    function()
+    seconds: list[float] = []
+    while sum(seconds) < CPU_SECONDS or len(seconds) < 3:
+        start = time.perf_counter()
+        function()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def provenance(devices: str) -> str:
+    """What a result depends on, as the line above its table: date, commit, device, versions, and the command that made it."""
+    import torch
+
+    from dqt_dist.training.cost import versions
+
+    found = versions() | ({"CUDA": torch.version.cuda} if torch.version.cuda else {})
+    about = ", ".join(f"{name} {version}" for name, version in found.items())
+    command = shlex.join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    return f"{date.today()}, commit {_commit()}, {devices}. {about}. Made by `{command}`."
+
+
+def _commit() -> str:
+    """Short hash, with a + when files differ from it; "unknown" in a copy without a repository."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    head = git("rev-parse", "--short", "HEAD")
+    return (head + "+" * bool(git("status", "--porcelain", "--untracked-files=no"))) if head else "unknown"
+
+
+def device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; ends with a newline."""
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cell.replace("|", "/") for cell in row) + " |" for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def append(path: str | None, text: str) -> None:
+    """Prints `text` and, given a file, appends it there."""
+    print(text, flush=True)
+    if path:
+        with open(path, "a") as file:
+            file.write(text + "\n")
+
+
+def write_json(path: str | None, found: Any) -> None:
+    if path:
+        Path(path).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def one_line(error: BaseException) -> str:
+    """Type and first line of an error, for a table."""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:160]}"
+
+
+def drawing() -> Any:
+    """matplotlib.pyplot, for files; imported only when something is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt

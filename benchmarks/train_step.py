@@ -1,0 +1,490 @@
+#!/usr/bin/env python3
+"""A training step of each method and precision, side by side in one process: speed, memory, and where the time goes.
+
+Every variant is the real trainer: megatron-core's model, DeepSpeed's engine, our optimizer, the data loader's worker processes.
+The config gives model, batch and data; a variant changes what its name says. Text is the config's corpus where it exists, otherwise
+the documentation of Python's library, prepared into a temporary folder.
+
+    python benchmarks/train_step.py --set data.train.0.path=data/corpus/train
+    python benchmarks/train_step.py --variants "none-bf16;dqt-fp8;mine=quantization.bits=4,training.recompute=mlp" --json step.json
+    python benchmarks/train_step.py --from-json step.json --plot step.png        # where matplotlib is
+    python benchmarks/train_step.py --steps 1 --warmup 1 --no-profile --variants "dqt-fp8, fused, recompute full" \\
+        --set training.micro_batch_size=1 --set model.num_layers=80 --set model.hidden_size=8192 ...    # the largest that fits
+
+A step lasts from the end of the one before it to its own, waiting for the loader included. MFU counts model FLOPs (training/cost.py)
+against the device's dense bf16 peak in every variant, so that they compare; on a CPU against an fp32 product measured first.
+Parts are kernels by name (on a CPU operators, without those inside them); whatever the optimizer's step has launched is `update`.
+Idle is the median step less the sum of the kernels of one profiled step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+
+from benchmarks.common import ROOT, append, device_name, drawing, markdown, one_line, provenance, write_json
+
+SMALL = ["optimizer.state_bits=8"]
+FP8 = [*SMALL, "quantization.compute=fp8"]
+VARIANTS: dict[str, list[str]] = {
+    "none-fp32": ["quantization.method=none", "quantization.compute=fp32", "optimizer.gradient_dtype=fp32"],
+    "dqt-fp32": ["quantization.compute=fp32", "optimizer.gradient_dtype=fp32"],
+    "none-bf16": ["quantization.method=none", "quantization.compute=bf16"],
+    "bitnet-bf16": ["quantization.method=bitnet", "quantization.compute=bf16"],
+    "dqt-bf16": [*SMALL, "quantization.compute=bf16"],
+    "dqt-int8": [*SMALL, "quantization.compute=int8"],
+    "dqt-fp8": FP8,
+    "dqt-fp8, dW in bf16": [*FP8, "quantization.weight_gradient=bf16"],
+    "dqt-fp8, fused update": [*FP8, "optimizer.fused_backward=true", "optimizer.max_grad_norm=0"],
+    "dqt-fp8, recompute mlp": [*FP8, "training.recompute=mlp"],
+    "dqt-fp8, recompute full": [*FP8, "training.recompute=full"],
+    "dqt-fp8, fused, recompute full": [
+        *FP8, "optimizer.fused_backward=true", "optimizer.max_grad_norm=0", "training.recompute=full",
+    ],
+}  # fmt: skip
+DEFAULTS = {
+    "cuda": (
+        "configs/1b_ternary.json",
+        "none-bf16;bitnet-bf16;dqt-bf16;dqt-int8;dqt-fp8;dqt-fp8, dW in bf16;dqt-fp8, fused update;dqt-fp8, recompute mlp;"
+        "dqt-fp8, recompute full",
+    ),
+    "cpu": ("configs/demo_cpu.json", "none-fp32;dqt-fp32;dqt-bf16"),
+}
+"""Config and variants by device."""
+PARTS: list[tuple[str, tuple[str, ...]]] = [
+    ("communication", ("nccl", "c10d::", "gloo:")),
+    ("update", ("_adamw", "_update_kernel", "multi_tensor_apply")),
+    ("attention", ("sdpa", "cudnn::fusion", "flash", "fmha", "scaled_dot_product")),
+    ("matrix products", ("nvjet", "gemm", "cutlass", "xmma", "aten::mm", "aten::addmm", "aten::bmm", "aten::_int_mm", "aten::_scaled_mm")),
+    ("loss", ("_statistics_kernel", "_gradient_kernel", "softmax")),
+    (
+        "quantise, norm, SwiGLU, rope",
+        ("_quantize", "_swiglu", "_norm_backward", "_transpose_kernel", "_unpack", "_scaled_kernel", "_rope", "layer_norm", "rms_norm",
+         "GammaBeta", "silu"),
+    ),
+]  # fmt: skip
+"""Kernels by part of the step; the first part with a fragment of the name has it, the rest is `other`."""
+IN_OPTIMIZER = "dqt_dist: update"
+LINES = 25
+
+
+def main() -> int:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="default: configs/1b_ternary.json, without a GPU configs/demo_cpu.json")
+    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value; may be repeated")
+    known = f"{'; '.join(VARIANTS)}; or NAME=section.key=value,section.key=value"
+    add("--variants", help=f"which, separated by semicolons, of: {known}. The first is what others are compared with")
+    add("--steps", type=int, default=10, help="timed steps of each variant (default: %(default)s)")
+    add("--warmup", type=int, default=5, help="steps before them, at least 1 (default: %(default)s)")
+    add("--no-profile", action="store_true", help="leave out the profiled step")
+    add("--sync-check", action="store_true", help="also run 3 steps in which waiting for the GPU is an error")
+    add("--kernels", action="store_true", help=f"print the {LINES} kernels that take longest")
+    add("--json", metavar="FILE", help="write all figures there")
+    add("--from-json", metavar="FILE", help="measure nothing, take the figures of that file")
+    add("--output", metavar="FILE", help="append the tables to this file, as Markdown")
+    add("--plot", metavar="FILE", help="draw the tables there (needs matplotlib)")
+    args = parser.parse_args()
+    found = json.loads(Path(args.from_json).read_text()) if args.from_json else measure_all(args)
+    write_json(args.json, found)
+    append(args.output, tables(found))
+    if args.plot:
+        plot(found, args.plot)
+    return 0 if any("tokens_per_s" in row for row in found["rows"]) else 1
+
+
+def measure_all(args: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from dqt_dist.parallel.groups import finalize, initialize
+    from dqt_dist.parallel.launch import discover, export
+    from dqt_dist.training import cost
+
+    args.config = args.config or DEFAULTS[device][0]
+    named = [chosen(text) for text in (args.variants or DEFAULTS[device][1]).split(";")]
+    launch = discover()
+    export(launch)
+    with tempfile.TemporaryDirectory() as folder:
+        config = load(args, [], folder, launch.world_size)
+        groups = initialize(config, launch)
+        args.set = [*args.set, *corpus(args, config, groups, folder)]
+        peak = cost.peak_flops(config, groups)
+        rows = []
+        for name, settings in named:
+            row: dict[str, Any] = {"variant": name, "settings": settings}
+            try:
+                with progress(name):
+                    row |= measure(args, load(args, settings, folder, launch.world_size), groups, peak.flops)
+            except Exception as error:  # a variant that does not fit or is not supported leaves the others
+                row["failed"] = one_line(error)
+                row["traceback"] = traceback.format_exc()
+                print(row["traceback"], file=sys.stderr)
+            gc.collect()  # engine, optimizer and hooks refer to one another
+            if device == "cuda":
+                torch.cuda.empty_cache()
+                row["left_gib"] = torch.cuda.memory_allocated() / 2**30
+            if launch.rank == 0:
+                print(json.dumps({key: row[key] for key in row if key not in ("kernels", "traceback")}), flush=True)
+                if args.kernels:
+                    print(
+                        "\n".join(f"  {ms:8.2f} ms {calls:5d} {kernel}" for kernel, calls, ms in row.get("kernels", []))
+                    )
+            rows.append(row)
+        about = provenance(f"{launch.world_size} x {device_name()}")
+        facts = {"config": args.config, "peak": f"{peak.flops / 1e12:,.4g} TFLOP/s ({peak.source})", "about": about}
+        model = config.model.model_dump() | {"micro_batch_size": config.training.micro_batch_size}
+        finalize()
+    return facts | {"model": model, "steps": args.steps, "warmup": args.warmup, "rows": rows}
+
+
+def chosen(text: str) -> tuple[str, list[str]]:
+    """Name and overrides of one item of --variants."""
+    name, equals, settings = text.strip().partition("=")
+    if equals:
+        return name, settings.split(",")
+    if name not in VARIANTS:
+        raise SystemExit(f"--variants: unknown {name!r}; known: {'; '.join(VARIANTS)}; or NAME=section.key=value,...")
+    return name, VARIANTS[name]
+
+
+def load(args: argparse.Namespace, settings: list[str], folder: str, world_size: int) -> Any:
+    """The config of a variant: no parallel layout, one micro-batch a step, constant rates, unless --set says otherwise."""
+    from dqt_dist.config import check_world, load_config
+
+    base = ["parallel.tensor=1", "parallel.pipeline=1", "optimizer.gradient_dtype=bf16", "training.steps=1000"]
+    base += [f'checkpoint.dir="{folder}/run"', "optimizer.warmup_steps=0", "optimizer.schedule=constant"]
+    overrides = [*base, *args.set, *settings]
+    config = load_config(args.config, overrides)
+    if not any(setting.startswith("training.global_batch_size=") for setting in overrides):
+        samples = config.training.micro_batch_size * world_size // (config.parallel.tensor * config.parallel.pipeline)
+        config = load_config(args.config, [*overrides, f"training.global_batch_size={samples}"])
+    check_world(config, world_size)
+    return config
+
+
+def corpus(args: argparse.Namespace, config: Any, groups: Any, folder: str) -> list[str]:
+    """Overrides that name a corpus where the config's does not exist: the documentation of Python's library."""
+    import torch.distributed as dist
+
+    if (
+        any(setting.startswith("data.train") for setting in args.set)
+        or Path(f"{config.data.train[0].path}.idx").exists()
+    ):
+        return []
+    made: list[Any] = [f"{folder}/corpus"]
+    if groups.world.rank() == 0:
+        vocabulary = str(min(4096, config.model.vocab_size))
+        command = [sys.executable, str(ROOT / "tools/prepare_data.py"), "--input", "python-docs", "--output", made[0]]
+        command += ["--vocab-size", vocabulary, "--valid-fraction", "0.05"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    dist.broadcast_object_list(made)
+    path = made[0]
+    sources = [f'data.{part}=[{{"path": "{path}/{part}"}}]' for part in ("train", "valid")]
+    # A validation set is made too, though never read: one batch of it must exist.
+    return [*sources, f'data.tokenizer="{path}/tokenizer.model"', "training.eval_batches=1"]
+
+
+@contextmanager
+def progress(name: str, seconds: float = 15.0) -> Iterator[None]:
+    """A line every so often while nothing else is printed: building a large model takes minutes."""
+    import torch
+
+    done, start = threading.Event(), time.perf_counter()
+
+    def report() -> None:
+        while not done.wait(seconds):
+            memory = f", {torch.cuda.memory_allocated() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
+            print(f"{name}: {time.perf_counter() - start:.0f} s{memory}", file=sys.stderr, flush=True)
+
+    threading.Thread(target=report, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
+def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: float) -> dict[str, Any]:
+    """Figures of one variant, from scratch. A collective call."""
+    import torch
+
+    from dqt_dist.checkpoint.store import Progress
+    from dqt_dist.parallel.engine import build_engine
+    from dqt_dist.parallel.model import build_model
+    from dqt_dist.training import cost
+    from dqt_dist.training.loop import build_loaders
+    from dqt_dist.training.step import mean_over_data, train_step
+
+    on_cuda, start = groups.device.type == "cuda", time.perf_counter()
+    batches = build_loaders(config, groups, Progress(0, 0, 0))[0].iterate(0)
+    chunks = build_model(config, groups)
+    engine = build_engine(chunks, config, groups)
+    built = time.perf_counter() - start
+    waited: list[float] = []
+    losses: list[torch.Tensor] = []
+
+    def step() -> None:
+        begin = time.perf_counter()
+        batch = next(batches)
+        waited.append(time.perf_counter() - begin)
+        losses.append(train_step(engine, chunks, batch, config, groups).loss)
+
+    def mark() -> Any:
+        if not on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    try:
+        for _ in range(args.warmup):
+            step()
+        if on_cuda:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        waited.clear()
+        start, marks = time.perf_counter(), [mark()]
+        for _ in range(args.steps):
+            step()
+            marks.append(mark())
+        if on_cuda:
+            torch.cuda.synchronize()
+        wall = (time.perf_counter() - start) / args.steps
+        pairs = itertools.pairwise(marks)
+        each = [first.elapsed_time(second) / 1e3 if on_cuda else second - first for first, second in pairs]
+        seconds = statistics.median(each)
+        tokens = config.training.global_batch_size * config.model.seq_length
+        total, low_bit = cost.count_parameters(chunks, engine.optimizer.low_bit, groups)
+        row: dict[str, Any] = {
+            "tokens_per_s": tokens / seconds,
+            "wall_tokens_per_s": tokens / wall,
+            "step_ms": seconds * 1e3,
+            "step_ms_each": [1e3 * s for s in each],
+            "loader_wait_ms": 1e3 * sum(waited) / len(waited),
+            "mfu": cost.flops_per_token(config.model) * tokens / seconds / peak_flops,
+            # A CPU's resident memory never shrinks, so variants could not be compared.
+            "peak_memory_gib": cost.peak_memory_bytes(groups) / 2**30 if on_cuda else None,
+            "between_steps_gib": torch.cuda.memory_allocated() / 2**30 if on_cuda else None,
+            "low_bit_bytes": cost.low_bit_bytes(engine.optimizer.low_bit),
+            "parameters": total,
+            "low_bit_parameters": low_bit,
+            "first_loss": float(mean_over_data(losses[0], groups)),
+            "last_loss": float(mean_over_data(losses[-1], groups)),
+            "build_seconds": built,
+        }
+        if not args.no_profile:
+            row["parts"], row["kernels"] = profile(step, engine.optimizer, row["step_ms"])
+        if args.sync_check and on_cuda:
+            row["sync"] = sync_check(engine, chunks, [next(batches) for _ in range(3)], config, groups)
+        return row
+    finally:
+        batches.close()  # ends the loader's processes
+
+
+def profile(step: Any, optimizer: Any, step_ms: float) -> tuple[dict[str, float], list[tuple[str, int, float]]]:
+    """Milliseconds of one step by part, and its longest kernels as (name, calls, milliseconds)."""
+    import torch
+    from torch.profiler import ProfilerActivity, record_function
+    from torch.profiler import profile as torch_profile
+
+    update = optimizer.step
+
+    def recorded_update(*arguments: Any, **named: Any) -> None:
+        with record_function(IN_OPTIMIZER):
+            update(*arguments, **named)
+
+    on_cuda = torch.cuda.is_available()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_cuda else [])]
+    optimizer.step = recorded_update
+    try:
+        with torch_profile(activities=activities) as recorded:
+            step()
+            if on_cuda:
+                torch.cuda.synchronize()
+    finally:
+        del optimizer.step  # the method of the class again
+    with tempfile.TemporaryDirectory() as folder:
+        recorded.export_chrome_trace(f"{folder}/trace.json")
+        events = json.loads(Path(folder, "trace.json").read_text())["traceEvents"]
+    kernels: dict[str, list[float]] = {}
+    parts = dict.fromkeys([part for part, _ in PARTS] + ["other"], 0.0)
+    for name, ms, in_update in on_device(events) if on_cuda else on_host(events):
+        calls_and_time = kernels.setdefault(name, [0, 0.0])
+        calls_and_time[0] += 1
+        calls_and_time[1] += ms
+        parts[part_of(name, in_update)] += ms
+    parts["idle"] = max(0.0, step_ms - sum(parts.values()))
+    longest = sorted(kernels.items(), key=lambda item: -item[1][1])[:LINES]
+    return parts, [(name[:100], int(calls), ms) for name, (calls, ms) in longest]
+
+
+def part_of(name: str, in_update: bool) -> str:
+    found = next((part for part, fragments in PARTS if any(fragment in name for fragment in fragments)), "other")
+    return "update" if in_update and found != "communication" else found
+
+
+def update_range(events: list[dict[str, Any]]) -> tuple[float, float]:
+    """Begin and end of the optimizer's step on the host, in the trace's microseconds."""
+    begin, length = next(
+        (e["ts"], e["dur"]) for e in events if e.get("name") == IN_OPTIMIZER and e["cat"] == "user_annotation"
+    )
+    return begin, begin + length
+
+
+def on_device(events: list[dict[str, Any]]) -> Iterator[tuple[str, float, bool]]:
+    """(name, milliseconds, launched by the optimizer's step) of everything the GPU ran; a launch has its kernel's correlation."""
+    begin, end = update_range(events)
+    launched = {
+        e["args"]["correlation"]: e["ts"]
+        for e in events
+        if e.get("cat") in ("cuda_runtime", "cuda_driver") and "correlation" in e.get("args", {})
+    }
+    for e in events:
+        if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            yield e["name"], e["dur"] / 1e3, begin <= launched.get(e["args"].get("correlation"), -1.0) <= end
+
+
+def on_host(events: list[dict[str, Any]]) -> Iterator[tuple[str, float, bool]]:
+    """(name, milliseconds without the operators inside it, inside the optimizer's step) of every operator on a CPU."""
+    begin, end = update_range(events)
+    operators = [e for e in events if e.get("cat") == "cpu_op"]
+    own = [e["dur"] for e in operators]
+    open_ones: dict[Any, list[int]] = {}
+    for i in sorted(range(len(operators)), key=lambda i: (operators[i]["ts"], -operators[i]["dur"])):
+        e = operators[i]
+        stack = open_ones.setdefault(e["tid"], [])
+        while stack and operators[stack[-1]]["ts"] + operators[stack[-1]]["dur"] <= e["ts"]:
+            stack.pop()
+        if stack:
+            own[stack[-1]] -= e["dur"]
+        stack.append(i)
+    for e, microseconds in zip(operators, own, strict=True):
+        yield e["name"], max(0.0, microseconds) / 1e3, begin <= e["ts"] <= end
+
+
+def sync_check(engine: Any, chunks: Any, batches: list[Any], config: Any, groups: Any) -> str:
+    """ "none", or the lines of ours that waited for the GPU. Copies of the batch to the device are inside.
+
+    torch knows of its own waits only, not of those a library makes by itself.
+    """
+    import torch
+
+    from dqt_dist.training.step import train_step
+
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for batch in batches:
+            train_step(engine, chunks, batch, config, groups)
+    except RuntimeError as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if "dqt_dist" in frame.filename]
+        where = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in [*ours[-4:], frames[-1]]]
+        return f"{' > '.join(where)}: {one_line(error)}"
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return "none"
+
+
+def tables(found: dict[str, Any]) -> str:
+    first = next((row for row in found["rows"] if "tokens_per_s" in row), {})
+    columns = [
+        "variant",
+        "tokens/s",
+        "ratio",
+        "tokens/s, wall",
+        "ms a step",
+        "MFU",
+        "peak GiB",
+        "ratio",
+        "GiB between steps",
+    ]
+    columns += ["bytes a low-bit weight", "loss, first to last"]
+    rows = [cells(row, first) for row in found["rows"]]
+    about = f"{found['about']} MFU against {found['peak']}; {found['steps']} steps after {found['warmup']}."
+    model = ", ".join(f"{key} {value}" for key, value in found["model"].items())
+    text = f"## {found['config']}\n\n{about} Model: {model}.\n\n{markdown(columns, rows)}"
+    profiled = [row for row in found["rows"] if "parts" in row]
+    if profiled:
+        parts = list(profiled[0]["parts"])
+        lines = [[row["variant"], *(f"{row['parts'][part]:.1f}" for part in parts)] for row in profiled]
+        text += f"\nMilliseconds of one profiled step by part:\n\n{markdown(['variant', *parts], lines)}"
+    checked = [f"{row['variant']}: {row['sync']}" for row in found["rows"] if "sync" in row]
+    if checked:
+        text += f"\nWaits for the GPU inside a step: {'; '.join(checked)}.\n"
+    return text
+
+
+def cells(row: dict[str, Any], first: dict[str, Any]) -> list[str]:
+    if "tokens_per_s" not in row:
+        return [row["variant"], row.get("failed", ""), *[""] * 9]
+    peak, static = row["peak_memory_gib"], row["low_bit_bytes"]
+    kinds = ", ".join(f"{kind} {value:.3g}" for kind, value in static.items() if value >= 0.005)
+    return [
+        row["variant"],
+        f"{row['tokens_per_s']:,.0f}",
+        f"{row['tokens_per_s'] / first['tokens_per_s']:.2f}",
+        f"{row['wall_tokens_per_s']:,.0f}",
+        f"{row['step_ms']:.1f}",
+        f"{row['mfu']:.3f}",
+        f"{peak:.2f}" if peak else "-",
+        f"{peak / first['peak_memory_gib']:.2f}" if peak else "-",
+        f"{row['between_steps_gib']:.2f}" if peak else "-",
+        f"{sum(static.values()):.2f} ({kinds})" if static else "-",
+        f"{row['first_loss']:.3f} -> {row['last_loss']:.3f}",
+    ]
+
+
+def plot(found: dict[str, Any], path: str) -> None:
+    """Speed and memory as bars, and the parts of a step stacked, a line a variant."""
+    plt = drawing()
+    rows = [row for row in found["rows"] if "tokens_per_s" in row][::-1]
+    bars = [("tokens_per_s", "tokens/s", "{:,.0f}", "#4c72b0")]
+    if all(row["peak_memory_gib"] for row in rows):
+        bars.append(("peak_memory_gib", "peak memory, GiB", "{:.1f}", "#dd8452"))
+    profiled = [row for row in rows if "parts" in row]
+    size = (5 * len(bars) + 8 * bool(profiled), 1.6 + 0.45 * len(rows))
+    widths = [1.0] * len(bars) + [1.4] * bool(profiled)
+    figure, axes = plt.subplots(
+        1, len(widths), figsize=size, sharey=True, squeeze=False, layout="constrained", width_ratios=widths
+    )
+    for axis, (key, label, shown, color) in zip(axes[0], bars, strict=False):
+        drawn = axis.barh([row["variant"] for row in rows], [row[key] for row in rows], color=color)
+        axis.bar_label(drawn, [shown.format(row[key]) for row in rows], padding=3, fontsize=9)
+        axis.set_xlabel(label)
+        axis.margins(x=0.2)
+    if profiled:
+        axis, left = axes[0][-1], [0.0] * len(profiled)
+        # The same colour for a part in every figure; idle is light.
+        for index, part in enumerate([*(part for part, _ in PARTS), "other", "idle"]):
+            milliseconds = [row["parts"][part] for row in profiled]
+            color = "#e6e6e6" if part == "idle" else plt.get_cmap("tab10")(index)
+            axis.barh([row["variant"] for row in profiled], milliseconds, left=left, label=part, color=color)
+            left = [a + b for a, b in zip(left, milliseconds, strict=True)]
+        axis.set_xlabel("ms of a step, by part")
+        axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.suptitle(f"{found['config']}: {found['about'].split('. ')[0]}", fontsize=9)
+    figure.savefig(path, dpi=130)
+    print(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
