@@ -69,7 +69,7 @@ def test_codes_follow_the_seed() -> None:
 
 
 def drawn_a_few_rows_at_once(rank: int, world_size: int, weights_at_once: int) -> Whole:
-    usual, model.INIT_CHUNK = model.INIT_CHUNK, weights_at_once
+    usual, model.INIT_CHUNK = model.INIT_CHUNK, {"cpu": weights_at_once}
     try:
         return initial_state(rank, world_size, *SHAPE)
     finally:
