@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dqt_dist.config import STATE_BLOCK
 from dqt_dist.kernels.low_bit_update import update_rows
 from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout
 from dqt_dist.lowbit.grid import make_grid
@@ -150,8 +151,13 @@ def test_adamw_kernel_follows_its_definition(bits, columns: int, state_bits: int
     few = 2.0**-12 + 2 / ours.numel
     assert fraction(ours.unpack(), reference.unpack()) <= few
     for name, moment in moments.items():
-        if state_bits == 8:
-            assert fraction(moment, wanted[name]) <= few, name
+        if name.endswith("_scale"):
+            # A block whose maximum lies an ulp from a power of two may take another exponent, and then other codes.
+            assert (moment != wanted[name]).sum() <= 2 + few * moment.numel(), name
+        elif state_bits == 8:
+            scale = f"{name}_scale"
+            alike = (moments[scale] == wanted[scale]).repeat_interleave(STATE_BLOCK, dim=1)
+            assert fraction(moment[alike], wanted[name][alike]) <= few, name
         else:
             # Five roundings of 2^-24 of the two numbers that are added, which may cancel; those of a column are of one magnitude.
             bound = 2.0**-20 * wanted[name].abs().amax(dim=0)
