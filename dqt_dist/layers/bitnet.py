@@ -8,6 +8,7 @@ Megatron's own parallel linears compute the product; only their operands are rep
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -36,15 +37,21 @@ class _StraightThrough(torch.autograd.Function):
         return grad, None
 
 
+@lru_cache(maxsize=512)
+def _matrices_of_rows(layout: ShardLayout, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Matrix of each row and weights of each matrix, on `device`: a copy made in every forward would wait for the device."""
+    numel = torch.tensor([m.rows * m.columns for m in layout.matrices], device=device)
+    return layout.row_matrix().to(device), numel
+
+
 def ternarize(weight: Tensor, layout: ShardLayout, group: Group) -> Tensor:
     """Fake-quantised `weight` [rows, columns] of a shard; the scale is the mean over each whole logical matrix."""
-    row_matrix = layout.row_matrix().to(weight.device)
+    row_matrix, numel = _matrices_of_rows(layout, weight.device)
     with torch.no_grad():
         wide = weight.float()
         abs_sum = torch.zeros(len(layout.matrices), device=weight.device)
         abs_sum.index_add_(0, row_matrix, wide.abs().sum(dim=1))
         reduce_in_place(abs_sum, group, "activations")
-        numel = torch.tensor([m.rows * m.columns for m in layout.matrices], device=weight.device)
         scale = (abs_sum / numel).clamp(min=BITNET_SCALE_FLOOR)[row_matrix][:, None]
         quantized = (wide / scale).round().clamp(-1, 1) * scale
     return _StraightThrough.apply(weight, quantized)
