@@ -52,8 +52,8 @@ def draw(name: str, lines: list[dict], losses: plt.Axes, flips: plt.Axes) -> Non
     millions = list(tokens_at.values())
     (curve,) = losses.plot(millions, [line["loss"] for line in training], lw=1, alpha=0.6)
     valid = [line for line in lines if "valid_loss" in line]
-    label = f"{name}: validation {valid[-1]['valid_loss']:.3f}" if valid else name
     points = [tokens_at[line["step"]] for line in valid]
+    label = f"{name}: validation {valid[-1]['valid_loss']:.3f} at {points[-1]:.1f} M" if valid else name
     losses.plot(points, [line["valid_loss"] for line in valid], "o-", ms=4, color=curve.get_color(), label=label)
     changed = [
         (tokens, line["flip_rate"]) for tokens, line in zip(millions, training, strict=True) if line.get("flip_rate")

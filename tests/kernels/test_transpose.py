@@ -1,0 +1,30 @@
+"""Transposed e4m3 codes: the definition written out, the Triton kernel against the definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from dqt_dist.kernels.transpose import transpose
+
+E4M3 = torch.float8_e4m3fn
+
+
+def e4m3(rows: int, columns: int) -> torch.Tensor:
+    return (torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns)) * 50).to(E4M3)
+
+
+def test_transpose_moves_codes_and_scales_tokens() -> None:
+    codes = e4m3(20, 48)
+    assert torch.equal(transpose(codes).view(torch.uint8), codes.view(torch.uint8).t())
+    halved = transpose(codes, torch.full((20, 1), 0.5))
+    assert torch.equal(halved.float(), (codes.float() * 0.5).to(E4M3).float().t())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(130, 200), (256, 384)])
+def test_transpose_kernel_equals_definition(shape: tuple[int, int]) -> None:
+    codes, factor = e4m3(*shape), torch.rand(shape[0], 1)
+    for scale in (None, factor):
+        found = transpose(codes.cuda(), None if scale is None else scale.cuda())
+        assert torch.equal(found.cpu().view(torch.uint8), transpose(codes, scale).view(torch.uint8))
