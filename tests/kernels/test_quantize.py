@@ -43,7 +43,7 @@ def test_norm_and_its_backward_equal_autograd() -> None:
 
 def test_swiglu_and_its_backward_equal_autograd() -> None:
     gate_up = made(7, 96, "cpu", torch.float32).requires_grad_()
-    gate, up = gate_up.chunk(2, dim=-1)
+    gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=-1))
     expected = functional.silu(gate) * up
     assert torch.equal(kernels.swiglu_quantize(gate_up.detach(), None).codes, expected.detach())
     dh = made(7, 48, "cpu", torch.float32)
