@@ -620,6 +620,8 @@ def _fp8_shape_problems(config: Config) -> Iterable[str]:
             f"tokens, over which fp8 products of weight gradients sum in multiples of 16; use a multiple of 16"
         )
     widths = {"hidden_size": model.hidden_size, "ffn_hidden_size": model.ffn_hidden_size, "num_query_groups": key_value}
+    if config.quantization.embeddings:
+        widths["vocab_size"] = model.vocab_size  # the head is a low-bit product too
     for name, width in widths.items():
         if width % (16 * tensor):
             meant = f" (keys of width {width})" if name == "num_query_groups" else ""

@@ -331,6 +331,10 @@ def test_a_field_that_others_follow_from_is_reported_once(file: Path) -> None:
             "model.ffn_hidden_size: 168 gives 168 features a rank, which fp8 products need in multiples of 16; nearest: 160 or 176",
         ),
         (
+            ["quantization.compute=fp8", "quantization.embeddings=true", "model.vocab_size=1000"],
+            "model.vocab_size: 1000 gives 1000 features a rank, which fp8 products need in multiples of 16; nearest: 992 or 1008",
+        ),
+        (
             ["optimizer.state_bits=8", "model.ffn_hidden_size=168"],
             "model.ffn_hidden_size: 168 is not divisible by 32 * parallel.tensor = 32, as optimizer.state_bits = 8 needs",
         ),
