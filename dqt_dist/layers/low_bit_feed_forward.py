@@ -41,19 +41,19 @@ class _FeedForward(torch.autograd.Function):
     def forward(
         ctx, x: Tensor, norm_weight: Tensor, fc1: ColumnParallelLowBitLinear, fc2: RowParallelLowBitLinear
     ) -> Tensor:
-        operand, inverse_rms = fc1.operand(flat(x), norm_weight)
+        operand, _ = fc1.operand(flat(x), norm_weight)
         gate_up = column_forward(operand, fc1, x.dtype)
         code, h_scale = fc2.compute.activation_code, None
         if code is not None and fc2.group.size() > 1:
             h_scale = row_scale_of_input(swiglu_absmax(gate_up), fc2)
         h = swiglu_quantize(gate_up, code, h_scale)
-        ctx.save_for_backward(x, norm_weight, operand.scale, inverse_rms, gate_up, h.scale)
+        ctx.save_for_backward(x, norm_weight, operand.scale, gate_up, h.scale)
         ctx.fc1, ctx.fc2 = fc1, fc2
         return unflat(row_forward(h, fc2, x.dtype), x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        x, norm_weight, x_scale, inverse_rms, gate_up, h_scale = ctx.saved_tensors
+        x, norm_weight, x_scale, gate_up, h_scale = ctx.saved_tensors
         fc1: ColumnParallelLowBitLinear = ctx.fc1
         fc2: RowParallelLowBitLinear = ctx.fc2
         tokens = flat(x)
@@ -69,7 +69,8 @@ class _FeedForward(torch.autograd.Function):
         del gradient, h
 
         dx, work = column_dgrad(gradient_1, fc1, x.dtype)
-        operand, _ = fc1.operand(tokens, norm_weight, x_scale)
+        operand, inverse_rms = fc1.operand(tokens, norm_weight, x_scale)
+        assert inverse_rms is not None
         # The sum over TP travels meanwhile.
         fc1.compute.wgrad(gradient_1, full_sequence(operand, fc1), fc1.weight)
         if work is not None:

@@ -112,25 +112,25 @@ class _ColumnParallel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, norm_weight: Tensor | None, linear: ColumnParallelLowBitLinear) -> Tensor:
-        operand, inverse_rms = linear.operand(flat(x), norm_weight)
-        ctx.save_for_backward(x, norm_weight, operand.scale, inverse_rms)
+        operand, _ = linear.operand(flat(x), norm_weight)
+        ctx.save_for_backward(x, norm_weight, operand.scale)
         ctx.linear = linear
         y = column_forward(operand, linear, x.dtype)
         return unflat(y, x)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        x, norm_weight, scale, inverse_rms = ctx.saved_tensors
+        x, norm_weight, scale = ctx.saved_tensors
         linear: ColumnParallelLowBitLinear = ctx.linear
         tokens = flat(x)
         gradient = linear.compute.gradient(flat(grad), linear.weight)
         dx, work = column_dgrad(gradient, linear, x.dtype)
-        operand, _ = linear.operand(tokens, norm_weight, scale)
+        operand, inverse_rms = linear.operand(tokens, norm_weight, scale)
         # The sum over TP travels meanwhile.
         linear.compute.wgrad(gradient, full_sequence(operand, linear), linear.weight)
         if work is not None:
             work.wait()
-        if norm_weight is None:
+        if norm_weight is None or inverse_rms is None:
             return unflat(dx, x), None, None
         dx, norm_gradient = norm_backward(dx, tokens, norm_weight, inverse_rms, linear)
         return unflat(dx, x), norm_gradient, None
