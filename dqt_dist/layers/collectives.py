@@ -82,10 +82,8 @@ def gather_sequence(x: Tensor, group: Group) -> Tensor:
     if group.size() == 1:
         return x
     gathered = torch.empty(x.shape[0] * group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
-    if x.dtype == torch.float8_e4m3fn:  # bytes to every backend
-        all_gather_single(gathered.view(torch.uint8), x.contiguous().view(torch.uint8), group=group)
-    else:
-        all_gather_single(gathered, x.contiguous(), group=group)
+    wire = torch.uint8 if x.dtype == torch.float8_e4m3fn else x.dtype  # no backend knows fp8
+    all_gather_single(gathered.view(wire), x.contiguous().view(wire), group=group)
     count_sent("activations", gathered, group)
     return gathered
 

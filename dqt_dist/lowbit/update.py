@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dqt_dist.lowbit.coordinates import Purpose, random_words, uniform
+from dqt_dist.lowbit.coordinates import Purpose, random_words
 from dqt_dist.lowbit.grid import Grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.philox import to_unit_interval
@@ -64,17 +64,13 @@ def update_rows_reference(
     `direction` is fp32 [n, columns]; `words` are the rows' `rounding_words` where the caller has drawn them. Returns int64 [n, 3], a
     line a row: codes that changed, codes that are now zero, wanted weights that lay outside the grid.
     """
-    assert weight.layout is not None
     stop = start + direction.shape[0]
     codes = weight.unpack(start, stop)
     wanted = wanted_codes(codes, direction, weight.row_scale()[start:stop], learning_rate, weight_decay)
     wanted = torch.where(wanted.isfinite(), wanted, codes.float())
     uniforms = None
     if key.mode == "stochastic":
-        if words is None:
-            uniforms = uniform(Purpose.ROUND, key.seed, key.step, weight.layout, start, stop, wanted.device)
-        else:
-            uniforms = to_unit_interval(words)
+        uniforms = to_unit_interval(rounding_words(weight, start, stop, key) if words is None else words)
     clamped = (wanted < weight.grid.qmin) | (wanted > weight.grid.qmax)
     updated = round_to_grid(wanted, uniforms, weight.grid)
     # Before the write: codes of 5 to 8 bits are not packed, so `codes` shares the memory that is about to change.

@@ -231,6 +231,7 @@ class LowBitOptimizer:
             if optimizer.name == "adamw"
             else AdafactorRule(optimizer, groups, rows_sharded=self.sharded)
         )
+        self.unclipped = torch.ones((), device=groups.device)
         self.rows = [self._own(index, weight, reducer) for index, weight in enumerate(weights)]
         self.gatherer = CodeGatherer(weights, self.group) if self.stage == 3 and self.group.size() > 1 else None
 
@@ -275,7 +276,7 @@ class LowBitOptimizer:
         """Phase 3 for one matrix, when its gradient has come."""
         if self.gatherer is not None:
             self.gatherer.forget(index)
-        self._update(self.rows[index], mean, self._facts(*self.step_under_way(), torch.ones((), device=mean.device)))
+        self._update(self.rows[index], mean, self._facts(*self.step_under_way(), self.unclipped))
 
     def _facts(self, step: int, learning_rate: float, clip: Tensor) -> StepFacts:
         return StepFacts(
