@@ -67,6 +67,16 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def chosen(text: str, known: dict[str, list[str]], option: str) -> tuple[str, list[str]]:
+    """Name and overrides of one item of `option`: a known name, or NAME=section.key=value,section.key=value."""
+    name, equals, settings = text.strip().partition("=")
+    if equals:
+        return name, settings.split(",")
+    if name not in known:
+        raise SystemExit(f"{option}: unknown {name!r}; known: {'; '.join(known)}; or NAME=section.key=value,...")
+    return name, known[name]
+
+
 def append(path: str | None, text: str) -> None:
     """Prints `text` and, given a file, appends it there."""
     print(text, flush=True)

@@ -22,7 +22,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from benchmarks.common import ROOT, append, device_name, markdown, provenance, write_json
+from benchmarks.common import ROOT, append, chosen, device_name, markdown, provenance, write_json
 
 SMALL = ["quantization.compute=fp8", "optimizer.state_bits=8"]
 SETTINGS: dict[str, list[str]] = {
@@ -57,7 +57,7 @@ def main() -> int:
     if args.from_runs:
         runs = [tuple(text.split("=", 1)) for text in args.from_runs]
     else:
-        runs = [train(args, text.strip()) for text in args.settings.split(";")]
+        runs = [train(args, text) for text in args.settings.split(";")]
     rows = [read(name, Path(folder)) for name, folder in runs]
     about = provenance(device_name())
     append(args.output, f"## {args.config} {' '.join(args.set)}\n\n{about}\n\n{table(rows)}")
@@ -72,11 +72,9 @@ def main() -> int:
 
 def train(args: argparse.Namespace, text: str) -> tuple[str, str]:
     """Runs one item of --settings unless it has finished; returns its name and folder."""
-    name, equals, own = text.partition("=")
-    if not equals and name not in SETTINGS:
-        raise SystemExit(f"--settings: unknown {name!r}; known: {'; '.join(SETTINGS)}; or NAME=section.key=value,...")
+    name, own = chosen(text, SETTINGS, "--settings")
     folder = Path(args.work, "_".join(name.replace(",", "").split()))
-    settings = [*args.set, *(own.split(",") if equals else SETTINGS[name]), f"checkpoint.dir={folder}"]
+    settings = [*args.set, *own, f"checkpoint.dir={folder}"]
     if not (folder / "summary.json").exists():
         print(f"{name}: {' '.join(settings)}", flush=True)
         command = [sys.executable, str(ROOT / "launchers/pretrain.py"), "--config", args.config, "--resume", "auto"]

@@ -38,7 +38,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from benchmarks.common import ROOT, append, device_name, drawing, markdown, one_line, provenance, write_json
+from benchmarks.common import ROOT, append, chosen, device_name, drawing, markdown, one_line, provenance, write_json
 
 SMALL = ["optimizer.state_bits=8"]
 FP8 = [*SMALL, "quantization.compute=fp8"]
@@ -121,7 +121,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     from dqt_dist.training import cost
 
     args.config = args.config or DEFAULTS[device][0]
-    named = [chosen(text) for text in (args.variants or DEFAULTS[device][1]).split(";")]
+    named = [chosen(text, VARIANTS, "--variants") for text in (args.variants or DEFAULTS[device][1]).split(";")]
     launch = discover()
     export(launch)
     with tempfile.TemporaryDirectory() as folder:
@@ -155,16 +155,6 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
         model = config.model.model_dump() | {"micro_batch_size": config.training.micro_batch_size}
         finalize()
     return facts | {"model": model, "steps": args.steps, "warmup": args.warmup, "rows": rows}
-
-
-def chosen(text: str) -> tuple[str, list[str]]:
-    """Name and overrides of one item of --variants."""
-    name, equals, settings = text.strip().partition("=")
-    if equals:
-        return name, settings.split(",")
-    if name not in VARIANTS:
-        raise SystemExit(f"--variants: unknown {name!r}; known: {'; '.join(VARIANTS)}; or NAME=section.key=value,...")
-    return name, VARIANTS[name]
 
 
 def load(args: argparse.Namespace, settings: list[str], folder: str, world_size: int) -> Any:

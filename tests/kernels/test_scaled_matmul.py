@@ -6,12 +6,7 @@ import pytest
 import torch
 
 from dqt_dist.kernels.scaled_matmul import scaled_matmul
-
-E4M3 = torch.float8_e4m3fn
-
-
-def e4m3(rows: int, columns: int) -> torch.Tensor:
-    return (torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns)) * 50).to(E4M3)
+from tests.kernels.codes import E4M3, e4m3
 
 
 def test_scaled_matmul_is_the_product_of_what_the_codes_stand_for() -> None:

@@ -6,12 +6,7 @@ import pytest
 import torch
 
 from dqt_dist.kernels.transpose import transpose
-
-E4M3 = torch.float8_e4m3fn
-
-
-def e4m3(rows: int, columns: int) -> torch.Tensor:
-    return (torch.randn(rows, columns, generator=torch.Generator().manual_seed(columns)) * 50).to(E4M3)
+from tests.kernels.codes import E4M3, e4m3
 
 
 def test_transpose_moves_codes_and_scales_tokens() -> None:
