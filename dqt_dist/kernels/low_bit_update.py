@@ -36,9 +36,9 @@ def sum_by_matrix(weight: LowBitMatrix, start: int, row_counts: Tensor) -> Tenso
 
 
 def kernel_fits(weight: LowBitMatrix) -> bool:
-    """On CUDA, with columns in whole Philox groups (every shape the config allows is)."""
+    """On CUDA, with columns in whole Philox groups (every shape the config allows is) and counters of one word."""
     layout = weight.layout
     assert layout is not None
-    return weight.codes.is_cuda and not any(
-        n % LANES for n in (layout.in_features, layout.column_offset, layout.columns)
-    )
+    groups_are_whole = not any(n % LANES for n in (layout.in_features, layout.column_offset, layout.columns))
+    largest = max(matrix.rows * matrix.columns for matrix in layout.matrices)
+    return weight.codes.is_cuda and groups_are_whole and largest <= LANES << 32

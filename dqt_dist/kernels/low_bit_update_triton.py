@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from dqt_dist.config import STATE_BLOCK
 from dqt_dist.kernels.launch import launch
@@ -32,6 +33,9 @@ from dqt_dist.lowbit.update import RoundingKey
 # needs no barriers, and 256 divides more row lengths than larger blocks do.
 BLOCK, NUM_WARPS = 256, 1
 
+# 1.5 * 2^23: fp32's neighbours of it are integers, and its lowest 22 bits are zero.
+ROUNDER = tl.constexpr(12582912.0)
+
 
 @triton.jit
 def _interleave4(a, b, c, d):
@@ -40,63 +44,63 @@ def _interleave4(a, b, c, d):
 
 
 @triton.jit
-def _as_float(packed, POSITION: tl.constexpr, QMIN: tl.constexpr, STORAGE_BITS: tl.constexpr):
-    """Field POSITION of packed bytes (int32) as a code, fp32: put on top of the mantissa of a number in [1, 2), since a conversion
-    from int32 would cost three instructions more."""
-    LEVELS: tl.constexpr = 1 << STORAGE_BITS
-    mantissa = (packed << (23 - STORAGE_BITS - STORAGE_BITS * POSITION)) & ((LEVELS - 1) << (23 - STORAGE_BITS))
-    return (mantissa | 0x3F800000).to(tl.float32, bitcast=True) * LEVELS - (LEVELS - QMIN)
+def _load_packed(codes_row, start, packed_columns, STORAGE_BITS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """Packed bytes from column `start` on, int32 [BLOCK * STORAGE_BITS / 8]; zero fields past the end."""
+    COUNT: tl.constexpr = BLOCK * STORAGE_BITS // 8
+    offsets = start * STORAGE_BITS // 8 + tl.arange(0, COUNT)
+    return tl.load(codes_row + offsets, mask=None if WHOLE else offsets < packed_columns).to(tl.int32)
 
 
 @triton.jit
-def _load_codes(
-    codes_row, start, packed_columns, QMIN: tl.constexpr, STORAGE_BITS: tl.constexpr, BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Codes from column `start` on, fp32 [BLOCK]."""
-    PER_BYTE: tl.constexpr = 8 // STORAGE_BITS
-    offsets = start // PER_BYTE + tl.arange(0, BLOCK // PER_BYTE)
-    packed = tl.load(codes_row + offsets, mask=None if WHOLE else offsets < packed_columns).to(tl.int32)
+def _store_packed(
+    codes_row, packed, start, packed_columns, STORAGE_BITS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
+):
+    COUNT: tl.constexpr = BLOCK * STORAGE_BITS // 8
+    offsets = start * STORAGE_BITS // 8 + tl.arange(0, COUNT)
+    tl.store(codes_row + offsets, packed.to(codes_row.dtype.element_ty), mask=None if WHOLE else offsets < packed_columns)
+
+
+@triton.jit
+def _field(on_top, POSITION: tl.constexpr, STORAGE_BITS: tl.constexpr):
+    """Field POSITION of packed bytes, fp32. They come or-ed with the bits of 2^23; in its mantissa a field counts 2^SHIFT."""
+    SHIFT: tl.constexpr = STORAGE_BITS * POSITION
+    UNIT: tl.constexpr = 1.0 / (1 << SHIFT)
+    bits = on_top & (0x7F000000 | ((1 << STORAGE_BITS) - 1) << SHIFT)
+    return bits.to(tl.float32, bitcast=True) * UNIT - 8388608.0 * UNIT
+
+
+@triton.jit
+def _fields(packed, QMIN: tl.constexpr, STORAGE_BITS: tl.constexpr):
+    """Codes less QMIN, fp32, of packed bytes."""
+    on_top = packed | 0x4B000000
     # One return: Triton types every return statement, also those a constexpr condition leaves out.
     if STORAGE_BITS == 8:
-        result = packed.to(tl.float32)
+        result = packed.to(tl.float32) - QMIN
     elif STORAGE_BITS == 4:
-        result = tl.interleave(_as_float(packed, 0, QMIN, 4), _as_float(packed, 1, QMIN, 4))
+        result = tl.interleave(_field(on_top, 0, 4), _field(on_top, 1, 4))
     else:
-        result = _interleave4(
-            _as_float(packed, 0, QMIN, 2),
-            _as_float(packed, 1, QMIN, 2),
-            _as_float(packed, 2, QMIN, 2),
-            _as_float(packed, 3, QMIN, 2),
-        )
+        result = _interleave4(_field(on_top, 0, 2), _field(on_top, 1, 2), _field(on_top, 2, 2), _field(on_top, 3, 2))
     return result
 
 
 @triton.jit
-def _store_codes(
-    codes_row, codes, start, packed_columns, QMIN: tl.constexpr, STORAGE_BITS: tl.constexpr, BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Packs fp32 codes [BLOCK]: a byte is the sum of its fields times powers of two, converted once."""
+def _packed(fields, QMIN: tl.constexpr, STORAGE_BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """The inverse for int32 fields [BLOCK], which may have a multiple of 2^16 added; as bytes, int32."""
     PER_BYTE: tl.constexpr = 8 // STORAGE_BITS
-    offsets = start // PER_BYTE + tl.arange(0, BLOCK // PER_BYTE)
     if STORAGE_BITS == 8:
-        packed = codes.to(tl.int8)
+        result = fields + QMIN
     else:
-        fields = tl.reshape(codes - QMIN, (BLOCK // PER_BYTE, PER_BYTE))
-        weights = (1 << (tl.arange(0, PER_BYTE) * STORAGE_BITS)).to(tl.float32)
-        packed = tl.sum(fields * weights[None, :], axis=1).to(tl.int32).to(tl.uint8)
-    tl.store(codes_row + offsets, packed, mask=None if WHOLE else offsets < packed_columns)
+        places = tl.arange(0, PER_BYTE) * STORAGE_BITS
+        result = tl.sum(tl.reshape(fields, (BLOCK // PER_BYTE, PER_BYTE)) << places[None, :], axis=1)
+    return result & 255
 
 
 @triton.jit
 def _philox(key, counter, step, id_word):
-    """The four words of int64 counters, key = second word << 32 | first (lowbit/coordinates.py). tl.philox would take the halves of
-    each product by an instruction of its own."""
-    c0 = (counter & 0xFFFFFFFF).to(tl.uint32)
-    c1 = (counter >> 32).to(tl.uint32)
-    c2 = tl.zeros_like(c0) + step.to(tl.uint32)
-    c3 = tl.zeros_like(c0) + id_word
+    """The four words of counters below 2^32, key = second word << 32 | first (lowbit/coordinates.py). tl.philox would take the halves
+    of each product by an instruction of its own; with the upper words of the counter the same everywhere, two of the twenty
+    products are scalars."""
+    c0, c1, c2, c3 = counter, tl.zeros_like(counter), step.to(tl.uint32), id_word
     k0 = key.to(tl.uint32)
     k1 = (key >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
@@ -113,27 +117,39 @@ def _philox(key, counter, step, id_word):
 
 @triton.jit
 def _draw(element, id_word, key, step, BLOCK: tl.constexpr):
-    """The 32-bit words of BLOCK neighbouring elements from `element` on, a multiple of 4: uint32 [BLOCK]."""
+    """The 32-bit words of BLOCK neighbouring elements from `element` on, a multiple of 4 below 2^34: uint32 [BLOCK]."""
     # Two counters for the 8 columns of a thread: words are where they are used.
-    pair = element // 4 + 2 * tl.arange(0, BLOCK // 8).to(tl.int64)
+    pair = (element // 4).to(tl.uint32) + 2 * tl.arange(0, BLOCK // 8).to(tl.uint32)
     a0, a1, a2, a3 = _philox(key, pair, step, id_word)
     b0, b1, b2, b3 = _philox(key, pair + 1, step, id_word)
     return _interleave4(tl.interleave(a0, b0), tl.interleave(a1, b1), tl.interleave(a2, b2), tl.interleave(a3, b3))
 
 
 @triton.jit
-def _round(inside_grid, words, STOCHASTIC: tl.constexpr):
-    """Wanted codes, clamped to the grid, to codes on it: fp32 [BLOCK]. Clamping first gives the same: a code at an end has no
-    fraction, and one beyond it rounds to it or further out."""
-    below = tl.floor(inside_grid)
-    above_half = inside_grid - below
+def _clamped(x, SPAN: tl.constexpr):
+    """fp32 x between 0 and SPAN, by one instruction: numbers that are not negative are ordered as their bits are."""
+    return tl.inline_asm_elementwise(
+        "min.s32.relu $0, $1, $2;", "=r,r,r", [x, tl.full(x.shape, SPAN, tl.float32)],
+        dtype=tl.float32, is_pure=True, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _round(inside_grid, words, QMIN: tl.constexpr, STOCHASTIC: tl.constexpr):
+    """Fields t inside the grid to whole ones, int32 [BLOCK] with the bits of ROUNDER added.
+
+    floor(t) + [u < t - floor(t)] is the smallest integer that is not below t - u. Sums rounded towards +inf never fall below it: one
+    with -u, one with a number whose neighbours are integers, which leaves the field in its lowest bits. u has the first 24 binary
+    digits of a word, from its highest that is set, so that an fp32 t with more than 24 of them is served too.
+    """
     if STOCHASTIC:
-        uniform = (words >> 8).to(tl.float32) * 5.9604644775390625e-08  # 2^-24
-        up = uniform < above_half
+        digits = tl.inline_asm_elementwise("cvt.rz.f32.u32 $0, $1;", "=f,r", [words], dtype=tl.float32, is_pure=True, pack=1)
+        result = libdevice.add_ru(libdevice.fma_ru(digits, -2.3283064365386963e-10, inside_grid), ROUNDER)  # 2^-32
+        bits = result.to(tl.int32, bitcast=True)
     else:
-        odd = below - 2.0 * tl.floor(below * 0.5)
-        up = (above_half > 0.5) | ((above_half == 0.5) & (odd == 1.0))
-    return below + tl.where(up, 1.0, 0.0)
+        # To nearest, half to an even code.
+        bits = (inside_grid + (ROUNDER + QMIN)).to(tl.int32, bitcast=True) - QMIN
+    return bits
 
 
 @triton.jit
@@ -152,35 +168,55 @@ def _land(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Rounds finite `wanted` [BLOCK] and stores it over `old` (fp32 codes). Returns flips, zeros and clamped weights, fp32
+    """Rounds wanted fields [BLOCK], which are finite, and stores them over `old`, packed. Returns flips, zeros and clamped weights, int32, int32 and fp32,
     [BLOCK / 8] each."""
-    inside_grid = tl.minimum(tl.maximum(wanted, QMIN), QMAX)
-    new = _round(inside_grid, words, STOCHASTIC)
-    flips = tl.where(new != old, 1.0, 0.0)
-    zeros = tl.where(new == 0.0, 1.0, 0.0)
+    inside_grid = _clamped(wanted, QMAX - QMIN)
+    new = _round(inside_grid, words, QMIN, STOCHASTIC)
     clamped = tl.where(inside_grid != wanted, 1.0, 0.0)
     if not WHOLE:
         inside = start + tl.arange(0, BLOCK) < columns
-        flips = tl.where(inside, flips, 0.0)
-        zeros = tl.where(inside, zeros, 0.0)
         clamped = tl.where(inside, clamped, 0.0)
         # Columns past the end keep a zero field, as packing leaves it.
-        new = tl.where(inside, new, QMIN)
-    _store_codes(codes_row, new, start, packed_columns, QMIN, STORAGE_BITS, BLOCK, WHOLE)
-    return _sum8(flips, BLOCK), _sum8(zeros, BLOCK), _sum8(clamped, BLOCK)
+        new = tl.where(inside, new, 0)
+    new = _packed(new, QMIN, STORAGE_BITS, BLOCK)
+    _store_packed(codes_row, new, start, packed_columns, STORAGE_BITS, BLOCK, WHOLE)
+    zeros = 8 - _fields_set(new ^ _zero_fields(QMIN, STORAGE_BITS), STORAGE_BITS, BLOCK)
+    return _fields_set(old ^ new, STORAGE_BITS, BLOCK), zeros, tl.sum(tl.reshape(clamped, (BLOCK // 8, 8)), axis=1)
 
 
 @triton.jit
-def _sum8(x, BLOCK: tl.constexpr):
-    """Sums of 8 neighbours, which one thread holds."""
-    return tl.sum(tl.reshape(x, (BLOCK // 8, 8)), axis=1)
+def _zero_fields(QMIN: tl.constexpr, STORAGE_BITS: tl.constexpr):
+    """A byte of zero codes."""
+    return 0 if STORAGE_BITS == 8 else -QMIN * (255 // ((1 << STORAGE_BITS) - 1))
+
+
+@triton.jit
+def _fields_set(packed, STORAGE_BITS: tl.constexpr, BLOCK: tl.constexpr):
+    """How many fields of 8 neighbours are not zero, int32 [BLOCK / 8], of packed bytes."""
+    if STORAGE_BITS == 8:
+        bits = tl.where((packed & 255) != 0, 1, 0)
+    elif STORAGE_BITS == 4:
+        # Four bytes hold the 8 fields.
+        bits = packed | (packed >> 2)
+        bits = (bits | (bits >> 1)) & 0x11
+    else:
+        bits = (packed | (packed >> 1)) & 0x55
+    words = tl.reshape(bits, (BLOCK // 8, STORAGE_BITS))
+    places = tl.arange(0, STORAGE_BITS) * 8 if STORAGE_BITS < 8 else tl.arange(0, STORAGE_BITS)
+    return libdevice.popc(tl.sum(words << places[None, :], axis=1))
+
+
+@triton.jit
+def _decayed(fields, decay_factor, QMIN: tl.constexpr):
+    """Fields of codes times a factor."""
+    return fields * decay_factor + (QMIN * decay_factor - QMIN)
 
 
 @triton.jit
 def _store_counts(counts_row, flips, zeros, clamped):
     """Counts of a row; fp32 holds them exactly."""
-    tl.store(counts_row, tl.sum(flips).to(tl.int32))
-    tl.store(counts_row + 1, tl.sum(zeros).to(tl.int32))
+    tl.store(counts_row, tl.sum(flips))
+    tl.store(counts_row + 1, tl.sum(zeros))
     tl.store(counts_row + 2, tl.sum(clamped).to(tl.int32))
 
 
@@ -212,15 +248,16 @@ def _update_kernel(
     rate = learning_rate / tl.load(row_scale + row)
     codes_row = codes + row * packed_columns
     direction_row = direction + row * columns
-    flips = tl.zeros((BLOCK // 8,), tl.float32)
-    zeros = tl.zeros((BLOCK // 8,), tl.float32)
+    flips = tl.zeros((BLOCK // 8,), tl.int32)
+    zeros = tl.zeros((BLOCK // 8,), tl.int32)
     clamped = tl.zeros((BLOCK // 8,), tl.float32)
     for start in range(0, columns, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         inside = None if WHOLE else offsets < columns
-        old = _load_codes(codes_row, start, packed_columns, QMIN, STORAGE_BITS, BLOCK, WHOLE)
-        wanted = old * decay_factor - tl.load(direction_row + offsets, mask=inside) * rate
-        wanted = tl.where(tl.abs(wanted) < float("inf"), wanted, old)
+        old = _load_packed(codes_row, start, packed_columns, STORAGE_BITS, BLOCK, WHOLE)
+        fields = _fields(old, QMIN, STORAGE_BITS)
+        wanted = _decayed(fields, decay_factor, QMIN) - tl.load(direction_row + offsets, mask=inside) * rate
+        wanted = tl.where(tl.abs(wanted) < float("inf"), wanted, fields)
         words = _draw(element + start, id_word, key, step, BLOCK)
         new_flips, new_zeros, new_clamped = _land(
             codes_row, old, wanted, words, start, columns, packed_columns,
@@ -320,6 +357,48 @@ def _store_blocks(
     tl.store(exponents_row + blocks, exponents.to(tl.uint8), mask=None if WHOLE else blocks < columns // STATE_BLOCK)
 
 
+@triton.jit
+def _load_gradient(gradient_row, start, columns, moves, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """fp32 [BLOCK]; zeros when nothing moves, whatever stands there."""
+    if gradient_row.dtype.element_ty == tl.bfloat16:
+        # Pairs, whose halves are the upper halves of two fp32.
+        offsets = start // 2 + tl.arange(0, BLOCK // 2)
+        inside = moves if WHOLE else moves & (offsets < columns // 2)
+        pairs = tl.load(gradient_row.to(tl.pointer_type(tl.int32), bitcast=True) + offsets, mask=inside, other=0)
+        result = tl.interleave(
+            (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
+        )
+    else:
+        offsets = start + tl.arange(0, BLOCK)
+        result = tl.load(gradient_row + offsets, mask=moves if WHOLE else moves & (offsets < columns), other=0.0)
+    return result
+
+
+@triton.jit
+def _saturated(x):
+    """int32 >> 20 to uint8, negative numbers to 0. A shift as the high half of a product runs beside the others of this kernel."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b, c, d;
+        mul.hi.s32 a, $1, 4096; mul.hi.s32 b, $2, 4096; mul.hi.s32 c, $3, 4096; mul.hi.s32 d, $4, 4096;
+        cvt.pack.sat.u8.s32.b32 c, d, c, 0; cvt.pack.sat.u8.s32.b32 $0, b, a, c;
+        }""",
+        "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _square_root(x):
+    """To 2^-22; a denormal counts as zero."""
+    return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _reciprocal(x):
+    """To an ulp: one instruction where a division takes six."""
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
 @triton.jit(do_not_specialize=["key", "step"])
 def _adamw_kernel(
     codes,
@@ -333,24 +412,23 @@ def _adamw_kernel(
     row_scale,
     counts,
     clip,
-    learning_rate,
     decay_factor,
     beta1,
     weight1,
     beta2,
     weight2,
-    unbias1,
-    unbias2,
+    root_factor,
     epsilon,
     key,
     step,
     columns,
     packed_columns,
+    CLIPPED: tl.constexpr,
+    GRADIENT_LIMIT: tl.constexpr,
     STATE_BITS: tl.constexpr,
     STATE_BLOCK: tl.constexpr,
     SIGNED_EXPONENT_MIN: tl.constexpr,
     UNSIGNED_EXPONENT_MIN: tl.constexpr,
-    GRADIENT_LIMIT: tl.constexpr,
     DECAYS: tl.constexpr,
     STOCHASTIC: tl.constexpr,
     QMIN: tl.constexpr,
@@ -362,67 +440,74 @@ def _adamw_kernel(
     row = tl.program_id(0).to(tl.int64)
     element = tl.load(first_element + row)
     id_word = tl.load(matrix_id + row).to(tl.uint32)
-    factor = tl.load(clip)
-    # What a gradient is multiplied with before it goes into the moments.
-    weight1 *= factor
-    weight2 *= factor * factor
-    # A step that is clipped to nothing must not move codes by its first moment either.
-    rate = tl.where(factor > 0.0, learning_rate / tl.load(row_scale + row) * unbias1, 0.0)
+    moves = True
+    if CLIPPED:
+        factor = tl.load(clip)
+        # What a gradient is multiplied with before it goes into the moments.
+        weight1 *= factor
+        weight2 *= factor * factor
+        moves = factor > 0.0
+    # The rate divides the denominator, so that it costs no operation a weight; where nothing moves it is infinite, as for a rate of zero.
+    scale = tl.load(row_scale + row)
+    root_factor = tl.where(moves, root_factor * scale, 0.0)
+    epsilon = tl.where(moves, epsilon * scale, float("inf"))
     codes_row = codes + row * packed_columns
     gradient_row = gradient + row * columns
     exp_avg_row = exp_avg + row * columns
     second_row = second + row * columns
     exp_avg_scale_row = exp_avg_scale + row * (columns // STATE_BLOCK)
     second_scale_row = second_scale + row * (columns // STATE_BLOCK)
-    flips = tl.zeros((BLOCK // 8,), tl.float32)
-    zeros = tl.zeros((BLOCK // 8,), tl.float32)
+    flips = tl.zeros((BLOCK // 8,), tl.int32)
+    zeros = tl.zeros((BLOCK // 8,), tl.int32)
     clamped = tl.zeros((BLOCK // 8,), tl.float32)
     for start in range(0, columns, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         inside = None if WHOLE else offsets < columns
-        g = tl.load(gradient_row + offsets, mask=inside).to(tl.float32)
-        g = tl.where(tl.abs(g) < GRADIENT_LIMIT, g, 0.0)
-        words = _draw(element + start, id_word, key, step, BLOCK)
+        old = _load_packed(codes_row, start, packed_columns, STORAGE_BITS, BLOCK, WHOLE)
+        g = _load_gradient(gradient_row, start, columns, moves, BLOCK, WHOLE)
+        if not CLIPPED:
+            g = tl.where(tl.abs(g) < GRADIENT_LIMIT, g, 0.0)
         if STATE_BITS == 8:
             # The formats of lowbit/block_float.py.
             m_codes, m_exponents = _load_blocks(
                 exp_avg_row, exp_avg_scale_row, start, columns, BLOCK, STATE_BLOCK, WHOLE
             )
+            v_codes, v_exponents = _load_blocks(second_row, second_scale_row, start, columns, BLOCK, STATE_BLOCK, WHOLE)
             m = m_codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
             m_scale = _power_of_two(tl.maximum(m_exponents, SIGNED_EXPONENT_MIN) - 134)
             m = tl.reshape(m * (m_scale * beta1), (BLOCK,))
-            v_codes, v_exponents = _load_blocks(second_row, second_scale_row, start, columns, BLOCK, STATE_BLOCK, WHOLE)
             v_shift = (tl.maximum(v_exponents, UNSIGNED_EXPONENT_MIN) - UNSIGNED_EXPONENT_MIN) << 23
             v = tl.reshape(((v_codes.to(tl.int32) << 20) + v_shift).to(tl.float32, bitcast=True), (BLOCK,))
         else:
             m = tl.load(exp_avg_row + offsets, mask=inside) * beta1
             v = tl.load(second_row + offsets, mask=inside)
+        words = _draw(element + start, id_word, key, step, BLOCK)
         m += weight1 * g
         v = beta2 * v + weight2 * g * g
         if STATE_BITS == 8:
-            noise = tl.reshape(((words & 255) << 12).to(tl.int32), (BLOCK // STATE_BLOCK, STATE_BLOCK))
+            noise = tl.reshape((words & 0xFFFFF).to(tl.int32), (BLOCK // STATE_BLOCK, STATE_BLOCK))
             m_blocks = tl.reshape(m, (BLOCK // STATE_BLOCK, STATE_BLOCK))
             m_exponents = tl.max(tl.abs(m_blocks), axis=1).to(tl.int32, bitcast=True) >> 23
             y = m_blocks * _power_of_two(134 - tl.maximum(m_exponents, SIGNED_EXPONENT_MIN))[:, None]
-            bits = (y.to(tl.int32, bitcast=True) + noise + 2048) & -1048576  # -2^20
+            bits = (y.to(tl.int32, bitcast=True) + noise) & -1048576  # -2^20
             m_codes = bits.to(tl.float32, bitcast=True).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
             _store_blocks(
                 exp_avg_row, exp_avg_scale_row, m_codes, m_exponents, start, columns, BLOCK, STATE_BLOCK, WHOLE
             )
             v_blocks = tl.reshape(v, (BLOCK // STATE_BLOCK, STATE_BLOCK))
-            v_exponents = tl.max(v_blocks, axis=1).to(tl.int32, bitcast=True) >> 23
+            # Not negative, so ordered as their bits, of which a GPU takes the maximum of three at once.
+            v_bits = v_blocks.to(tl.int32, bitcast=True)
+            v_exponents = tl.max(v_bits, axis=1) >> 23
             v_shift = (tl.maximum(v_exponents, UNSIGNED_EXPONENT_MIN) - UNSIGNED_EXPONENT_MIN) << 23
-            bits = v_blocks.to(tl.int32, bitcast=True) + noise + (2048 - v_shift)[:, None]
-            v_codes = (tl.maximum(bits, 0) >> 20).to(tl.uint8)
+            v_codes = _saturated(v_bits + noise - v_shift[:, None])
             _store_blocks(second_row, second_scale_row, v_codes, v_exponents, start, columns, BLOCK, STATE_BLOCK, WHOLE)
         else:
             tl.store(exp_avg_row + offsets, m, mask=inside)
             tl.store(second_row + offsets, v, mask=inside)
-        # 1/x as the square of 1/sqrt(x): two instructions where a division takes six.
-        inverse = tl.rsqrt(tl.sqrt(v) * unbias2 + epsilon)
-        old = _load_codes(codes_row, start, packed_columns, QMIN, STORAGE_BITS, BLOCK, WHOLE)
-        # Finite, as the moments are: see GRADIENT_LIMIT.
-        wanted = (old * decay_factor if DECAYS else old) - m * (inverse * inverse) * rate
+        fields = _fields(old, QMIN, STORAGE_BITS)
+        if DECAYS:
+            fields = _decayed(fields, decay_factor, QMIN)
+        wanted = fields - m * _reciprocal(_square_root(v) * root_factor + epsilon)
         new_flips, new_zeros, new_clamped = _land(
             codes_row, old, wanted, words, start, columns, packed_columns,
             STOCHASTIC, QMIN, QMAX, STORAGE_BITS, BLOCK, WHOLE,
@@ -438,7 +523,7 @@ def adamw_update_rows_triton(
     gradient: Tensor,
     moments: dict[str, Tensor],
     start: int,
-    clip: Tensor,
+    clip: Tensor | None,
     learning_rate: float,
     betas: tuple[float, float],
     epsilon: float,
@@ -456,6 +541,11 @@ def adamw_update_rows_triton(
     rows = gradient.shape[0]
     counts = torch.empty(rows, 3, dtype=torch.int32, device=gradient.device)
     beta1, beta2 = betas
+    # direction * learning_rate / scale = m / (sqrt(v) * root_factor * scale + epsilon * scale)
+    rate = learning_rate / (1.0 - beta1**key.step)
+    root_factor, epsilon = (
+        (1.0 / (1.0 - beta2**key.step) ** 0.5 / rate, epsilon / rate) if rate > 0 else (0.0, float("inf"))
+    )
     launch(
         _adamw_kernel,
         (rows,),
@@ -468,24 +558,23 @@ def adamw_update_rows_triton(
         *_row_facts(weight, start, start + rows),
         counts,
         clip,
-        learning_rate,
         1.0 - learning_rate * weight_decay,
         beta1,
         1.0 - beta1,
         beta2,
         1.0 - beta2,
-        1.0 / (1.0 - beta1**key.step),
-        1.0 / (1.0 - beta2**key.step) ** 0.5,
+        root_factor,
         epsilon,
         int(Purpose.ROUND) << 32 | key.seed,
         key.step,
         weight.columns,
         weight.codes.shape[1],
+        CLIPPED=clip is not None,
+        GRADIENT_LIMIT=gradient_limit,
         STATE_BITS=state_bits,
         STATE_BLOCK=STATE_BLOCK,
         SIGNED_EXPONENT_MIN=SIGNED_EXPONENT_MIN,
         UNSIGNED_EXPONENT_MIN=UNSIGNED_EXPONENT_MIN,
-        GRADIENT_LIMIT=gradient_limit,
         DECAYS=weight_decay > 0,
         **_constants(weight, key),
     )

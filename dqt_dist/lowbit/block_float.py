@@ -15,14 +15,13 @@ e counts as 8 or more in the first, so that both powers of two are normal number
 of tiny numbers or zeros. An unsigned code of 0 otherwise stands for 2^(e - 157), not for zero: a second moment that got lost would
 leave its first moment divided by nearly nothing.
 
-The mantissa is rounded stochastically with 8 random bits: x keeps 3 of its 23 bits,
+The mantissa is rounded stochastically: x keeps 3 of its 23 bits, and 20 random bits are added to the others,
 
     s eeeeeeee mmm rrrrrrrrrrrrrrrrrrrr      bits of x (scaled)
-     +             nnnnnnnn100000000000      noise: n random in 0 .. 255, and half a step of n
+     +             nnnnnnnnnnnnnnnnnnnn      noise
     s eeeeeeee mmm ....................      what is kept
 
-so it is rounded up with the probability of its fraction to the nearest 1/256, E[decode(encode(x))] = x within 1/512 of a step, and a
-value that the format holds is kept. Rounding to nearest would lose every change of a moment below 1/16 of it. Below 2^-6, e4m3's
+so it is rounded up with the probability of its fraction, E[decode(encode(x))] = x, and a value that the format holds is kept. Rounding to nearest would lose every change of a moment below 1/16 of it. Below 2^-6, e4m3's
 smallest normal number (2^-13 of the block's maximum or less), steps are 2^-9 and the signed format rounds to nearest; above 0
 nothing is lost in the unsigned one.
 
@@ -48,8 +47,12 @@ DROPPED_BITS = 20
 
 
 def noise_of(words: Tensor) -> Tensor:
-    """int32 noise from the low 8 bits of 32-bit words; a rounding draw (`philox.to_unit_interval`) uses the other 24."""
-    return ((words & 255) << 12 | 1 << 11).to(torch.int32)
+    """int32 noise: the low 20 bits of 32-bit words.
+
+    The rounding of the code draws u from the same word (`philox.to_unit_interval`). It shares 12 bits, those that move u by less than
+    2^-12, so what a moment is rounded to tells nothing of a code beyond 1 part in 4096.
+    """
+    return (words & ((1 << DROPPED_BITS) - 1)).to(torch.int32)
 
 
 def encode_signed(x: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ The weight itself does not appear in the direction: landing on the grid is the r
 decoupled weight decay. `adamw_update_rows` does both in one step; on CUDA in one pass over memory, without a direction anywhere.
 
 Moments have 32 bits or 8. With 8 the direction is taken from their new values before these are rounded (`lowbit/block_float.py`:
-m signed, v unsigned). The 8 random bits of that rounding are the low ones of the word whose upper 24 round the code.
+m signed, v unsigned), with random bits of the word that also rounds the code.
 
     state_bits 32   exp_avg, exp_avg_sq               fp32  [rows, columns]         8 bytes a weight
     state_bits 8    exp_avg, exp_avg_sq               uint8 [rows, columns]         2.0625 bytes a weight
@@ -31,7 +31,7 @@ Moments = dict[str, Tensor]
 """The moments of some rows by the names above."""
 
 GRADIENT_LIMIT = 2.0**63
-"""Elements of this magnitude, whose square is hardly finite, count as zero, like those that are not finite themselves."""
+"""Elements of this magnitude, whose square is hardly finite, are treated like those that are not finite themselves."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +77,17 @@ def adamw_update_rows(
     gradient: Tensor,
     moments: Moments,
     start: int,
-    clip: Tensor,
+    clip: Tensor | None,
     learning_rate: float,
     adamw: AdamW,
     key: RoundingKey,
 ) -> Tensor:
     """One AdamW step of rows [start, start + len(gradient)): moments and codes change in place.
 
-    `gradient` [n, columns] is fp32 or bf16; elements that are not finite, or hardly (GRADIENT_LIMIT), count as zero, the others are
-    multiplied with `clip`, an fp32 scalar on their device. With clip = 0 moments decay and only weight decay moves codes. `moments`
-    are those of the n rows; `key.step` is Adam's t.
+    `gradient` [n, columns] is fp32 or bf16, and multiplied with `clip`, an fp32 scalar on its device. A clip of 0 says that elements may
+    not be finite, or hardly (GRADIENT_LIMIT): none is read, moments decay, and only weight decay moves codes. Without a clip factor
+    nobody has looked at the elements, and each that is not finite, or hardly, counts as zero. `moments` are those of the n rows;
+    `key.step` is Adam's t.
 
     Returns integers [n, 3]: flips, zeros and clamped weights of each row.
     """
@@ -105,13 +106,16 @@ def adamw_update_rows_reference(
     gradient: Tensor,
     moments: Moments,
     start: int,
-    clip: Tensor,
+    clip: Tensor | None,
     learning_rate: float,
     adamw: AdamW,
     key: RoundingKey,
 ) -> Tensor:
     """As `adamw_update_rows`, on any device."""
-    gradient = torch.where(gradient.abs() < GRADIENT_LIMIT, gradient.float(), 0.0) * clip
+    if clip is None:
+        gradient = torch.where(gradient.abs() < GRADIENT_LIMIT, gradient.float(), 0.0)
+    else:
+        gradient = torch.where(clip > 0, gradient.float() * clip, 0.0)
     words = rounding_words(weight, start, start + len(gradient), key)
     settings = {"step": key.step, "beta1": adamw.beta1, "beta2": adamw.beta2, "epsilon": adamw.epsilon}
     if "exp_avg_scale" not in moments:
@@ -125,6 +129,7 @@ def adamw_update_rows_reference(
             codes, exponents = encode(new, noise)
             moments[name].copy_(codes)
             moments[f"{name}_scale"].copy_(exponents)
-    # A step that is clipped to nothing must not move codes by its first moment either.
-    direction *= clip > 0
+    if clip is not None:
+        # A step that is clipped to nothing must not move codes by its first moment either.
+        direction *= clip > 0
     return update_rows_reference(weight, direction, start, learning_rate, adamw.weight_decay, key, words)

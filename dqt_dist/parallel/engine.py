@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dqt_dist.config import Config, layout
+from dqt_dist.optim.adamw import GRADIENT_LIMIT
 from dqt_dist.optim.schedule import schedule_factor
 from dqt_dist.parallel.gradients import Gradient, GradientReducer
 from dqt_dist.parallel.groups import Groups, MegatronUnit
@@ -209,9 +210,9 @@ class CombinedOptimizer:
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    """What gradients are multiplied with: at most 1, and 0 when the norm is not finite (the step then moves nothing)."""
+    """What gradients are multiplied with: at most 1, and 0 when the norm is not finite, or hardly (the step then moves nothing)."""
     factor = torch.clamp(max_norm / (norm + NORM_EPSILON), max=1.0) if max_norm > 0 else torch.ones_like(norm)
-    return torch.where(norm.isfinite(), factor, torch.zeros_like(norm))
+    return torch.where(norm < GRADIENT_LIMIT, factor, torch.zeros_like(norm))
 
 
 def build_engine(chunks: nn.ModuleList, config: Config, groups: Groups) -> Any:

@@ -18,7 +18,7 @@ The class sequences phases; what an update is stands in `optim/`:
 With optimizer.fused_backward phase 3 comes first and in pieces: the reducer hands over the mean of a matrix's gradient while the
 backward pass is under way (`Gradient.consume`), the matrix is updated at once with the same step number, rate and draws, and the
 gradient is freed. Nobody needs its codes any more in this step: a linear's backward takes dx before dW. There is no clip factor then,
-as the norm is not known yet; elements that are not finite count as zero (`adamw.GRADIENT_LIMIT`).
+as the norm is not known yet; elements that are not finite count as zero (`adamw_update_rows`).
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ class StepFacts:
 
     learning_rate: float
     key: RoundingKey
-    clip: Tensor
-    """fp32 scalar on the device that gradients are multiplied with."""
+    clip: Tensor | None
+    """fp32 scalar on the device that gradients are multiplied with; None before the global norm is known."""
 
 
 class AdamWRule:
@@ -162,13 +162,15 @@ class AdafactorRule:
 
     def update(self, rows: OwnedRows, mean: Tensor, facts: StepFacts) -> Iterator[Tensor]:
         """Updates moments and codes of the owned rows; yields the counts of each block's rows."""
+        clip = facts.clip
+        assert clip is not None, "the config allows fused_backward with AdamW only"
 
         def clipped(block: slice) -> Tensor:
             # clip is 0 for a step whose norm is not finite; 0 * inf is nan, which becomes 0.
-            return (mean[block].float() * facts.clip).nan_to_num_(nan=0.0)
+            return (mean[block].float() * clip).nan_to_num_(nan=0.0)
 
         # A step that is clipped to nothing must not move codes by its first moment either.
-        moves = facts.clip > 0
+        moves = clip > 0
         decay = self.config.low_bit_weight_decay
         for block, direction in self.directions(rows, clipped, facts.key.step):
             start = rows.start + block.start
@@ -231,7 +233,6 @@ class LowBitOptimizer:
             if optimizer.name == "adamw"
             else AdafactorRule(optimizer, groups, rows_sharded=self.sharded)
         )
-        self.unclipped = torch.ones((), device=groups.device)
         self.rows = [self._own(index, weight, reducer) for index, weight in enumerate(weights)]
         self.gatherer = CodeGatherer(weights, self.group) if self.stage == 3 and self.group.size() > 1 else None
 
@@ -276,9 +277,9 @@ class LowBitOptimizer:
         """Phase 3 for one matrix, when its gradient has come."""
         if self.gatherer is not None:
             self.gatherer.forget(index)
-        self._update(self.rows[index], mean, self._facts(*self.step_under_way(), self.unclipped))
+        self._update(self.rows[index], mean, self._facts(*self.step_under_way(), None))
 
-    def _facts(self, step: int, learning_rate: float, clip: Tensor) -> StepFacts:
+    def _facts(self, step: int, learning_rate: float, clip: Tensor | None) -> StepFacts:
         return StepFacts(
             learning_rate, RoundingKey(self.config.training.seed, step, self.config.quantization.rounding), clip
         )

@@ -110,11 +110,18 @@ HALF = 0.5  # a clip factor
 
 
 def stepped(
-    bits, columns: int, state_bits: int, gradients: list[Tensor], adamw: AdamW, rate: float, mode="stochastic"
+    bits,
+    columns: int,
+    state_bits: int,
+    gradients: list[Tensor],
+    adamw: AdamW,
+    rate: float,
+    mode="stochastic",
+    factor: float | None = HALF,
 ) -> list[tuple[LowBitMatrix, Moments, Tensor]]:
     """Codes, moments and last counts of the kernel and of its definition, from the same start and gradients."""
     results = []
-    clip = torch.tensor(HALF, device="cuda")
+    clip = None if factor is None else torch.tensor(factor, device="cuda")
     for weight, update in zip(
         fused_pair(bits, columns, column_offset=32), (adamw_update_rows, adamw_update_rows_reference), strict=True
     ):
@@ -134,19 +141,23 @@ def fraction(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("mode", ["stochastic", "nearest"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("columns", "state_bits"), SHAPES)
+@pytest.mark.parametrize("factor", [HALF, None])
 @pytest.mark.parametrize("bits", ["ternary", 4, 8])
-def test_adamw_kernel_follows_its_definition(bits, columns: int, state_bits: int, dtype: torch.dtype, mode) -> None:
-    """Three steps of any gradient, some elements not finite or zero. Moments are contracted to fused multiply-adds, roots and
+def test_adamw_kernel_follows_its_definition(
+    bits, columns: int, state_bits: int, dtype: torch.dtype, mode, factor: float | None
+) -> None:
+    """Three steps of any gradient, some elements zero and, without a clip factor, some not finite. Moments are contracted to fused multiply-adds, roots and
     reciprocals approximate to 2^-21, so a draw that falls into the gap decides otherwise: at most a few of 2^16."""
     gradients = [
         torch.randn(17, columns, device="cuda") * torch.logspace(-6, 1, columns, device="cuda") for _ in range(3)
     ]
     for gradient in gradients:
         gradient[2, : columns // 2] = 0.0
-        gradient[3, 1], gradient[4, 2] = float("nan"), float("inf")
+        if factor is None:
+            gradient[3, 1], gradient[4, 2] = float("nan"), float("inf")
     gradients = [gradient.to(dtype) for gradient in gradients]
     (ours, moments, counts), (reference, wanted, wanted_counts) = stepped(
-        bits, columns, state_bits, gradients, LIKE_PAPER, 3e-3, mode
+        bits, columns, state_bits, gradients, LIKE_PAPER, 3e-3, mode, factor
     )
     few = 2.0**-12 + 2 / ours.numel
     assert fraction(ours.unpack(), reference.unpack()) <= few

@@ -79,7 +79,11 @@ def shard(rows: int, columns: int, first_row: int = 0, column_offset: int = 0) -
 
 
 def stepped(
-    weight: LowBitMatrix, state_bits: int, gradients: list[Tensor], mode: Rounding = "stochastic", clip: Tensor = ONE
+    weight: LowBitMatrix,
+    state_bits: int,
+    gradients: list[Tensor],
+    mode: Rounding = "stochastic",
+    clip: Tensor | None = ONE,
 ) -> Moments:
     moments = new_moments(weight.rows, weight.columns, state_bits)
     for step, gradient in enumerate(gradients, start=1):
@@ -136,13 +140,14 @@ def test_a_shard_ends_with_its_part_of_the_whole(mode: Rounding) -> None:
 
 
 @pytest.mark.parametrize("state_bits", [8, 32])
-def test_elements_that_are_not_finite_count_as_zero(state_bits: int) -> None:
+def test_elements_that_are_not_finite_count_as_zero_where_nobody_has_taken_a_norm(state_bits: int) -> None:
     gradient = torch.randn(8, 128)
     zeroed = gradient.clone()
     for place, value in (((0, 3), math.nan), ((1, 5), math.inf), ((2, 7), -math.inf), ((3, 9), 1e30)):
         gradient[place], zeroed[place] = value, 0.0
     one, two = shard(8, 128), shard(8, 128)
-    found, wanted = stepped(one, state_bits, [gradient] * 2), stepped(two, state_bits, [zeroed] * 2)
+    found = stepped(one, state_bits, [gradient] * 2, clip=None)
+    wanted = stepped(two, state_bits, [zeroed] * 2, clip=None)
     assert torch.equal(one.codes, two.codes)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
@@ -158,5 +163,5 @@ def test_a_clip_of_zero_moves_no_code_and_lets_moments_decay(state_bits: int) ->
     adamw_update_rows(weight, nothing, moments, 0, ONE * 0, 0.5, ADAMW, KEY)
     assert not weight.unpack().any()
     assert all(not torch.equal(moments[name], before[name]) for name in ("exp_avg", "exp_avg_sq"))
-    adamw_update_rows(weight, nothing, moments, 0, ONE, 0.5, ADAMW, KEY)
+    adamw_update_rows(weight, torch.zeros(8, 128), moments, 0, ONE, 0.5, ADAMW, KEY)
     assert weight.unpack().any()
