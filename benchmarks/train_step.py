@@ -42,6 +42,7 @@ from benchmarks.common import ROOT, append, chosen, device_name, drawing, markdo
 
 SMALL = ["optimizer.state_bits=8"]
 FP8 = [*SMALL, "quantization.compute=fp8"]
+GRAPH = "training.cuda_graph=true"
 VARIANTS: dict[str, list[str]] = {
     "none-fp32": ["quantization.method=none", "quantization.compute=fp32", "optimizer.gradient_dtype=fp32"],
     "dqt-fp32": ["quantization.compute=fp32", "optimizer.gradient_dtype=fp32"],
@@ -50,6 +51,11 @@ VARIANTS: dict[str, list[str]] = {
     "dqt-bf16": [*SMALL, "quantization.compute=bf16"],
     "dqt-int8": [*SMALL, "quantization.compute=int8"],
     "dqt-fp8": FP8,
+    "none-bf16, CUDA graph": ["quantization.method=none", "quantization.compute=bf16", GRAPH],
+    "bitnet-bf16, CUDA graph": ["quantization.method=bitnet", "quantization.compute=bf16", GRAPH],
+    "dqt-bf16, CUDA graph": [*SMALL, "quantization.compute=bf16", GRAPH],
+    "dqt-int8, CUDA graph": [*SMALL, "quantization.compute=int8", GRAPH],
+    "dqt-fp8, CUDA graph": [*FP8, GRAPH],
     "dqt-fp8, dW in bf16": [*FP8, "quantization.weight_gradient=bf16"],
     "dqt-fp8, fused update": [*FP8, "optimizer.fused_backward=true", "optimizer.max_grad_norm=0"],
     "dqt-fp8, recompute mlp": [*FP8, "training.recompute=mlp"],
@@ -93,7 +99,7 @@ def main() -> int:
     known = f"{'; '.join(VARIANTS)}; or NAME=section.key=value,section.key=value"
     add("--variants", help=f"which, separated by semicolons, of: {known}. The first is what others are compared with")
     add("--steps", type=int, default=10, help="timed steps of each variant (default: %(default)s)")
-    add("--warmup", type=int, default=5, help="steps before them, at least 1 (default: %(default)s)")
+    add("--warmup", type=int, default=5, help="steps before them, at least 3 for a CUDA graph (default: %(default)s)")
     add("--no-profile", action="store_true", help="leave out the profiled step")
     add("--sync-check", action="store_true", help="also run 3 steps in which waiting for the GPU is an error")
     add("--kernels", action="store_true", help=f"print the {LINES} kernels that take longest")
@@ -221,6 +227,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
     from dqt_dist.parallel.engine import build_engine
     from dqt_dist.parallel.model import build_model
     from dqt_dist.training import cost
+    from dqt_dist.training.cuda_graph import MicroBatchGraph
     from dqt_dist.training.loop import build_loaders
     from dqt_dist.training.step import mean_over_data, train_step
 
@@ -228,6 +235,8 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
     batches = build_loaders(config, groups, Progress(0, 0, 0))[0].iterate(0)
     chunks = build_model(config, groups)
     engine = build_engine(chunks, config, groups)
+    gradients = engine.optimizer.reducer.gradients
+    graph = MicroBatchGraph(chunks, gradients, config, groups) if config.training.cuda_graph else None
     built = time.perf_counter() - start
     waited: list[float] = []
     losses: list[torch.Tensor] = []
@@ -236,7 +245,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
         begin = time.perf_counter()
         batch = next(batches)
         waited.append(time.perf_counter() - begin)
-        losses.append(train_step(engine, chunks, batch, config, groups).loss)
+        losses.append(train_step(engine, chunks, batch, config, groups, graph).loss)
 
     def mark() -> Any:
         if not on_cuda:
@@ -246,11 +255,13 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
         return event
 
     try:
+        if on_cuda:
+            # Before the first steps: what a CUDA graph will need again and again, torch counts when it is recorded only.
+            torch.cuda.reset_peak_memory_stats()
         for _ in range(args.warmup):
             step()
         if on_cuda:
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
         waited.clear()
         start, marks = time.perf_counter(), [mark()]
         for _ in range(args.steps):
@@ -284,7 +295,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
         if not args.no_profile:
             row["parts"], row["kernels"] = profile(step, engine.optimizer, row["step_ms"])
         if args.sync_check and on_cuda:
-            row["sync"] = sync_check(engine, chunks, [next(batches) for _ in range(3)], config, groups)
+            row["sync"] = sync_check(engine, chunks, [next(batches) for _ in range(3)], config, groups, graph)
         return row
     finally:
         batches.close()  # ends the loader's processes
@@ -371,7 +382,7 @@ def on_host(events: list[dict[str, Any]]) -> Iterator[tuple[str, float, bool]]:
         yield e["name"], max(0.0, microseconds) / 1e3, begin <= e["ts"] <= end
 
 
-def sync_check(engine: Any, chunks: Any, batches: list[Any], config: Any, groups: Any) -> str:
+def sync_check(engine: Any, chunks: Any, batches: list[Any], config: Any, groups: Any, graph: Any) -> str:
     """ "none", or the lines of ours that waited for the GPU. Copies of the batch to the device are inside.
 
     torch knows of its own waits only, not of those a library makes by itself.
@@ -383,7 +394,7 @@ def sync_check(engine: Any, chunks: Any, batches: list[Any], config: Any, groups
     torch.cuda.set_sync_debug_mode("error")
     try:
         for batch in batches:
-            train_step(engine, chunks, batch, config, groups)
+            train_step(engine, chunks, batch, config, groups, graph)
     except RuntimeError as error:
         frames = traceback.extract_tb(error.__traceback__)
         ours = [frame for frame in frames if "dqt_dist" in frame.filename]

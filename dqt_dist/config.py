@@ -226,6 +226,9 @@ class TrainingConfig(Section):
     recompute: Literal["none", "mlp", "full"] = "none"
     """Activation checkpointing: what the backward pass computes again instead of keeping it. mlp: the feed-forward half of each
     block; full: whole blocks, of which only the input is kept."""
+    cuda_graph: bool = False
+    """Launch forward and backward of a micro-batch as one CUDA graph, so that Python's speed does not matter. Needs tensor and pipeline
+    parallel size 1 and ZeRO stage 0 or 1. Gradients then stay allocated between steps."""
     replica_check_interval: NonNegativeInt = 100
     """Steps between comparisons of weights that several ranks hold alike; a difference stops the run. 0 for none."""
     eval_interval: NonNegativeInt = 0
@@ -494,6 +497,7 @@ def _problems(config: Config) -> Iterable[str]:
     yield from _pipeline_problems(config)
     yield from _quantization_problems(config)
     yield from _fused_backward_problems(config)
+    yield from _cuda_graph_problems(config)
     yield from _state_bits_problems(config)
     yield from _schedule_problems(config)
     yield from _checkpoint_problems(config)
@@ -646,6 +650,36 @@ def _fused_backward_problems(config: Config) -> Iterable[str]:
         yield (
             f'optimizer.fused_backward: true does not go with quantization.method = "{config.quantization.method}", which has '
             f"no low-bit weights; use false"
+        )
+
+
+def _cuda_graph_problems(config: Config) -> Iterable[str]:
+    if not config.training.cuda_graph:
+        return
+    what = "training.cuda_graph: true"
+    for name in ("tensor", "pipeline"):
+        size = getattr(config.parallel, name)
+        if size > 1:
+            yield f"{what} records the work of one rank, but parallel.{name} = {size} makes ranks exchange activations; use false"
+    if config.zero_stage > 1:
+        yield (
+            f"{what} needs gradients and weights that stay where they are, but ZeRO stage {config.zero_stage} moves them in the "
+            f"backward pass; use deepspeed.zero_optimization.stage = 1, or false"
+        )
+    if config.optimizer.fused_backward:
+        yield (
+            f"{what} does not go with optimizer.fused_backward = true: step and rate of an update change, what is recorded does "
+            f"not; use one of the two"
+        )
+    if config.optimizer.gradient_reduction == "micro_batch":
+        yield (
+            f'{what} does not go with optimizer.gradient_reduction = "micro_batch", which sums over ranks in every backward pass; '
+            f'use "step", or false'
+        )
+    if config.training.recompute != "none":
+        yield (
+            f'{what} does not go with training.recompute = "{config.training.recompute}": megatron-core sets generators back on the '
+            f'host before it computes again; use recompute = "none", or false'
         )
 
 

@@ -18,7 +18,7 @@ def update_rows(
 ) -> Tensor:
     """Updates rows [start, start + len(direction)) in place; arguments and meaning as `update_rows_reference`.
 
-    Returns integers [n, 3]: flips, zeros and clamped weights of each row.
+    Returns integers [n, parts, 3]: flips, zeros and clamped weights of each part of each row.
     """
     if kernel_fits(weight):
         from dqt_dist.kernels.low_bit_update_triton import (
@@ -30,9 +30,9 @@ def update_rows(
 
 
 def sum_by_matrix(weight: LowBitMatrix, start: int, row_counts: Tensor) -> Tensor:
-    """Counts of rows from `start` on [n, 3] as counts of their logical matrices, int64 [matrices, 3]."""
+    """Counts of rows from `start` on [n, parts, 3] as counts of their logical matrices, int64 [matrices, 3]."""
     counts = torch.zeros(len(weight.scale), 3, dtype=torch.int64, device=row_counts.device)
-    return counts.index_add_(0, weight.row_matrix[start : start + len(row_counts)].int(), row_counts.long())
+    return counts.index_add_(0, weight.row_matrix[start : start + len(row_counts)].int(), row_counts.sum(dim=1))
 
 
 def kernel_fits(weight: LowBitMatrix) -> bool:

@@ -11,7 +11,8 @@ Bytes a ternary weight: 1/4 of codes read and written; a direction of 4 read; or
 (16 of fp32: 8) read and written, 6.6 in all. On an H200 that leaves about 57 instructions a weight at 80 % of the bandwidth of a copy,
 so they count: Philox takes a quarter, and one call serves both the code and the moments of four weights.
 
-One program walks one row: its matrix, scale and first element index are scalars, and its counts need no atomics.
+One program walks one row, or a part of it where rows are few: matrix, scale and first element index are scalars, and counts need no
+atomics.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from dqt_dist.lowbit.update import RoundingKey
 # Columns a program handles at once, a power of two, and its warps: 8 columns a thread, a 16-byte load of a bf16 gradient. One warp
 # needs no barriers, and 256 divides more row lengths than larger blocks do.
 BLOCK, NUM_WARPS = 256, 1
+# Rows are cut until there are so many programs, four for each of the 32 places on 132 multiprocessors, or so few blocks in one.
+PROGRAMS, BLOCKS_AT_LEAST = 1 << 14, 4
 
 # 1.5 * 2^23: fp32's neighbours of it are integers, and its lowest 22 bits are zero.
 ROUNDER = tl.constexpr(12582912.0)
@@ -44,11 +47,18 @@ def _interleave4(a, b, c, d):
 
 
 @triton.jit
-def _load_packed(codes_row, start, packed_columns, STORAGE_BITS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """Packed bytes from column `start` on, int32 [BLOCK * STORAGE_BITS / 8]; zero fields past the end."""
+def _load_packed(
+    codes_row, start, packed_columns, QMIN: tl.constexpr, STORAGE_BITS: tl.constexpr, BLOCK: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Packed bytes from column `start` on, int32 [BLOCK * STORAGE_BITS / 8]; fields of zero past the end."""
     COUNT: tl.constexpr = BLOCK * STORAGE_BITS // 8
     offsets = start * STORAGE_BITS // 8 + tl.arange(0, COUNT)
-    return tl.load(codes_row + offsets, mask=None if WHOLE else offsets < packed_columns).to(tl.int32)
+    if WHOLE:
+        packed = tl.load(codes_row + offsets)
+    else:
+        packed = tl.load(codes_row + offsets, mask=offsets < packed_columns, other=QMIN if STORAGE_BITS == 8 else 0)
+    return packed.to(tl.int32)
 
 
 @triton.jit
@@ -57,7 +67,9 @@ def _store_packed(
 ):
     COUNT: tl.constexpr = BLOCK * STORAGE_BITS // 8
     offsets = start * STORAGE_BITS // 8 + tl.arange(0, COUNT)
-    tl.store(codes_row + offsets, packed.to(codes_row.dtype.element_ty), mask=None if WHOLE else offsets < packed_columns)
+    tl.store(
+        codes_row + offsets, packed.to(codes_row.dtype.element_ty), mask=None if WHOLE else offsets < packed_columns
+    )
 
 
 @triton.jit
@@ -143,7 +155,9 @@ def _round(inside_grid, words, QMIN: tl.constexpr, STOCHASTIC: tl.constexpr):
     digits of a word, from its highest that is set, so that an fp32 t with more than 24 of them is served too.
     """
     if STOCHASTIC:
-        digits = tl.inline_asm_elementwise("cvt.rz.f32.u32 $0, $1;", "=f,r", [words], dtype=tl.float32, is_pure=True, pack=1)
+        digits = tl.inline_asm_elementwise(
+            "cvt.rz.f32.u32 $0, $1;", "=f,r", [words], dtype=tl.float32, is_pure=True, pack=1
+        )
         result = libdevice.add_ru(libdevice.fma_ru(digits, -2.3283064365386963e-10, inside_grid), ROUNDER)  # 2^-32
         bits = result.to(tl.int32, bitcast=True)
     else:
@@ -235,6 +249,7 @@ def _update_kernel(
     step,
     columns,
     packed_columns,
+    segment,
     STOCHASTIC: tl.constexpr,
     QMIN: tl.constexpr,
     QMAX: tl.constexpr,
@@ -243,6 +258,8 @@ def _update_kernel(
     WHOLE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * segment
+    last = tl.minimum(columns, first + segment)
     element = tl.load(first_element + row)
     id_word = tl.load(matrix_id + row).to(tl.uint32)
     rate = learning_rate / tl.load(row_scale + row)
@@ -251,10 +268,10 @@ def _update_kernel(
     flips = tl.zeros((BLOCK // 8,), tl.int32)
     zeros = tl.zeros((BLOCK // 8,), tl.int32)
     clamped = tl.zeros((BLOCK // 8,), tl.float32)
-    for start in range(0, columns, BLOCK):
+    for start in range(first, last, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         inside = None if WHOLE else offsets < columns
-        old = _load_packed(codes_row, start, packed_columns, STORAGE_BITS, BLOCK, WHOLE)
+        old = _load_packed(codes_row, start, packed_columns, QMIN, STORAGE_BITS, BLOCK, WHOLE)
         fields = _fields(old, QMIN, STORAGE_BITS)
         wanted = _decayed(fields, decay_factor, QMIN) - tl.load(direction_row + offsets, mask=inside) * rate
         wanted = tl.where(tl.abs(wanted) < float("inf"), wanted, fields)
@@ -266,7 +283,7 @@ def _update_kernel(
         flips += new_flips
         zeros += new_zeros
         clamped += new_clamped
-    _store_counts(counts + row * 3, flips, zeros, clamped)
+    _store_counts(counts + (row * tl.num_programs(1) + tl.program_id(1)) * 3, flips, zeros, clamped)
 
 
 def update_rows_triton(
@@ -277,13 +294,13 @@ def update_rows_triton(
     weight_decay: float,
     key: RoundingKey,
 ) -> Tensor:
-    """As `update_rows_reference`; `direction` contiguous, on the device of the codes."""
+    """As `update_rows_reference`, counts in parts; `direction` contiguous, on the device of the codes."""
     assert direction.dtype == torch.float32 and direction.is_contiguous()
     rows = direction.shape[0]
-    counts = torch.empty(rows, 3, dtype=torch.int32, device=direction.device)
+    segment, counts = _segments(rows, weight)
     launch(
         _update_kernel,
-        (rows,),
+        tuple(counts.shape[:2]),
         weight.packed(start, start + rows),
         direction,
         *_row_facts(weight, start, start + rows),
@@ -294,9 +311,18 @@ def update_rows_triton(
         key.step,
         weight.columns,
         weight.codes.shape[1],
+        segment,
         **_constants(weight, key),
     )
     return counts
+
+
+def _segments(rows: int, weight: LowBitMatrix) -> tuple[int, Tensor]:
+    """Columns that one program walks, a multiple of BLOCK, and a place for counts, int32 [rows, programs of a row, 3]."""
+    num_blocks = triton.cdiv(weight.columns, BLOCK)
+    blocks = max(1, triton.cdiv(num_blocks, max(1, triton.cdiv(PROGRAMS, rows))), min(num_blocks, BLOCKS_AT_LEAST))
+    counts = torch.empty(rows, triton.cdiv(num_blocks, blocks), 3, dtype=torch.int32, device=weight.codes.device)
+    return blocks * BLOCK, counts
 
 
 def _row_facts(weight: LowBitMatrix, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -423,6 +449,7 @@ def _adamw_kernel(
     step,
     columns,
     packed_columns,
+    segment,
     CLIPPED: tl.constexpr,
     GRADIENT_LIMIT: tl.constexpr,
     STATE_BITS: tl.constexpr,
@@ -438,6 +465,8 @@ def _adamw_kernel(
     WHOLE: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * segment
+    last = tl.minimum(columns, first + segment)
     element = tl.load(first_element + row)
     id_word = tl.load(matrix_id + row).to(tl.uint32)
     moves = True
@@ -460,10 +489,10 @@ def _adamw_kernel(
     flips = tl.zeros((BLOCK // 8,), tl.int32)
     zeros = tl.zeros((BLOCK // 8,), tl.int32)
     clamped = tl.zeros((BLOCK // 8,), tl.float32)
-    for start in range(0, columns, BLOCK):
+    for start in range(first, last, BLOCK):
         offsets = start + tl.arange(0, BLOCK)
         inside = None if WHOLE else offsets < columns
-        old = _load_packed(codes_row, start, packed_columns, STORAGE_BITS, BLOCK, WHOLE)
+        old = _load_packed(codes_row, start, packed_columns, QMIN, STORAGE_BITS, BLOCK, WHOLE)
         g = _load_gradient(gradient_row, start, columns, moves, BLOCK, WHOLE)
         if not CLIPPED:
             g = tl.where(tl.abs(g) < GRADIENT_LIMIT, g, 0.0)
@@ -515,7 +544,7 @@ def _adamw_kernel(
         flips += new_flips
         zeros += new_zeros
         clamped += new_clamped
-    _store_counts(counts + row * 3, flips, zeros, clamped)
+    _store_counts(counts + (row * tl.num_programs(1) + tl.program_id(1)) * 3, flips, zeros, clamped)
 
 
 def adamw_update_rows_triton(
@@ -531,7 +560,7 @@ def adamw_update_rows_triton(
     gradient_limit: float,
     key: RoundingKey,
 ) -> Tensor:
-    """As `adamw_update_rows_reference` of optim/adamw.py; gradient and moments contiguous, on the device of the codes."""
+    """As `adamw_update_rows_reference` of optim/adamw.py, counts in parts; gradient and moments contiguous, on the device of the codes."""
     exp_avg, second = moments["exp_avg"], moments["exp_avg_sq"]
     state_bits = exp_avg.itemsize * 8
     # Unused with 32 bits.
@@ -539,7 +568,7 @@ def adamw_update_rows_triton(
     assert state_bits == 32 or weight.columns % STATE_BLOCK == 0, weight.columns
     assert all(tensor.is_contiguous() for tensor in (gradient, exp_avg, second, *scales))
     rows = gradient.shape[0]
-    counts = torch.empty(rows, 3, dtype=torch.int32, device=gradient.device)
+    segment, counts = _segments(rows, weight)
     beta1, beta2 = betas
     # direction * learning_rate / scale = m / (sqrt(v) * root_factor * scale + epsilon * scale)
     rate = learning_rate / (1.0 - beta1**key.step)
@@ -548,7 +577,7 @@ def adamw_update_rows_triton(
     )
     launch(
         _adamw_kernel,
-        (rows,),
+        tuple(counts.shape[:2]),
         weight.packed(start, start + rows),
         gradient,
         exp_avg,
@@ -569,6 +598,7 @@ def adamw_update_rows_triton(
         key.step,
         weight.columns,
         weight.codes.shape[1],
+        segment,
         CLIPPED=clip is not None,
         GRADIENT_LIMIT=gradient_limit,
         STATE_BITS=state_bits,

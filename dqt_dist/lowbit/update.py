@@ -61,8 +61,8 @@ def update_rows_reference(
 ) -> Tensor:
     """Updates rows [start, start + len(direction)) of `weight` in place.
 
-    `direction` is fp32 [n, columns]; `words` are the rows' `rounding_words` where the caller has drawn them. Returns int64 [n, 3], a
-    line a row: codes that changed, codes that are now zero, wanted weights that lay outside the grid.
+    `direction` is fp32 [n, columns]; `words` are the rows' `rounding_words` where the caller has drawn them. Returns int64 [n, 1, 3]
+    of each row, in one part: codes that changed, codes that are now zero, wanted weights that lay outside the grid.
     """
     stop = start + direction.shape[0]
     codes = weight.unpack(start, stop)
@@ -74,6 +74,6 @@ def update_rows_reference(
     clamped = (wanted < weight.grid.qmin) | (wanted > weight.grid.qmax)
     updated = round_to_grid(wanted, uniforms, weight.grid)
     # Before the write: codes of 5 to 8 bits are not packed, so `codes` shares the memory that is about to change.
-    counts = torch.stack([(updated != codes).sum(1), (updated == 0).sum(1), clamped.sum(1)], dim=1)
+    counts = torch.stack([(updated != codes).sum(1), (updated == 0).sum(1), clamped.sum(1)], dim=1)[:, None]
     weight.set_codes(updated, start)
     return counts

@@ -89,7 +89,7 @@ def adamw_update_rows(
     nobody has looked at the elements, and each that is not finite, or hardly, counts as zero. `moments` are those of the n rows;
     `key.step` is Adam's t.
 
-    Returns integers [n, 3]: flips, zeros and clamped weights of each row.
+    Returns integers [n, parts, 3]: flips, zeros and clamped weights of each part of each row.
     """
     if kernel_fits(weight):
         from dqt_dist.kernels.low_bit_update_triton import (

@@ -61,7 +61,7 @@ class OwnedRows:
     state: dict[str, Tensor] = field(default_factory=dict)
     gradient: Gradient = field(init=False)
     row_counts: list[Tensor] = field(default_factory=list)
-    """Of each block of the last update, [rows, 3]: flips, zeros, clamped."""
+    """Of each block of the last update, [rows, parts of a row, 3]: flips, zeros, clamped."""
 
     @property
     def row_matrix(self) -> Tensor:

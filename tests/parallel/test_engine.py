@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from dqt_dist.optim.schedule import schedule_factor
 from dqt_dist.optim.adamw import GRADIENT_LIMIT
+from dqt_dist.optim.schedule import schedule_factor
 from dqt_dist.parallel.engine import clip_factor
 from dqt_dist.training.step import train_step
 from tests.distributed import run_distributed

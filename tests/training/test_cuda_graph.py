@@ -1,0 +1,80 @@
+"""A CUDA graph of a micro-batch changes nothing but the time of a step."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.small import random_batches, small_config
+from tests.training.conftest import Train
+
+
+def test_without_a_device_the_run_says_what_is_missing(train: Train) -> None:
+    result = train("training.cuda_graph=true")
+    assert result.returncode == 2
+    assert "training.cuda_graph: true needs a CUDA device" in result.stderr
+
+
+def states(folder: Path, overrides: list[str]) -> list[Tensor]:
+    """Losses, then codes, moments and parameters after some steps and a validation between two of them, on the host."""
+    from dqt_dist.parallel.engine import build_engine
+    from dqt_dist.parallel.groups import finalize, initialize
+    from dqt_dist.parallel.launch import discover, export
+    from dqt_dist.parallel.model import build_model
+    from dqt_dist.training.cuda_graph import EAGER_STEPS, MicroBatchGraph
+    from dqt_dist.training.step import evaluate, train_step
+
+    config = small_config(folder, *overrides, "training.deterministic=true")
+    launch = discover()
+    export(launch)
+    groups = initialize(config, launch)
+    chunks = build_model(config, groups)
+    engine = build_engine(chunks, config, groups)
+    gradients = engine.optimizer.reducer.gradients
+    graph = MicroBatchGraph(chunks, gradients, config, groups) if config.training.cuda_graph else None
+    losses = []
+    for step in range(EAGER_STEPS + 3):
+        batches = random_batches(config, step, 0, 1)
+        losses.append(train_step(engine, chunks, batches, config, groups, graph).loss)
+        if step == EAGER_STEPS:
+            losses.append(torch.tensor(evaluate(chunks, iter([batches]), config, groups)))
+    kept = [tensor for row in engine.optimizer.low_bit.rows for tensor in (row.weight.codes, *row.state.values())]
+    found = [tensor.detach().cpu() for tensor in (*losses, *kept, *chunks.parameters())]
+    finalize()
+    return found
+
+
+BF16 = ["quantization.compute=bf16", "quantization.dtype=bf16", "model.hidden_size=64", "model.ffn_hidden_size=96"]
+ZERO_1 = ["deepspeed.zero_optimization.stage=1"]
+RUNS = [
+    [*BF16, *ZERO_1, "optimizer.state_bits=8", "optimizer.gradient_dtype=bf16"],
+    [*BF16, "quantization.compute=fp8", *ZERO_1, "optimizer.state_bits=8", "optimizer.gradient_dtype=bf16"],
+    [*BF16, "optimizer.gradient_dtype=fp32", "training.global_batch_size=2"],
+    [*BF16, *ZERO_1, "quantization.method=none"],
+    [*BF16, *ZERO_1, "quantization.method=bitnet"],
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("overrides", RUNS, ids=["bf16", "fp8", "one micro-batch", "none", "bitnet"])
+def test_a_graph_leaves_the_bits_of_a_run_without_one(overrides: list[str], tmp_path: Path) -> None:
+    """Six micro-batches a step where nothing else is said. Every loss is another, so a batch or an update that a graph did not see
+    would show."""
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
+        folders = [tmp_path / name for name in ("eager", "graph")]
+        for folder in folders:
+            folder.mkdir()
+        runs = [
+            processes.submit(states, folder, [*overrides, f"training.cuda_graph={graph}"])
+            for folder, graph in zip(folders, ("false", "true"), strict=True)
+        ]
+        eager, recorded = (run.result(timeout=120) for run in runs)
+    assert len(eager) == len(recorded) > 10
+    assert len({float(loss) for loss in recorded[:6]}) == 6
+    different = [index for index, (a, b) in enumerate(zip(eager, recorded, strict=True)) if not torch.equal(a, b)]
+    assert not different
