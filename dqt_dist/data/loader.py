@@ -15,9 +15,13 @@ state is read or moved.
 
 from __future__ import annotations
 
+import os
+import select
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing import resource_tracker
 
 import torch
@@ -81,6 +85,7 @@ class Loader:
             # lock waits for it for ever. The server is a fresh process that does nothing but fork workers.
             multiprocessing_context="forkserver" if self._num_workers else None,
             prefetch_factor=2 if self._num_workers else None,
+            worker_init_fn=partial(_end_with, os.getpid()),
             pin_memory=self._pin_memory,
             # DataLoader draws a seed for its workers, from the global generator unless it is given one.
             generator=torch.Generator(),
@@ -89,6 +94,18 @@ class Loader:
             steps = iter(loader)  # starts the workers
         for step in steps:
             yield [dict(zip(_FIELDS, parts, strict=True)) for parts in zip(*(step[f] for f in _FIELDS), strict=True)]
+
+
+def _end_with(process: int, _worker: int) -> None:
+    """Has this worker end when `process` is gone, however it went. PyTorch's worker looks at its parent for that, which is the server
+    that forked it; and the server lives as long as a worker does."""
+    exited = os.pidfd_open(process)
+
+    def wait() -> None:
+        select.select([exited], [], [])
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 @contextmanager

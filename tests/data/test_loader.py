@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -346,3 +349,31 @@ def test_workers_outlive_the_signal_that_stops_a_run(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=90)
     assert done.returncode == 0, done.stderr
+
+
+KILLED = (
+    SIGNALLED[: SIGNALLED.index("if __name__")]
+    + """
+if __name__ == "__main__":
+    loader = Loader(Numbers(), micro_batch_size=1, global_batch_size=1, data_parallel_rank=0, data_parallel_size=1, num_workers=2)
+    steps = loader.iterate()
+    next(steps)
+    print(*(process.pid for process in psutil.Process().children(recursive=True)), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+)
+
+
+def test_no_process_is_left_of_a_run_that_was_killed(tmp_path: Path) -> None:
+    """Whoever reads the run's output waits for its end, which a worker that is left behind would keep from coming."""
+    script = tmp_path / "script.py"
+    script.write_text(KILLED)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=90)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    children = [int(pid) for pid in done.stdout.split()]
+    assert len(children) >= 3
+    deadline = time.monotonic() + 30
+    while left := [pid for pid in children if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
