@@ -8,7 +8,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,28 @@ def chosen(text: str, known: dict[str, list[str]], option: str) -> tuple[str, li
     if name not in known:
         raise SystemExit(f"{option}: unknown {name!r}; known: {'; '.join(known)}; or NAME=section.key=value,...")
     return name, known[name]
+
+
+@contextmanager
+def waiting_is_an_error() -> Iterator[None]:
+    """Whoever waits for the GPU inside gets a RuntimeError: an operation of torch's that copies to the host, or a call that waits for
+    the device, a stream or an event, as DeepSpeed's throughput timer makes."""
+    import torch
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("a wait for the device, a stream or an event")
+
+    places = [(torch.cuda, "synchronize"), (torch.cuda.Stream, "synchronize"), (torch.cuda.Event, "synchronize")]
+    waits = [(place, name, getattr(place, name)) for place, name in places]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for place, name, _ in waits:
+            setattr(place, name, refuse)
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        for place, name, wait in waits:
+            setattr(place, name, wait)
 
 
 def append(path: str | None, text: str) -> None:

@@ -38,7 +38,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from benchmarks.common import ROOT, append, chosen, device_name, drawing, markdown, one_line, provenance, write_json
+from benchmarks.common import (
+    ROOT,
+    append,
+    chosen,
+    device_name,
+    drawing,
+    markdown,
+    one_line,
+    provenance,
+    waiting_is_an_error,
+    write_json,
+)
 
 SMALL = ["optimizer.state_bits=8"]
 FP8 = [*SMALL, "quantization.compute=fp8"]
@@ -383,25 +394,18 @@ def on_host(events: list[dict[str, Any]]) -> Iterator[tuple[str, float, bool]]:
 
 
 def sync_check(engine: Any, chunks: Any, batches: list[Any], config: Any, groups: Any, graph: Any) -> str:
-    """ "none", or the lines of ours that waited for the GPU. Copies of the batch to the device are inside.
-
-    torch knows of its own waits only, not of those a library makes by itself.
-    """
-    import torch
-
+    """ "none", or the lines of ours that waited for the GPU. Copies of the batch to the device are inside."""
     from dqt_dist.training.step import train_step
 
-    torch.cuda.set_sync_debug_mode("error")
     try:
-        for batch in batches:
-            train_step(engine, chunks, batch, config, groups, graph)
+        with waiting_is_an_error():
+            for batch in batches:
+                train_step(engine, chunks, batch, config, groups, graph)
     except RuntimeError as error:
         frames = traceback.extract_tb(error.__traceback__)
         ours = [frame for frame in frames if "dqt_dist" in frame.filename]
         where = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in [*ours[-4:], frames[-1]]]
         return f"{' > '.join(where)}: {one_line(error)}"
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     return "none"
 
 

@@ -53,11 +53,13 @@ def _load_packed(
 ):  # fmt: skip
     """Packed bytes from column `start` on, int32 [BLOCK * STORAGE_BITS / 8]; fields of zero past the end."""
     COUNT: tl.constexpr = BLOCK * STORAGE_BITS // 8
-    offsets = start * STORAGE_BITS // 8 + tl.arange(0, COUNT)
+    first = start // (8 // STORAGE_BITS)
+    packed_at = (codes_row + first) + tl.arange(0, COUNT)
     if WHOLE:
-        packed = tl.load(codes_row + offsets)
+        packed = tl.load(packed_at)
     else:
-        packed = tl.load(codes_row + offsets, mask=offsets < packed_columns, other=QMIN if STORAGE_BITS == 8 else 0)
+        inside = tl.arange(0, COUNT) < packed_columns - first
+        packed = tl.load(packed_at, mask=inside, other=QMIN if STORAGE_BITS == 8 else 0)
     return packed.to(tl.int32)
 
 
@@ -66,10 +68,9 @@ def _store_packed(
     codes_row, packed, start, packed_columns, STORAGE_BITS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
 ):
     COUNT: tl.constexpr = BLOCK * STORAGE_BITS // 8
-    offsets = start * STORAGE_BITS // 8 + tl.arange(0, COUNT)
-    tl.store(
-        codes_row + offsets, packed.to(codes_row.dtype.element_ty), mask=None if WHOLE else offsets < packed_columns
-    )
+    first = start // (8 // STORAGE_BITS)
+    inside = None if WHOLE else tl.arange(0, COUNT) < packed_columns - first
+    tl.store((codes_row + first) + tl.arange(0, COUNT), packed.to(codes_row.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -118,8 +119,8 @@ def _philox(key, counter, step, id_word):
     for _ in tl.static_range(10):
         product_0 = c0.to(tl.uint64) * 0xD2511F53
         product_1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (product_1 >> 32).to(tl.uint32) ^ c1 ^ k0
-        c2 = (product_0 >> 32).to(tl.uint32) ^ c3 ^ k1
+        c0 = (product_1 >> 32).to(tl.uint32) ^ (c1 ^ k0)
+        c2 = (product_0 >> 32).to(tl.uint32) ^ (c3 ^ k1)
         c1 = product_1.to(tl.uint32)
         c3 = product_0.to(tl.uint32)
         k0 = (k0.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
@@ -128,10 +129,10 @@ def _philox(key, counter, step, id_word):
 
 
 @triton.jit
-def _draw(element, id_word, key, step, BLOCK: tl.constexpr):
-    """The 32-bit words of BLOCK neighbouring elements from `element` on, a multiple of 4 below 2^34: uint32 [BLOCK]."""
+def _draw(counter, id_word, key, step, BLOCK: tl.constexpr):
+    """The 32-bit words of BLOCK neighbouring elements, of which `counter` gives the first four: uint32 [BLOCK]."""
     # Two counters for the 8 columns of a thread: words are where they are used.
-    pair = (element // 4).to(tl.uint32) + 2 * tl.arange(0, BLOCK // 8).to(tl.uint32)
+    pair = counter.to(tl.uint32) + 2 * tl.arange(0, BLOCK // 8).to(tl.uint32)
     a0, a1, a2, a3 = _philox(key, pair, step, id_word)
     b0, b1, b2, b3 = _philox(key, pair + 1, step, id_word)
     return _interleave4(tl.interleave(a0, b0), tl.interleave(a1, b1), tl.interleave(a2, b2), tl.interleave(a3, b3))
@@ -260,7 +261,7 @@ def _update_kernel(
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * segment
     last = tl.minimum(columns, first + segment)
-    element = tl.load(first_element + row)
+    first_counter = (tl.load(first_element + row) >> 2).to(tl.int32)
     id_word = tl.load(matrix_id + row).to(tl.uint32)
     rate = learning_rate / tl.load(row_scale + row)
     codes_row = codes + row * packed_columns
@@ -269,13 +270,14 @@ def _update_kernel(
     zeros = tl.zeros((BLOCK // 8,), tl.int32)
     clamped = tl.zeros((BLOCK // 8,), tl.float32)
     for start in range(first, last, BLOCK):
+        tl.assume(start >= 0)  # divisions are shifts then
         offsets = start + tl.arange(0, BLOCK)
         inside = None if WHOLE else offsets < columns
         old = _load_packed(codes_row, start, packed_columns, QMIN, STORAGE_BITS, BLOCK, WHOLE)
         fields = _fields(old, QMIN, STORAGE_BITS)
         wanted = _decayed(fields, decay_factor, QMIN) - tl.load(direction_row + offsets, mask=inside) * rate
         wanted = tl.where(tl.abs(wanted) < float("inf"), wanted, fields)
-        words = _draw(element + start, id_word, key, step, BLOCK)
+        words = _draw(first_counter + (start >> 2), id_word, key, step, BLOCK)
         new_flips, new_zeros, new_clamped = _land(
             codes_row, old, wanted, words, start, columns, packed_columns,
             STOCHASTIC, QMIN, QMAX, STORAGE_BITS, BLOCK, WHOLE,
@@ -359,14 +361,14 @@ def _load_blocks(
     codes_row, exponents_row, start, columns, BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr, WHOLE: tl.constexpr
 ):
     """Codes uint8 [BLOCK / STATE_BLOCK, STATE_BLOCK] and exponents int32 [BLOCK / STATE_BLOCK, 1]."""
-    offsets = start + tl.arange(0, BLOCK)
-    blocks = start // STATE_BLOCK + tl.arange(0, BLOCK // STATE_BLOCK)
+    codes_at = (codes_row + start) + tl.arange(0, BLOCK)
+    exponents_at = (exponents_row + start // STATE_BLOCK) + tl.arange(0, BLOCK // STATE_BLOCK)
     if WHOLE:
-        codes = tl.load(codes_row + offsets)
-        exponents = tl.load(exponents_row + blocks)
+        codes, exponents = tl.load(codes_at), tl.load(exponents_at)
     else:
-        codes = tl.load(codes_row + offsets, mask=offsets < columns, other=0)
-        exponents = tl.load(exponents_row + blocks, mask=blocks < columns // STATE_BLOCK, other=0)
+        codes = tl.load(codes_at, mask=tl.arange(0, BLOCK) < columns - start, other=0)
+        inside = tl.arange(0, BLOCK // STATE_BLOCK) < (columns - start) // STATE_BLOCK
+        exponents = tl.load(exponents_at, mask=inside, other=0)
     return tl.reshape(codes, (BLOCK // STATE_BLOCK, STATE_BLOCK)), exponents.to(tl.int32)[:, None]
 
 
@@ -376,11 +378,24 @@ def _store_blocks(
     WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The inverse of `_load_blocks`; exponents [BLOCK / STATE_BLOCK]."""
-    offsets = start + tl.arange(0, BLOCK)
-    blocks = start // STATE_BLOCK + tl.arange(0, BLOCK // STATE_BLOCK)
+    codes_at = (codes_row + start) + tl.arange(0, BLOCK)
+    exponents_at = (exponents_row + start // STATE_BLOCK) + tl.arange(0, BLOCK // STATE_BLOCK)
     codes = tl.reshape(codes, (BLOCK,))
-    tl.store(codes_row + offsets, codes, mask=None if WHOLE else offsets < columns)
-    tl.store(exponents_row + blocks, exponents.to(tl.uint8), mask=None if WHOLE else blocks < columns // STATE_BLOCK)
+    if WHOLE:
+        tl.store(codes_at, codes)
+        # As it stands: tl.store would first move these few between threads.
+        tl.inline_asm_elementwise(
+            "st.global.u8 [$1], $2; mov.u32 $0, 0;",
+            "=r,l,r",
+            [exponents_at, exponents],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        tl.store(codes_at, codes, mask=tl.arange(0, BLOCK) < columns - start)
+        inside = tl.arange(0, BLOCK // STATE_BLOCK) < (columns - start) // STATE_BLOCK
+        tl.store(exponents_at, exponents.to(tl.uint8), mask=inside)
 
 
 @triton.jit
@@ -388,15 +403,15 @@ def _load_gradient(gradient_row, start, columns, moves, BLOCK: tl.constexpr, WHO
     """fp32 [BLOCK]; zeros when nothing moves, whatever stands there."""
     if gradient_row.dtype.element_ty == tl.bfloat16:
         # Pairs, whose halves are the upper halves of two fp32.
-        offsets = start // 2 + tl.arange(0, BLOCK // 2)
-        inside = moves if WHOLE else moves & (offsets < columns // 2)
-        pairs = tl.load(gradient_row.to(tl.pointer_type(tl.int32), bitcast=True) + offsets, mask=inside, other=0)
+        pairs_at = (gradient_row + start).to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, BLOCK // 2)
+        inside = moves if WHOLE else moves & (tl.arange(0, BLOCK // 2) < (columns - start) // 2)
+        pairs = tl.load(pairs_at, mask=inside, other=0)
         result = tl.interleave(
             (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
         )
     else:
-        offsets = start + tl.arange(0, BLOCK)
-        result = tl.load(gradient_row + offsets, mask=moves if WHOLE else moves & (offsets < columns), other=0.0)
+        inside = moves if WHOLE else moves & (tl.arange(0, BLOCK) < columns - start)
+        result = tl.load((gradient_row + start) + tl.arange(0, BLOCK), mask=inside, other=0.0)
     return result
 
 
@@ -467,7 +482,7 @@ def _adamw_kernel(
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * segment
     last = tl.minimum(columns, first + segment)
-    element = tl.load(first_element + row)
+    first_counter = (tl.load(first_element + row) >> 2).to(tl.int32)
     id_word = tl.load(matrix_id + row).to(tl.uint32)
     moves = True
     if CLIPPED:
@@ -490,6 +505,7 @@ def _adamw_kernel(
     zeros = tl.zeros((BLOCK // 8,), tl.int32)
     clamped = tl.zeros((BLOCK // 8,), tl.float32)
     for start in range(first, last, BLOCK):
+        tl.assume(start >= 0)  # divisions are shifts then
         offsets = start + tl.arange(0, BLOCK)
         inside = None if WHOLE else offsets < columns
         old = _load_packed(codes_row, start, packed_columns, QMIN, STORAGE_BITS, BLOCK, WHOLE)
@@ -510,7 +526,7 @@ def _adamw_kernel(
         else:
             m = tl.load(exp_avg_row + offsets, mask=inside) * beta1
             v = tl.load(second_row + offsets, mask=inside)
-        words = _draw(element + start, id_word, key, step, BLOCK)
+        words = _draw(first_counter + (start >> 2), id_word, key, step, BLOCK)
         m += weight1 * g
         v = beta2 * v + weight2 * g * g
         if STATE_BITS == 8:

@@ -58,6 +58,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     }
     settings.setdefault("zero_allow_untested_optimizer", True)
     settings.setdefault("steps_per_print", None)
+    # Its own measurement of throughput waits for the device at the beginning and the end of each step; ours is in recorder.py.
+    settings.setdefault("timers", {"throughput": {"enabled": False}})
     zero = settings.setdefault("zero_optimization", {})
     zero.setdefault("stage", config.zero_stage)
     # Buffers for a reduction that is not DeepSpeed's: a GB in stage 3 if left alone.

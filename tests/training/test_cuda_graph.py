@@ -1,8 +1,9 @@
-"""A CUDA graph of a micro-batch changes nothing but the time of a step."""
+"""On a GPU: a step that waits for nothing, and a CUDA graph that changes nothing but its time."""
 
 from __future__ import annotations
 
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -21,7 +22,10 @@ def test_without_a_device_the_run_says_what_is_missing(train: Train) -> None:
 
 
 def states(folder: Path, overrides: list[str]) -> list[Tensor]:
-    """Losses, then codes, moments and parameters after some steps and a validation between two of them, on the host."""
+    """Losses, then codes, moments and parameters after some steps and a validation between two of them, on the host.
+
+    The last step is made where waiting for the device is an error."""
+    from benchmarks.common import waiting_is_an_error
     from dqt_dist.parallel.engine import build_engine
     from dqt_dist.parallel.groups import finalize, initialize
     from dqt_dist.parallel.launch import discover, export
@@ -39,8 +43,10 @@ def states(folder: Path, overrides: list[str]) -> list[Tensor]:
     graph = MicroBatchGraph(chunks, gradients, config, groups) if config.training.cuda_graph else None
     losses = []
     for step in range(EAGER_STEPS + 3):
-        batches = random_batches(config, step, 0, 1)
-        losses.append(train_step(engine, chunks, batches, config, groups, graph).loss)
+        # Pinned, as the loader's.
+        batches = [{name: t.pin_memory() for name, t in batch.items()} for batch in random_batches(config, step, 0, 1)]
+        with waiting_is_an_error() if step == EAGER_STEPS + 2 else nullcontext():
+            losses.append(train_step(engine, chunks, batches, config, groups, graph).loss)
         if step == EAGER_STEPS:
             losses.append(torch.tensor(evaluate(chunks, iter([batches]), config, groups)))
     kept = [tensor for row in engine.optimizer.low_bit.rows for tensor in (row.weight.codes, *row.state.values())]
@@ -62,7 +68,7 @@ RUNS = [
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("overrides", RUNS, ids=["bf16", "fp8", "one micro-batch", "none", "bitnet"])
-def test_a_graph_leaves_the_bits_of_a_run_without_one(overrides: list[str], tmp_path: Path) -> None:
+def test_a_step_waits_for_nothing_and_a_graph_leaves_its_bits(overrides: list[str], tmp_path: Path) -> None:
     """Six micro-batches a step where nothing else is said. Every loss is another, so a batch or an update that a graph did not see
     would show."""
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
