@@ -236,6 +236,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
 
     from dqt_dist.checkpoint.store import Progress
     from dqt_dist.parallel.engine import build_engine
+    from dqt_dist.parallel.groups import select_stream
     from dqt_dist.parallel.model import build_model
     from dqt_dist.training import cost
     from dqt_dist.training.cuda_graph import MicroBatchGraph
@@ -243,6 +244,8 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
     from dqt_dist.training.step import mean_over_data, train_step
 
     on_cuda, start = groups.device.type == "cuda", time.perf_counter()
+    if on_cuda:
+        select_stream(config)
     batches = build_loaders(config, groups, Progress(0, 0, 0))[0].iterate(0)
     chunks = build_model(config, groups)
     engine = build_engine(chunks, config, groups)

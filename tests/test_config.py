@@ -347,6 +347,26 @@ def test_a_field_that_others_follow_from_is_reported_once(file: Path) -> None:
             "optimizer.max_grad_norm is 1; use 0, or fused_backward = false",
         ),
         (
+            ["training.cuda_graph=true", "parallel.tensor=2"],
+            "training.cuda_graph: true records the work of one rank, but parallel.tensor = 2 makes ranks exchange activations",
+        ),
+        (
+            ["training.cuda_graph=true", "deepspeed.zero_optimization.stage=2"],
+            "training.cuda_graph: true needs gradients and weights that stay where they are, but ZeRO stage 2 moves them",
+        ),
+        (
+            ["training.cuda_graph=true", "optimizer.fused_backward=true", "optimizer.max_grad_norm=0"],
+            "training.cuda_graph: true does not go with optimizer.fused_backward = true",
+        ),
+        (
+            ["training.cuda_graph=true", "optimizer.gradient_reduction=micro_batch"],
+            'training.cuda_graph: true does not go with optimizer.gradient_reduction = "micro_batch"',
+        ),
+        (
+            ["training.cuda_graph=true", "training.recompute=full"],
+            'training.cuda_graph: true does not go with training.recompute = "full"',
+        ),
+        (
             ["optimizer.warmup_steps=101"],
             "optimizer.warmup_steps: 101 is more than training.steps = 100; use at most 100",
         ),

@@ -55,6 +55,7 @@ def initialize(config: Config, launch: Launch) -> Groups:
     if torch.cuda.is_available():
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
+        select_stream(config)
         # gloo beside NCCL carries the few CPU tensors (checkpoint plans, messages).
         backend, device_id = "cpu:gloo,cuda:nccl", device
     else:
@@ -80,6 +81,13 @@ def initialize(config: Config, launch: Launch) -> Groups:
         device=device,
         local_rank=launch.local_rank,
     )
+
+
+def select_stream(config: Config) -> None:
+    """On which CUDA stream everything that follows runs: one that a graph can be recorded on, which the default one is not, where the
+    config wants that. Before the model is built: autograd adds up a parameter's gradient on the stream that was current when its hooks
+    were made."""
+    torch.cuda.set_stream(torch.cuda.Stream() if config.training.cuda_graph else torch.cuda.default_stream())
 
 
 def _use_deterministic_kernels() -> None:

@@ -34,13 +34,11 @@ class MicroBatchGraph:
     """Records the graphs when it is time, and runs the micro-batches of a step."""
 
     def __init__(self, chunks: nn.ModuleList, gradients: list[Gradient], config: Config, groups: Groups) -> None:
-        """`gradients` are those of all weights. Raises UserError where there is no CUDA device."""
+        """`gradients` are those of all weights. Raises UserError where there is no CUDA device. See also `groups.select_stream`."""
         if groups.device.type != "cuda":
             raise UserError("training.cuda_graph: true needs a CUDA device, and this run has none; use false")
         self.chunks, self.gradients, self.config, self.groups = chunks, gradients, config, groups
         self.eager_steps = 0
-        # Autograd runs a backward where its forward was, also the nodes that outlive a step: all on the stream of the recording.
-        self.stream = torch.cuda.Stream()
         self.batch: Batch = {}
         self.recorded: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []
         """Graph and loss of the first micro-batch of a step, and of any other where a step has more than one."""
@@ -49,11 +47,7 @@ class MicroBatchGraph:
         """As `step.run_schedule` with gradients: returns this rank's mean loss."""
         if self.eager_steps < EAGER_STEPS:
             self.eager_steps += 1
-            self.stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self.stream):
-                loss = run_schedule(self.chunks, batches, self.config, self.groups, forward_only=False)
-            torch.cuda.current_stream().wait_stream(self.stream)
-            return loss
+            return run_schedule(self.chunks, batches, self.config, self.groups, forward_only=False)
         if not self.recorded:
             self._record(batches)
         losses = []
@@ -69,11 +63,11 @@ class MicroBatchGraph:
 
     def _record(self, batches: list[Batch]) -> None:
         self.batch = {name: torch.empty_like(tensor, device=self.groups.device) for name, tensor in batches[0].items()}
-        pool = torch.cuda.graph_pool_handle()
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.current_stream()
         for _ in range(min(2, len(batches))):
             graph = torch.cuda.CUDAGraph()
             # Other threads, such as the loader's that pins memory, may do as they like meanwhile.
-            with torch.cuda.graph(graph, pool=pool, stream=self.stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 loss = run_schedule(
                     self.chunks, [self.batch], self.config, self.groups, forward_only=False, parts=len(batches)
                 )

@@ -55,12 +55,12 @@ def states(folder: Path, overrides: list[str]) -> list[Tensor]:
     return found
 
 
-BF16 = ["quantization.compute=bf16", "quantization.dtype=bf16", "model.hidden_size=64", "model.ffn_hidden_size=96"]
+BF16 = ["quantization.compute=bf16", "model.hidden_size=64", "model.ffn_hidden_size=96"]
 ZERO_1 = ["deepspeed.zero_optimization.stage=1"]
 RUNS = [
     [*BF16, *ZERO_1, "optimizer.state_bits=8", "optimizer.gradient_dtype=bf16"],
     [*BF16, "quantization.compute=fp8", *ZERO_1, "optimizer.state_bits=8", "optimizer.gradient_dtype=bf16"],
-    [*BF16, "optimizer.gradient_dtype=fp32", "training.global_batch_size=2"],
+    [*BF16, "training.global_batch_size=2"],
     [*BF16, *ZERO_1, "quantization.method=none"],
     [*BF16, *ZERO_1, "quantization.method=bitnet"],
 ]
