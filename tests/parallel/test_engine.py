@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.utils.config import get_timers_config
 
 from dqt_dist.optim.adamw import GRADIENT_LIMIT
 from dqt_dist.optim.schedule import schedule_factor
-from dqt_dist.parallel.engine import clip_factor
+from dqt_dist.parallel.engine import clip_factor, deepspeed_config
 from dqt_dist.training.step import train_step
 from tests.distributed import run_distributed
 from tests.parallel.runs import (
@@ -21,7 +23,7 @@ from tests.parallel.runs import (
     start,
     whole_state,
 )
-from tests.small import random_batches
+from tests.small import random_batches, small_config
 from tests.tolerances import ELEMENTWISE_FP32, NETWORK_FP32
 
 STEPS = 3
@@ -92,6 +94,13 @@ def test_micro_batches_of_any_size_give_the_same_norm_and_gradients(compute: str
         if compute == "fp32":
             for name, gradient in records[0].gradients[0].items():
                 NETWORK_FP32.assert_close(record.gradients[0][name], gradient, name)
+
+
+def test_deepspeed_measures_no_throughput(tmp_path: Path) -> None:
+    """Its timer waits for the device twice a step. Control: by default it is on."""
+    config = small_config(tmp_path)
+    assert not get_timers_config(deepspeed_config(config, 1)).enabled
+    assert get_timers_config({}).enabled
 
 
 # ---- clipping ----
