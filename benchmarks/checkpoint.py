@@ -18,12 +18,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+
+from benchmarks.common import ROOT, device_name, markdown, provenance
 
 EXAMPLES = """\
 examples:
@@ -57,7 +57,7 @@ def main() -> int:
         again = start(args, args.ranks, scratch, write=False, read=["one"])
     n = args.ranks
     loads = [(f"load, {n} ranks", many), (f"load, {n} ranks to 1", one), (f"load, 1 rank to {n}", again)]
-    text = report(args, many, [*many["rows"], *([what, *result["loads"][0]] for what, result in loads)])
+    text = report(args, [*many["rows"], *([what, *result["loads"][0]] for what, result in loads)])
     print(text)
     if args.output:
         Path(args.output).write_text(text)
@@ -90,7 +90,6 @@ def work(args: argparse.Namespace, task: dict[str, Any]) -> None:
     from dqt_dist.parallel.groups import finalize, initialize
     from dqt_dist.parallel.launch import discover
     from dqt_dist.parallel.model import build_model
-    from dqt_dist.training.cost import versions
 
     scratch = Path(task["scratch"])
     settings = [*([] if args.config else WIDER), f"checkpoint.dir={scratch / task['own']}", "checkpoint.keep_last=1"]
@@ -103,10 +102,8 @@ def work(args: argparse.Namespace, task: dict[str, Any]) -> None:
     plain = scratch / f"plain_{groups.world.rank()}"
     rows = save_rows(args, state, plain, groups.device) if task["write"] else []
     loads = [load_row(args, state, plain, scratch / name) for name in task["read"]]
-    device = torch.cuda.get_device_name() if groups.device.type == "cuda" else "CPU"
     if groups.world.rank() == 0:
-        result = {"device": device, "versions": versions(), "rows": rows, "loads": loads}
-        Path(task["result"]).write_text(json.dumps(result))
+        Path(task["result"]).write_text(json.dumps({"rows": rows, "loads": loads}))
     finalize()
 
 
@@ -200,24 +197,16 @@ def leave_cache(files: list[Path]) -> None:
 # ---- the table ----
 
 
-def report(args: argparse.Namespace, many: dict[str, Any], rows: list[list[Any]]) -> str:
+def report(args: argparse.Namespace, rows: list[list[Any]]) -> str:
     """Markdown: seconds, GB/s of the whole checkpoint, and the ceiling."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    versions = ", ".join(f"{name} {version}" for name, version in many["versions"].items())
     config = args.config or f"configs/demo_cpu.json with {' '.join(WIDER)}"
-    lines = [
-        "# Checkpoints: what they cost",
-        "",
-        f"{date.today()}, commit {commit.strip()}, {args.ranks} x {many['device']}. {versions}.",
-        f"Config {config} {' '.join(args.set)}; checkpoint of {rows[0][2]:,} bytes, fastest of {args.repeats}.",
-        "",
-        "| what | seconds | GB/s | ceiling GB/s | of it |",
-        "|---|---|---|---|---|",
-    ]
+    about = f"Config {config} {' '.join(args.set)}; checkpoint of {rows[0][2]:,} bytes, fastest of {args.repeats}."
+    cells = []
     for what, seconds, num_bytes, ceiling_seconds in rows:
         speed, ceiling = num_bytes / 1e9 / seconds, num_bytes / 1e9 / ceiling_seconds
-        lines.append(f"| {what} | {seconds:.3f} | {speed:.2f} | {ceiling:.2f} | {speed / ceiling:.0%} |")
-    return "\n".join(lines) + "\n"
+        cells.append([what, f"{seconds:.3f}", f"{speed:.2f}", f"{ceiling:.2f}", f"{speed / ceiling:.0%}"])
+    table = markdown(("what", "seconds", "GB/s", "ceiling GB/s", "of it"), cells)
+    return f"# Checkpoints: what they cost\n\n{provenance(f'{args.ranks} x {device_name()}')}\n{about}\n\n{table}"
 
 
 if __name__ == "__main__":

@@ -14,7 +14,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+
+from benchmarks.common import ROOT, markdown, provenance
+
 # tensor, pipeline, data
 LAYOUTS = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2)]
 CUT = [
@@ -82,29 +85,15 @@ def run(args: argparse.Namespace, layout: tuple[int, int, int]) -> dict:
 
 def table(args: argparse.Namespace, rows: list[tuple[tuple[int, int, int], dict]]) -> str:
     """Markdown table with the relative difference of each validation loss to that of the first layout."""
-    reference, first = rows[0][1]["valid_loss"], rows[0][1]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    lines = [
-        "# One run at five layouts",
-        "",
-        f"{args.config} cut to {first['parameters']:,} weights, {args.steps} steps of 1,024 tokens, CPU, gloo, fp32, one seed.",
-        f"Commit {commit}, torch {first['versions']['torch']}, megatron-core {first['versions']['megatron-core']}, "
-        f"DeepSpeed {first['versions']['deepspeed']}. Made by `benchmarks/layout_parity.py --data {args.data}`.",
-        "",
-        "| tensor | pipeline | data | first loss | last loss | validation loss | against the first row |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for (tensor, pipeline, data), summary in rows:
+    first = rows[0][1]
+    cells = []
+    for layout, summary in rows:
         losses = (summary["first_loss"], summary["last_loss"], summary["valid_loss"])
-        difference = summary["valid_loss"] / reference - 1
-        lines.append(
-            f"| {tensor} | {pipeline} | {data} | "
-            + " | ".join(f"{loss:.5f}" for loss in losses)
-            + f" | {difference:+.4%} |"
-        )
-    return "\n".join(lines) + "\n"
+        difference = summary["valid_loss"] / first["valid_loss"] - 1
+        cells.append([*map(str, layout), *(f"{loss:.5f}" for loss in losses), f"{difference:+.4%}"])
+    columns = ("tensor", "pipeline", "data", "first loss", "last loss", "validation loss", "against the first row")
+    cut = f"{args.config} cut to {first['parameters']:,} weights, {args.steps} steps of 1,024 tokens, gloo, fp32, one seed."
+    return f"# One run at five layouts\n\n{cut}\n{provenance('CPU')}\n\n{markdown(columns, cells)}"
 
 
 if __name__ == "__main__":

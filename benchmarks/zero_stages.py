@@ -16,12 +16,12 @@ import os
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a clone works without being installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
+
+from benchmarks.common import append, device_name, markdown, provenance
 
 COLUMNS = (
     "stage",
@@ -68,12 +68,8 @@ def main() -> int:
     groups = initialize(config, discover())
     rows = [measure(config, groups, stage, args) for stage in args.stages.split(",")]
     if groups.world.rank() == 0:
-        device = torch.cuda.get_device_name() if groups.device.type == "cuda" else "CPU"
-        text = table(args, rows, f"{groups.world.size()} x {device}")
-        print(text)
-        if args.output:
-            with open(args.output, "a") as file:
-                file.write(text)
+        about = provenance(f"{groups.world.size()} x {device_name()}")
+        append(args.output, f"## {args.config} {' '.join(args.set)}\n\n{about}\n\n{markdown(COLUMNS, rows)}")
     finalize()
     return 0
 
@@ -162,23 +158,6 @@ def state_digest(chunks: Any, optimizer: Any, groups: Any) -> str:
         subprocess.run(["rm", "-r", place[0]], check=True)
     dist.barrier()
     return found
-
-
-def table(args: argparse.Namespace, rows: list[list[str]], devices: str) -> str:
-    from dqt_dist.training.cost import versions
-
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    about = ", ".join(f"{name} {version}" for name, version in versions().items())
-    lines = [
-        f"## {args.config} {' '.join(args.set)}",
-        "",
-        f"{date.today()}, commit {commit.strip()}, {devices}, {args.steps} steps. {about}.",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-        *("| " + " | ".join(row) + " |" for row in rows),
-    ]
-    return "\n".join([*lines, "", ""])
 
 
 if __name__ == "__main__":
