@@ -48,6 +48,8 @@ class Gradient:
     """Every rank gets the mean of every row (ZeRO stage 0)."""
     take: Callable[[], Tensor | None]
     """Hands over this rank's sum over micro-batches and forgets it; None when there is none."""
+    kept: Tensor | None = None
+    """Where a CUDA graph writes this rank's sum in every step; nothing is taken then."""
     mean: Tensor | None = None
     """Reduced, [owned rows, columns], or all rows with `to_all`; alive from the reduction to the update."""
     consume: Callable[[Tensor], None] | None = None
@@ -81,7 +83,7 @@ class GradientReducer:
             self._start(gradient)
 
     def _start(self, gradient: Gradient) -> None:
-        local = gradient.take()
+        local = gradient.take() if gradient.kept is None else gradient.kept
         if local is None:
             return
         if self.group.size() == 1:

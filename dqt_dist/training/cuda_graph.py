@@ -15,8 +15,6 @@ step and rate change, runs outside. Activations and gradients stay allocated bet
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
@@ -73,11 +71,5 @@ class MicroBatchGraph:
                 )
             self.recorded.append((graph, loss))
         for gradient in self.gradients:
-            # What a graph has written to it will write to again.
-            written = gradient.take()
-            assert written is not None, gradient.name
-            gradient.take = partial(_same, written)
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+            gradient.kept = gradient.take()
+            assert gradient.kept is not None, gradient.name

@@ -11,6 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dqt_dist.training.cost import low_bit_bytes
+from dqt_dist.training.step import run_schedule
+from tests.distributed import run_distributed
+from tests.parallel.runs import Whole, assert_equal, start, whole_state
 from tests.small import random_batches, small_config
 from tests.training.conftest import Train
 
@@ -19,6 +23,36 @@ def test_without_a_device_the_run_says_what_is_missing(train: Train) -> None:
     result = train("training.cuda_graph=true")
     assert result.returncode == 2
     assert "training.cuda_graph: true needs a CUDA device" in result.stderr
+
+
+def stepped(rank: int, world_size: int, kept: bool, *overrides: str) -> tuple[Whole, float]:
+    """Three steps; with `kept` the sums of gradients lie where they lay the step before, as those that a graph writes. Returns the
+    state, and the bytes of gradients a low-bit weight between steps."""
+    run = start(*overrides)
+    for number in (1, 2, 3):
+        if not kept:
+            run.step(number)
+            continue
+        batches = random_batches(run.config, number, run.groups.data.rank(), world_size)
+        run_schedule(run.chunks, batches, run.config, run.groups, forward_only=False)
+        for gradient in run.optimizer.reducer.gradients:
+            written = gradient.take()
+            assert written is not None
+            gradient.kept = written.clone() if gradient.kept is None else gradient.kept.copy_(written)
+        run.engine.step()
+    return whole_state(run), low_bit_bytes(run.optimizer.low_bit)["gradient"]
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_gradients_that_stay_where_they_are_give_the_same_steps_and_are_counted(
+    ranks: int, stage: int, dtype: str
+) -> None:
+    settings = (f"deepspeed.zero_optimization.stage={stage}", f"optimizer.gradient_dtype={dtype}")
+    (wanted, none), (found, width) = (run_distributed(stepped, ranks, kept, *settings)[0] for kept in (False, True))
+    assert_equal(found, wanted)
+    assert none == 0 and width == {"fp32": 4, "bf16": 2}[dtype]
 
 
 def states(folder: Path, overrides: list[str]) -> list[Tensor]:
