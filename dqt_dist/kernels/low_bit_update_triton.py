@@ -358,6 +358,43 @@ def _power_of_two(exponent):
     return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
 
 
+# The formats of lowbit/block_float.py: codes and noise are [BLOCK / STATE_BLOCK, STATE_BLOCK], exponents int32 [BLOCK / STATE_BLOCK]
+# after encoding and [BLOCK / STATE_BLOCK, 1] before decoding, values fp32 [BLOCK].
+
+
+@triton.jit
+def _decode_signed(codes, exponents, factor, BLOCK: tl.constexpr, EXPONENT_MIN: tl.constexpr):
+    """Values times `factor`, which the blocks' scales take in."""
+    scale = _power_of_two(tl.maximum(exponents, EXPONENT_MIN) - 134)
+    return tl.reshape(codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * (scale * factor), (BLOCK,))
+
+
+@triton.jit
+def _decode_unsigned(codes, exponents, BLOCK: tl.constexpr, EXPONENT_MIN: tl.constexpr):
+    shift = (tl.maximum(exponents, EXPONENT_MIN) - EXPONENT_MIN) << 23
+    return tl.reshape(((codes.to(tl.int32) << 20) + shift).to(tl.float32, bitcast=True), (BLOCK,))
+
+
+@triton.jit
+def _encode_signed(values, noise, EXPONENT_MIN: tl.constexpr):
+    """Codes uint8 and exponents."""
+    blocks = tl.reshape(values, noise.shape)
+    exponents = tl.max(tl.abs(blocks), axis=1).to(tl.int32, bitcast=True) >> 23
+    scaled = blocks * _power_of_two(134 - tl.maximum(exponents, EXPONENT_MIN))[:, None]
+    bits = (scaled.to(tl.int32, bitcast=True) + noise) & -1048576  # -2^20
+    return bits.to(tl.float32, bitcast=True).to(tl.float8e4nv).to(tl.uint8, bitcast=True), exponents
+
+
+@triton.jit
+def _encode_unsigned(values, noise, EXPONENT_MIN: tl.constexpr):
+    """Codes uint8 and exponents."""
+    # Not negative, so ordered as their bits, of which a GPU takes the maximum of three at once.
+    bits = tl.reshape(values, noise.shape).to(tl.int32, bitcast=True)
+    exponents = tl.max(bits, axis=1) >> 23
+    shift = (tl.maximum(exponents, EXPONENT_MIN) - EXPONENT_MIN) << 23
+    return _saturated(bits + noise - shift[:, None]), exponents
+
+
 @triton.jit
 def _load_blocks(
     codes_row, exponents_row, start, columns, BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr, WHOLE: tl.constexpr
@@ -515,16 +552,12 @@ def _adamw_kernel(
         if not CLIPPED:
             g = tl.where(tl.abs(g) < GRADIENT_LIMIT, g, 0.0)
         if STATE_BITS == 8:
-            # The formats of lowbit/block_float.py.
             m_codes, m_exponents = _load_blocks(
                 exp_avg_row, exp_avg_scale_row, start, columns, BLOCK, STATE_BLOCK, WHOLE
             )
             v_codes, v_exponents = _load_blocks(second_row, second_scale_row, start, columns, BLOCK, STATE_BLOCK, WHOLE)
-            m = m_codes.to(tl.float8e4nv, bitcast=True).to(tl.float32)
-            m_scale = _power_of_two(tl.maximum(m_exponents, SIGNED_EXPONENT_MIN) - 134)
-            m = tl.reshape(m * (m_scale * beta1), (BLOCK,))
-            v_shift = (tl.maximum(v_exponents, UNSIGNED_EXPONENT_MIN) - UNSIGNED_EXPONENT_MIN) << 23
-            v = tl.reshape(((v_codes.to(tl.int32) << 20) + v_shift).to(tl.float32, bitcast=True), (BLOCK,))
+            m = _decode_signed(m_codes, m_exponents, beta1, BLOCK, SIGNED_EXPONENT_MIN)
+            v = _decode_unsigned(v_codes, v_exponents, BLOCK, UNSIGNED_EXPONENT_MIN)
         else:
             m = tl.load(exp_avg_row + offsets, mask=inside) * beta1
             v = tl.load(second_row + offsets, mask=inside)
@@ -533,20 +566,11 @@ def _adamw_kernel(
         v = beta2 * v + weight2 * g * g
         if STATE_BITS == 8:
             noise = tl.reshape((words & 0xFFFFF).to(tl.int32), (BLOCK // STATE_BLOCK, STATE_BLOCK))
-            m_blocks = tl.reshape(m, (BLOCK // STATE_BLOCK, STATE_BLOCK))
-            m_exponents = tl.max(tl.abs(m_blocks), axis=1).to(tl.int32, bitcast=True) >> 23
-            y = m_blocks * _power_of_two(134 - tl.maximum(m_exponents, SIGNED_EXPONENT_MIN))[:, None]
-            bits = (y.to(tl.int32, bitcast=True) + noise) & -1048576  # -2^20
-            m_codes = bits.to(tl.float32, bitcast=True).to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+            m_codes, m_exponents = _encode_signed(m, noise, SIGNED_EXPONENT_MIN)
             _store_blocks(
                 exp_avg_row, exp_avg_scale_row, m_codes, m_exponents, start, columns, BLOCK, STATE_BLOCK, WHOLE
             )
-            v_blocks = tl.reshape(v, (BLOCK // STATE_BLOCK, STATE_BLOCK))
-            # Not negative, so ordered as their bits, of which a GPU takes the maximum of three at once.
-            v_bits = v_blocks.to(tl.int32, bitcast=True)
-            v_exponents = tl.max(v_bits, axis=1) >> 23
-            v_shift = (tl.maximum(v_exponents, UNSIGNED_EXPONENT_MIN) - UNSIGNED_EXPONENT_MIN) << 23
-            v_codes = _saturated(v_bits + noise - v_shift[:, None])
+            v_codes, v_exponents = _encode_unsigned(v, noise, UNSIGNED_EXPONENT_MIN)
             _store_blocks(second_row, second_scale_row, v_codes, v_exponents, start, columns, BLOCK, STATE_BLOCK, WHOLE)
         else:
             tl.store(exp_avg_row + offsets, m, mask=inside)
