@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_SECONDS = 0.3
@@ -87,17 +88,12 @@ def waiting_is_an_error() -> Iterator[None]:
     def refuse(*_: Any, **__: Any) -> None:
         raise RuntimeError("a wait for the device, a stream or an event")
 
-    places = [(torch.cuda, "synchronize"), (torch.cuda.Stream, "synchronize"), (torch.cuda.Event, "synchronize")]
-    waits = [(place, name, getattr(place, name)) for place, name in places]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for place, name, _ in waits:
-            setattr(place, name, refuse)
+    with ExitStack() as until_then:
+        for place in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):
+            until_then.enter_context(patch.object(place, "synchronize", refuse))
+        torch.cuda.set_sync_debug_mode("error")
+        until_then.callback(torch.cuda.set_sync_debug_mode, "default")
         yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-        for place, name, wait in waits:
-            setattr(place, name, wait)
 
 
 def append(path: str | None, text: str) -> None:

@@ -53,7 +53,6 @@ from benchmarks.common import (
 
 SMALL = ["optimizer.state_bits=8"]
 FP8 = [*SMALL, "quantization.compute=fp8"]
-GRAPH = "training.cuda_graph=true"
 VARIANTS: dict[str, list[str]] = {
     "none-fp32": ["quantization.method=none", "quantization.compute=fp32", "optimizer.gradient_dtype=fp32"],
     "dqt-fp32": ["quantization.compute=fp32", "optimizer.gradient_dtype=fp32"],
@@ -62,11 +61,6 @@ VARIANTS: dict[str, list[str]] = {
     "dqt-bf16": [*SMALL, "quantization.compute=bf16"],
     "dqt-int8": [*SMALL, "quantization.compute=int8"],
     "dqt-fp8": FP8,
-    "none-bf16, CUDA graph": ["quantization.method=none", "quantization.compute=bf16", GRAPH],
-    "bitnet-bf16, CUDA graph": ["quantization.method=bitnet", "quantization.compute=bf16", GRAPH],
-    "dqt-bf16, CUDA graph": [*SMALL, "quantization.compute=bf16", GRAPH],
-    "dqt-int8, CUDA graph": [*SMALL, "quantization.compute=int8", GRAPH],
-    "dqt-fp8, CUDA graph": [*FP8, GRAPH],
     "dqt-fp8, dW in bf16": [*FP8, "quantization.weight_gradient=bf16"],
     "dqt-fp8, fused update": [*FP8, "optimizer.fused_backward=true", "optimizer.max_grad_norm=0"],
     "dqt-fp8, recompute mlp": [*FP8, "training.recompute=mlp"],
@@ -75,6 +69,8 @@ VARIANTS: dict[str, list[str]] = {
         *FP8, "optimizer.fused_backward=true", "optimizer.max_grad_norm=0", "training.recompute=full",
     ],
 }  # fmt: skip
+for name in ("none-bf16", "bitnet-bf16", "dqt-bf16", "dqt-int8", "dqt-fp8"):
+    VARIANTS[f"{name}, CUDA graph"] = [*VARIANTS[name], "training.cuda_graph=true"]
 DEFAULTS = {
     "cuda": (
         "configs/1b_ternary.json",
@@ -239,7 +235,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
     from dqt_dist.parallel.groups import select_stream
     from dqt_dist.parallel.model import build_model
     from dqt_dist.training import cost
-    from dqt_dist.training.cuda_graph import MicroBatchGraph
+    from dqt_dist.training.cuda_graph import micro_batch_graph
     from dqt_dist.training.loop import build_loaders
     from dqt_dist.training.step import mean_over_data, train_step
 
@@ -249,8 +245,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
     batches = build_loaders(config, groups, Progress(0, 0, 0))[0].iterate(0)
     chunks = build_model(config, groups)
     engine = build_engine(chunks, config, groups)
-    gradients = engine.optimizer.reducer.gradients
-    graph = MicroBatchGraph(chunks, gradients, config, groups) if config.training.cuda_graph else None
+    graph = micro_batch_graph(chunks, engine.optimizer, config, groups)
     built = time.perf_counter() - start
     waited: list[float] = []
     losses: list[torch.Tensor] = []

@@ -21,7 +21,8 @@ The mantissa is rounded stochastically: x keeps 3 of its 23 bits, and 20 random 
      +             nnnnnnnnnnnnnnnnnnnn      noise
     s eeeeeeee mmm ....................      what is kept
 
-so it is rounded up with the probability of its fraction, E[decode(encode(x))] = x, and a value that the format holds is kept. Rounding to nearest would lose every change of a moment below 1/16 of it. Below 2^-6, e4m3's
+so it is rounded up with the probability of its fraction, E[decode(encode(x))] = x, and a value that the format holds is kept.
+Rounding to nearest would lose every change of a moment below 1/16 of it. Below 2^-6, e4m3's
 smallest normal number (2^-13 of the block's maximum or less), steps are 2^-9 and the signed format rounds to nearest; above 0
 nothing is lost in the unsigned one.
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dqt_dist.config import Config
 from dqt_dist.errors import UserError
-from dqt_dist.parallel.gradients import Gradient
+from dqt_dist.parallel.engine import CombinedOptimizer
 from dqt_dist.parallel.groups import Groups
 from dqt_dist.training.step import Batch, run_schedule
 
@@ -28,14 +28,23 @@ from dqt_dist.training.step import Batch, run_schedule
 EAGER_STEPS = 2
 
 
-class MicroBatchGraph:
-    """Records the graphs when it is time, and runs the micro-batches of a step."""
+def micro_batch_graph(
+    chunks: nn.ModuleList, optimizer: CombinedOptimizer, config: Config, groups: Groups
+) -> MicroBatchGraph | None:
+    """What a run with this config steps with; None without training.cuda_graph. Raises UserError where there is no CUDA device."""
+    if not config.training.cuda_graph:
+        return None
+    if groups.device.type != "cuda":
+        raise UserError("training.cuda_graph: true needs a CUDA device, and this run has none; use false")
+    return MicroBatchGraph(chunks, optimizer, config, groups)
 
-    def __init__(self, chunks: nn.ModuleList, gradients: list[Gradient], config: Config, groups: Groups) -> None:
-        """`gradients` are those of all weights. Raises UserError where there is no CUDA device. See also `groups.select_stream`."""
-        if groups.device.type != "cuda":
-            raise UserError("training.cuda_graph: true needs a CUDA device, and this run has none; use false")
-        self.chunks, self.gradients, self.config, self.groups = chunks, gradients, config, groups
+
+class MicroBatchGraph:
+    """Records the graphs when it is time, and runs the micro-batches of a step. See also `groups.select_stream`."""
+
+    def __init__(self, chunks: nn.ModuleList, optimizer: CombinedOptimizer, config: Config, groups: Groups) -> None:
+        self.chunks, self.config, self.groups = chunks, config, groups
+        self.gradients = optimizer.reducer.gradients
         self.eager_steps = 0
         self.batch: Batch = {}
         self.recorded: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []

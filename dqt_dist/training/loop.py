@@ -26,7 +26,7 @@ from dqt_dist.parallel.launch import Launch
 from dqt_dist.parallel.model import build_model
 from dqt_dist.parallel.replica_check import check_replicas
 from dqt_dist.training import cost, report
-from dqt_dist.training.cuda_graph import MicroBatchGraph
+from dqt_dist.training.cuda_graph import micro_batch_graph
 from dqt_dist.training.low_bit_figures import LowBitTable
 from dqt_dist.training.recorder import Recorder
 from dqt_dist.training.sample import generate
@@ -59,8 +59,7 @@ class Trainer:
         self.chunks = build_model(config, groups)
         self.engine = build_engine(self.chunks, config, groups)
         self.optimizer = self.engine.optimizer
-        gradients = self.optimizer.reducer.gradients
-        self.graph = MicroBatchGraph(self.chunks, gradients, config, groups) if config.training.cuda_graph else None
+        self.graph = micro_batch_graph(self.chunks, self.optimizer, config, groups)
         self.low_bit_table = LowBitTable(self.optimizer.low_bit, config, groups)
         if checkpoint is not None:
             store.load(checkpoint, self.chunks, self.optimizer, config)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.common import waiting_is_an_error
 from dqt_dist.config import STATE_BLOCK
 from dqt_dist.kernels.low_bit_update import update_rows
 from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout
@@ -146,8 +147,9 @@ def fraction(a: Tensor, b: Tensor) -> float:
 def test_adamw_kernel_follows_its_definition(
     bits, columns: int, state_bits: int, dtype: torch.dtype, mode, factor: float | None
 ) -> None:
-    """Three steps of any gradient, some elements zero and, without a clip factor, some not finite. Moments are contracted to fused multiply-adds, roots and
-    reciprocals approximate to 2^-21, so a draw that falls into the gap decides otherwise: at most a few of 2^16."""
+    """Three steps of any gradient, some elements zero and, without a clip factor, some not finite. Moments are contracted to fused
+    multiply-adds, roots and reciprocals approximate to 2^-21, so a draw that falls into the gap decides otherwise: at most a few of
+    2^16."""
     gradients = [
         torch.randn(17, columns, device="cuda") * torch.logspace(-6, 1, columns, device="cuda") for _ in range(3)
     ]
@@ -225,9 +227,6 @@ def test_a_clip_of_zero_moves_no_code_on_the_device(state_bits: int) -> None:
     assert not torch.equal(weight.codes, reference.codes)
     moved = weight.codes.clone()
     bad = torch.full_like(gradient, float("nan"))
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         counts = adamw_update_rows(weight, bad, moments, 0, nothing, 1e-2, adamw, RoundingKey(3, 2, "stochastic"))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(weight.codes, moved) and int(counts[..., 0].sum()) == 0

@@ -64,7 +64,7 @@ def states(folder: Path, overrides: list[str]) -> list[Tensor]:
     from dqt_dist.parallel.groups import finalize, initialize
     from dqt_dist.parallel.launch import discover, export
     from dqt_dist.parallel.model import build_model
-    from dqt_dist.training.cuda_graph import EAGER_STEPS, MicroBatchGraph
+    from dqt_dist.training.cuda_graph import EAGER_STEPS, micro_batch_graph
     from dqt_dist.training.step import evaluate, train_step
 
     config = small_config(folder, *overrides, "training.deterministic=true")
@@ -73,8 +73,7 @@ def states(folder: Path, overrides: list[str]) -> list[Tensor]:
     groups = initialize(config, launch)
     chunks = build_model(config, groups)
     engine = build_engine(chunks, config, groups)
-    gradients = engine.optimizer.reducer.gradients
-    graph = MicroBatchGraph(chunks, gradients, config, groups) if config.training.cuda_graph else None
+    graph = micro_batch_graph(chunks, engine.optimizer, config, groups)
     losses = []
     for step in range(EAGER_STEPS + 3):
         # Pinned, as the loader's.
