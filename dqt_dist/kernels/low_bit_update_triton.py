@@ -185,8 +185,8 @@ def _land(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Rounds wanted fields [BLOCK], which are finite, and stores them over `old`, packed. Returns flips, zeros and clamped weights, int32, int32 and fp32,
-    [BLOCK / 8] each."""
+    """Rounds wanted fields [BLOCK], which are finite, and stores them over `old`, packed. Returns flips, zeros and clamped weights:
+    int32, int32 and fp32 [BLOCK / 8]."""
     inside_grid = _clamped(wanted, QMAX - QMIN)
     new = _round(inside_grid, words, QMIN, STOCHASTIC)
     clamped = tl.where(inside_grid != wanted, 1.0, 0.0)
@@ -230,11 +230,28 @@ def _decayed(fields, decay_factor, QMIN: tl.constexpr):
 
 
 @triton.jit
-def _store_counts(counts_row, flips, zeros, clamped):
-    """Counts of a row; fp32 holds them exactly."""
-    tl.store(counts_row, tl.sum(flips))
-    tl.store(counts_row + 1, tl.sum(zeros))
-    tl.store(counts_row + 2, tl.sum(clamped).to(tl.int32))
+def _place(first_element, matrix_id, columns, segment):
+    """Where this program is: its row, first and last column, the counter of the row's first four elements, the matrix."""
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * segment
+    counter = (tl.load(first_element + row) >> 2).to(tl.int32)
+    return row, first, tl.minimum(columns, first + segment), counter, tl.load(matrix_id + row).to(tl.uint32)
+
+
+@triton.jit
+def _no_counts(BLOCK: tl.constexpr):
+    """Flips, zeros and clamped weights, as `_land` returns them."""
+    none = tl.zeros((BLOCK // 8,), tl.int32)
+    return none, none, none.to(tl.float32)
+
+
+@triton.jit
+def _store_counts(counts, flips, zeros, clamped):
+    """Counts of this program; fp32 holds them exactly."""
+    own = counts + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 3
+    tl.store(own, tl.sum(flips))
+    tl.store(own + 1, tl.sum(zeros))
+    tl.store(own + 2, tl.sum(clamped).to(tl.int32))
 
 
 # Unspecialised: a step of 1 or a multiple of 16 would otherwise compile the kernel anew.
@@ -260,17 +277,11 @@ def _update_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * segment
-    last = tl.minimum(columns, first + segment)
-    first_counter = (tl.load(first_element + row) >> 2).to(tl.int32)
-    id_word = tl.load(matrix_id + row).to(tl.uint32)
+    row, first, last, first_counter, id_word = _place(first_element, matrix_id, columns, segment)
     rate = learning_rate / tl.load(row_scale + row)
     codes_row = codes + row * packed_columns
     direction_row = direction + row * columns
-    flips = tl.zeros((BLOCK // 8,), tl.int32)
-    zeros = tl.zeros((BLOCK // 8,), tl.int32)
-    clamped = tl.zeros((BLOCK // 8,), tl.float32)
+    flips, zeros, clamped = _no_counts(BLOCK)
     for start in range(first, last, BLOCK):
         tl.assume(start >= 0)  # divisions are shifts then
         offsets = start + tl.arange(0, BLOCK)
@@ -287,7 +298,7 @@ def _update_kernel(
         flips += new_flips
         zeros += new_zeros
         clamped += new_clamped
-    _store_counts(counts + (row * tl.num_programs(1) + tl.program_id(1)) * 3, flips, zeros, clamped)
+    _store_counts(counts, flips, zeros, clamped)
 
 
 def update_rows_triton(
@@ -301,7 +312,7 @@ def update_rows_triton(
     """As `update_rows_reference`, counts in parts; `direction` contiguous, on the device of the codes."""
     assert direction.dtype == torch.float32 and direction.is_contiguous()
     rows = direction.shape[0]
-    segment, counts = _segments(rows, weight)
+    counts, walk = _walk(weight, rows, key)
     launch(
         _update_kernel,
         tuple(counts.shape[:2]),
@@ -311,22 +322,22 @@ def update_rows_triton(
         counts,
         learning_rate,
         1.0 - learning_rate * weight_decay,
-        int(Purpose.ROUND) << 32 | key.seed,
-        key.step,
-        weight.columns,
-        weight.codes.shape[1],
-        segment,
+        *walk,
         **_constants(weight, key),
     )
     return counts
 
 
-def _segments(rows: int, weight: LowBitMatrix) -> tuple[int, Tensor]:
-    """Columns that one program walks, a multiple of BLOCK, and a place for counts, int32 [rows, programs of a row, 3]."""
+def _walk(weight: LowBitMatrix, rows: int, key: RoundingKey) -> tuple[Tensor, tuple[int, ...]]:
+    """A place for the counts, int32 [rows, programs of a row, 3], which is the grid as well; and the kernels' arguments from `key` on.
+
+    The last of them is `segment`: columns that one program walks, a multiple of BLOCK.
+    """
     num_blocks = triton.cdiv(weight.columns, BLOCK)
-    blocks = max(1, triton.cdiv(num_blocks, max(1, triton.cdiv(PROGRAMS, rows))), min(num_blocks, BLOCKS_AT_LEAST))
+    blocks = max(BLOCKS_AT_LEAST, triton.cdiv(num_blocks, triton.cdiv(PROGRAMS, rows)))
     counts = torch.empty(rows, triton.cdiv(num_blocks, blocks), 3, dtype=torch.int32, device=weight.codes.device)
-    return blocks * BLOCK, counts
+    key_word = int(Purpose.ROUND) << 32 | key.seed
+    return counts, (key_word, key.step, weight.columns, weight.codes.shape[1], blocks * BLOCK)
 
 
 def _row_facts(weight: LowBitMatrix, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -518,11 +529,7 @@ def _adamw_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * segment
-    last = tl.minimum(columns, first + segment)
-    first_counter = (tl.load(first_element + row) >> 2).to(tl.int32)
-    id_word = tl.load(matrix_id + row).to(tl.uint32)
+    row, first, last, first_counter, id_word = _place(first_element, matrix_id, columns, segment)
     moves = True
     if CLIPPED:
         factor = tl.load(clip)
@@ -540,9 +547,7 @@ def _adamw_kernel(
     second_row = second + row * columns
     exp_avg_scale_row = exp_avg_scale + row * (columns // STATE_BLOCK)
     second_scale_row = second_scale + row * (columns // STATE_BLOCK)
-    flips = tl.zeros((BLOCK // 8,), tl.int32)
-    zeros = tl.zeros((BLOCK // 8,), tl.int32)
-    clamped = tl.zeros((BLOCK // 8,), tl.float32)
+    flips, zeros, clamped = _no_counts(BLOCK)
     for start in range(first, last, BLOCK):
         tl.assume(start >= 0)  # divisions are shifts then
         offsets = start + tl.arange(0, BLOCK)
@@ -586,7 +591,7 @@ def _adamw_kernel(
         flips += new_flips
         zeros += new_zeros
         clamped += new_clamped
-    _store_counts(counts + (row * tl.num_programs(1) + tl.program_id(1)) * 3, flips, zeros, clamped)
+    _store_counts(counts, flips, zeros, clamped)
 
 
 def adamw_update_rows_triton(
@@ -610,7 +615,7 @@ def adamw_update_rows_triton(
     assert state_bits == 32 or weight.columns % STATE_BLOCK == 0, weight.columns
     assert all(tensor.is_contiguous() for tensor in (gradient, exp_avg, second, *scales))
     rows = gradient.shape[0]
-    segment, counts = _segments(rows, weight)
+    counts, walk = _walk(weight, rows, key)
     beta1, beta2 = betas
     # direction * learning_rate / scale = m / (sqrt(v) * root_factor * scale + epsilon * scale)
     rate = learning_rate / (1.0 - beta1**key.step)
@@ -636,11 +641,7 @@ def adamw_update_rows_triton(
         1.0 - beta2,
         root_factor,
         epsilon,
-        int(Purpose.ROUND) << 32 | key.seed,
-        key.step,
-        weight.columns,
-        weight.codes.shape[1],
-        segment,
+        *walk,
         CLIPPED=clip is not None,
         GRADIENT_LIMIT=gradient_limit,
         STATE_BITS=state_bits,
