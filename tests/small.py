@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,13 +30,12 @@ VALUES: dict[str, Any] = {
 }
 
 
-def small_config(folder: Any, *overrides: str) -> Config:
-    """The configuration above with `section.key=value` overrides; `folder` (a Path) gets its JSON file."""
-    import json
-
-    path = folder / "small.json"
-    path.write_text(json.dumps(VALUES))
-    return load_config(path, overrides)
+def small_config(*overrides: str) -> Config:
+    """The configuration above with `section.key=value` overrides, read from a file of this process alone: ranks call it at one time."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "small.json"
+        path.write_text(json.dumps(VALUES))
+        return load_config(path, overrides)
 
 
 def random_batches(config: Config, step: int, data_rank: int, data_size: int) -> list[dict[str, torch.Tensor]]:

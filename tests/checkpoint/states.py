@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +45,7 @@ def own_rows(tensors: dict[str, torch.Tensor]) -> LogicalState:
 
 def facts(folder: Path) -> dict[str, Any]:
     """What a run adds to the manifest."""
-    with tempfile.TemporaryDirectory() as own:
-        config = small_config(Path(own), f"checkpoint.dir={folder}").model_dump(mode="json")
+    config = small_config(f"checkpoint.dir={folder}").model_dump(mode="json")
     return {"config": config, "layout": {"data": dist.get_world_size()}, "versions": "of a test"}
 
 

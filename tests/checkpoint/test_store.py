@@ -259,7 +259,7 @@ def test_a_killed_save_leaves_the_last_good_checkpoint_and_the_next_save_works(m
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
-    config = small_config(tmp_path, f"checkpoint.dir={tmp_path}")
+    config = small_config(f"checkpoint.dir={tmp_path}")
     found = store.find(config, "auto")
     assert found == tmp_path / "checkpoints" / f"step_{MOMENTS[moment]:08d}"
     assert run_distributed(load_and_save_next, 1, str(found), str(tmp_path)) == [MOMENTS[moment]]
@@ -355,7 +355,7 @@ def test_another_model_is_refused_by_field_with_both_values(saved_at: Any, overr
     manifest = read_manifest(saved_at((1, *SCHEDULE)).folder)
     field, saved, current = OTHER_MODELS[override]
     with pytest.raises(UserError) as caught:
-        store.check_identity(manifest, small_config(tmp_path, override), Path("of a test"))
+        store.check_identity(manifest, small_config(override), Path("of a test"))
     assert f"{field}: the checkpoint has {saved}, the config {current}" in str(caught.value)
     assert len(str(caught.value).splitlines()) == 2
 
@@ -364,15 +364,15 @@ def test_what_may_change_between_runs_is_not_refused(saved_at: Any, tmp_path: Pa
     """Negative control of the above."""
     manifest = read_manifest(saved_at((1, *SCHEDULE)).folder)
     others = ["training.steps=99", "optimizer.learning_rate=1e-4", TP, ZERO_1, BF16, "training.seed=5"]
-    store.check_identity(manifest, small_config(tmp_path, *others), Path("of a test"))
+    store.check_identity(manifest, small_config(*others), Path("of a test"))
 
 
 def test_moments_of_other_bits_are_refused_and_old_ones_have_32(saved_at: Any, tmp_path: Path) -> None:
     manifest = read_manifest(saved_at((1, *SCHEDULE)).folder)
     del manifest["config"]["optimizer"]["state_bits"]  # as it was before there was a choice
-    store.check_identity(manifest, small_config(tmp_path), Path("of a test"))
+    store.check_identity(manifest, small_config(), Path("of a test"))
     with pytest.raises(UserError, match=r"optimizer\.state_bits: the checkpoint has 32, the config 8"):
-        store.check_identity(manifest, small_config(tmp_path, *STATE_8), Path("of a test"))
+        store.check_identity(manifest, small_config(*STATE_8), Path("of a test"))
 
 
 @pytest.mark.parametrize("first_moment_saved", [True, False])
@@ -398,7 +398,7 @@ def empty_checkpoint(folder: Path, step: int) -> Path:
 
 def test_resume_finds_what_it_is_told(tmp_path: Path) -> None:
     run_folder = tmp_path / "run"
-    config = small_config(tmp_path, f"checkpoint.dir={run_folder}")
+    config = small_config(f"checkpoint.dir={run_folder}")
     assert store.find(config, "auto") is None and store.start_of(None) == Progress(0, 0, 0)
     older, newer = empty_checkpoint(run_folder, 9), empty_checkpoint(run_folder, 10)
     (run_folder / "checkpoints" / "step_00000011").mkdir()  # no manifest: not complete

@@ -94,7 +94,7 @@ def published(folder: Path, **settings: Any) -> LlamaForCausalLM:
 
 def run_config(folder: Path, *overrides: str) -> Path:
     path = folder / "run.json"
-    path.write_text(to_json(small_config(folder, *overrides)))
+    path.write_text(to_json(small_config(*overrides)))
     return path
 
 

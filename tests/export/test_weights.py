@@ -98,9 +98,9 @@ def test_perplexity_is_measured_on_the_validation_data_where_it_is(tokenizer_fil
     for batch in encode_documents(texts, tokenizer_file, workers=1):
         writer.add_batch(batch)
     writer.finish()
-    config = small_config(tmp_path, f'data.valid=[{{"path": "{tmp_path}/valid"}}]')
+    config = small_config(f'data.valid=[{{"path": "{tmp_path}/valid"}}]')
     windows, where = held_out_windows(config, tokenizer)
     stream = [token for text in texts for token in [*tokenizer.encode(text), tokenizer.eod_id]]
     assert windows.shape == (16, 17) and windows.flatten().tolist() == stream[: 16 * 17] and "valid" in where
-    windows, where = held_out_windows(small_config(tmp_path), tokenizer)
+    windows, where = held_out_windows(small_config(), tokenizer)
     assert windows.shape == (1, 17) and where == "the built-in text"

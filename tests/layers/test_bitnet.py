@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -133,8 +130,7 @@ def test_activations_are_8_bit_over_the_full_width_and_gradients_pass() -> None:
 
 
 def check_linears(rank: int, world_size: int) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        config = small_config(Path(folder), "quantization.method=bitnet")
+    config = small_config("quantization.method=bitnet")
     groups = process_groups.initialize(config, Launch(rank, world_size, rank, world_size, "test", "", 0))
     for kind, extra in (
         (ColumnParallelBitLinear, {"gather_output": False}),

@@ -30,9 +30,9 @@ def whole(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return logits, labels, torch.rand(BATCH, SEQUENCE, generator=generator)
 
 
-def _losses(rank: int, world_size: int, folder: Any) -> dict[torch.dtype, tuple[list[Any], list[Any], bool, str]]:
+def _losses(rank: int, world_size: int) -> dict[torch.dtype, tuple[list[Any], list[Any], bool, str]]:
     """By type of the logits: loss, gradient, whether the gradient took the memory of the logits, the error of a second backward."""
-    config = small_config(folder, f"parallel.tensor={world_size}", f"model.vocab_size={VOCABULARY}")
+    config = small_config(f"parallel.tensor={world_size}", f"model.vocab_size={VOCABULARY}")
     groups = process_groups.initialize(config, Launch(rank, world_size, rank, world_size, "test", "", 0))
     (model,) = build_model(config, groups)
     assert isinstance(model, LlamaModel)
@@ -58,9 +58,9 @@ def _losses(rank: int, world_size: int, folder: Any) -> dict[torch.dtype, tuple[
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_loss_and_gradient_are_torchs(tmp_path: Any, world_size: int) -> None:
+def test_loss_and_gradient_are_torchs(world_size: int) -> None:
     """Negative control: with labels one further on the loss is far away."""
-    ranks = run_distributed(_losses, world_size, tmp_path)
+    ranks = run_distributed(_losses, world_size)
     for dtype in DTYPES:
         logits, labels, grad = whole(dtype)
         exact = logits.double().requires_grad_()

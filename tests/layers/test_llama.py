@@ -11,7 +11,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -215,12 +214,12 @@ class Found:
 Models = dict[tuple[str, bool, int], Found]
 
 
-def settings(folder: Path, world_size: int) -> dict[tuple[str, bool], Config]:
+def settings(world_size: int) -> dict[tuple[str, bool], Config]:
     """Initial weights fifteen times larger than in training: attention is then far from uniform, and RoPE matters."""
     layout = [f"parallel.tensor={world_size}", f"parallel.sequence={'true' if world_size > 1 else 'false'}"]
     return {
         (method, sub_norm): small_config(
-            folder, "model.init_std=0.3", f"model.sub_norm={'true' if sub_norm else 'false'}", *layout, *overrides
+            "model.init_std=0.3", f"model.sub_norm={'true' if sub_norm else 'false'}", *layout, *overrides
         )
         for method, (overrides, _) in METHODS.items()
         for sub_norm in (False, True)
@@ -228,11 +227,11 @@ def settings(folder: Path, world_size: int) -> dict[tuple[str, bool], Config]:
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+def models() -> Models:
     """Every model of this file by (method, sub_norm, TP size); those of one size run in one call, which costs seconds."""
     found = {}
     for world_size in (1, 2):
-        configs = settings(tmp_path_factory.mktemp("config"), world_size)
+        configs = settings(world_size)
         by_rank = run_distributed(run_models, world_size, list(configs.values()))
         for (key, config), ranks in zip(configs.items(), zip(*by_rank, strict=True), strict=True):
             logits = torch.cat([torch.from_numpy(rank["logits"]) for rank in ranks], dim=-1)

@@ -9,10 +9,8 @@ Comparing by logical name is what makes layouts comparable: no rank's shard appe
 from __future__ import annotations
 
 import functools
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -61,8 +59,7 @@ class Run:
 
 def start(*overrides: str) -> Run:
     """Groups, model and engine of the small configuration with `overrides`; a collective call of the whole world."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = small_config(Path(folder), *overrides)
+    config = small_config(*overrides)
     rank, size = dist.get_rank(), dist.get_world_size()
     groups = initialize(config, Launch(rank, size, rank, size, "tests", "", 0))
     chunks = build_model(config, groups)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -96,9 +95,9 @@ def test_micro_batches_of_any_size_give_the_same_norm_and_gradients(compute: str
                 NETWORK_FP32.assert_close(record.gradients[0][name], gradient, name)
 
 
-def test_deepspeed_measures_no_throughput(tmp_path: Path) -> None:
+def test_deepspeed_measures_no_throughput() -> None:
     """Its timer waits for the device twice a step. Control: by default it is on."""
-    config = small_config(tmp_path)
+    config = small_config()
     assert not get_timers_config(deepspeed_config(config, 1)).enabled
     assert get_timers_config({}).enabled
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
@@ -117,7 +116,7 @@ def layouts_of_rank(
 @pytest.mark.parametrize(
     ("layout", "method"), [("TP 4", "none"), ("PP 2 interleaved", "sub-norms"), ("TP 2 PP 2", "sub-norms")]
 )
-def test_layouts_cover_every_element_of_the_model_exactly_once(layout: str, method: str, tmp_path: Path) -> None:
+def test_layouts_cover_every_element_of_the_model_exactly_once(layout: str, method: str) -> None:
     world_size, *parallel = LAYOUTS[layout]
     overrides = (*SHAPE, *METHODS[method], *parallel)
     ranks = run_distributed(layouts_of_rank, world_size, *overrides)
@@ -134,7 +133,7 @@ def test_layouts_cover_every_element_of_the_model_exactly_once(layout: str, meth
         (n, r, c) for n, (rows, columns) in wanted.items() for r in range(rows) for c in range(columns)
     }
 
-    config = small_config(tmp_path, *overrides)
+    config = small_config(*overrides)
     assert len(wanted) == 3 + config.model.num_layers * (11 if config.model.sub_norm else 9)
     largest = largest_rank(config)
     assert (largest.linear, largest.other) == (ranks[-1][2], ranks[-1][3])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import get_context
-from pathlib import Path
 
 import pytest
 import torch
@@ -55,7 +54,7 @@ def test_gradients_that_stay_where_they_are_give_the_same_steps_and_are_counted(
     assert none == 0 and width == {"fp32": 4, "bf16": 2}[dtype]
 
 
-def states(folder: Path, overrides: list[str]) -> list[Tensor]:
+def states(overrides: list[str]) -> list[Tensor]:
     """Losses, then codes, moments and parameters after some steps and a validation between two of them, on the host.
 
     The last step is made where waiting for the device is an error."""
@@ -67,7 +66,7 @@ def states(folder: Path, overrides: list[str]) -> list[Tensor]:
     from dqt_dist.training.cuda_graph import EAGER_STEPS, micro_batch_graph
     from dqt_dist.training.step import evaluate, train_step
 
-    config = small_config(folder, *overrides, "training.deterministic=true")
+    config = small_config(*overrides, "training.deterministic=true")
     launch = discover()
     export(launch)
     groups = initialize(config, launch)
@@ -101,17 +100,11 @@ RUNS = [
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("overrides", RUNS, ids=["bf16", "fp8", "one micro-batch", "none", "bitnet"])
-def test_a_step_waits_for_nothing_and_a_graph_leaves_its_bits(overrides: list[str], tmp_path: Path) -> None:
+def test_a_step_waits_for_nothing_and_a_graph_leaves_its_bits(overrides: list[str]) -> None:
     """Six micro-batches a step where nothing else is said. Every loss is another, so a batch or an update that a graph did not see
     would show."""
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
-        folders = [tmp_path / name for name in ("eager", "graph")]
-        for folder in folders:
-            folder.mkdir()
-        runs = [
-            processes.submit(states, folder, [*overrides, f"training.cuda_graph={graph}"])
-            for folder, graph in zip(folders, ("false", "true"), strict=True)
-        ]
+        runs = [processes.submit(states, [*overrides, f"training.cuda_graph={graph}"]) for graph in ("false", "true")]
         eager, recorded = (run.result(timeout=120) for run in runs)
     assert len(eager) == len(recorded) > 10
     assert len({float(loss) for loss in recorded[:6]}) == 6

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -35,11 +33,11 @@ def figures_and_states(
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_figures_are_counts_over_the_whole_model(layout: str, tmp_path: Path) -> None:
+def test_figures_are_counts_over_the_whole_model(layout: str) -> None:
     bits = "quantization.bits=4"
     world_size, *parallel = LAYOUTS[layout]
     overall, per_matrix, histograms, before, after = run_distributed(figures_and_states, world_size, bits, *parallel)[0]
-    config = small_config(tmp_path, bits)
+    config = small_config(bits)
     old, new = dict(codes(before, config)), dict(codes(after, config))
     assert len(new) == len(per_matrix) == len(histograms) == 14
     for (name, figures), histogram in zip(per_matrix.items(), histograms, strict=True):
