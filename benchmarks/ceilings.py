@@ -98,7 +98,7 @@ def measured(
     import torch
 
     try:
-        seconds = median_seconds(make(), device)
+        seconds = median_seconds(make, device)
     except (RuntimeError, NotImplementedError, ValueError) as error:
         return Ceiling(kind, shape, 0.0, one_line(error))
     finally:

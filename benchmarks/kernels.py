@@ -15,6 +15,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ class Shapes:
         return self.batch * self.sequence
 
 
+# Rows and columns of gate|up in the model of 49 B weights that benchmarks/train_step.py fits on one H200.
+LARGE = {"cuda": [(44032, 8192)], "cpu": []}
 SHAPES = {"cuda": Shapes(8, 2048, 2048, 5632, 16, 32000), "cpu": Shapes(2, 64, 256, 512, 4, 1024)}
 
 
@@ -109,7 +112,7 @@ def row(operation: Operation, device: str, rates: dict[str, float]) -> dict[str,
     o = operation
     facts = {"name": o.name, "shape": o.shape, "bytes": o.num_bytes, "operations": o.num_operations}
     try:
-        seconds = median_seconds(o.make(), device)
+        seconds = median_seconds(o.make, device)
     except Exception as error:  # one operation a device cannot do leaves the others
         return facts | {"failed": one_line(error)}
     finally:
@@ -149,22 +152,21 @@ def low_bit(rows: int, columns: int, device: str) -> Any:
 
 
 def updates(s: Shapes, device: str) -> Iterator[Operation]:
-    """The weight update of gate|up. Bytes a weight: codes 1/4 read and written, direction 4 or gradient 2, moments read and written."""
+    """The weight update of gate|up; AdamW with 8-bit moments also of down and of a large gate|up. Bytes a weight: codes 1/4 read and
+    written, direction 4 or gradient 2, moments read and written."""
     import torch
 
     from dqt_dist.kernels.low_bit_update import update_rows
     from dqt_dist.lowbit.update import RoundingKey
     from dqt_dist.optim.adamw import AdamW, adamw_update_rows, new_moments
 
-    rows, columns = 2 * s.ffn, s.hidden
-    shape, weights = f"{rows} x {columns}", rows * columns
     key = RoundingKey(1, 1, "stochastic")
 
-    def rounding() -> Callable[[], Any]:
+    def rounding(rows: int, columns: int) -> Callable[[], Any]:
         weight, direction = low_bit(rows, columns, device), torch.randn(rows, columns, device=device)
         return lambda: update_rows(weight, direction, 0, 1e-4, 0.0, key)
 
-    def adamw(state_bits: int) -> Callable[[], Callable[[], Any]]:
+    def adamw(state_bits: int, rows: int, columns: int) -> Operation:
         def make() -> Callable[[], Any]:
             weight, rule = low_bit(rows, columns, device), AdamW(0.9, 0.95, 1e-8, 0.0)
             gradient = torch.randn(rows, columns, device=device).bfloat16()
@@ -174,11 +176,19 @@ def updates(s: Shapes, device: str) -> Iterator[Operation]:
             )
             return lambda: adamw_update_rows(weight, gradient, moments, 0, clip, 1e-4, rule, key)
 
-        return make
+        moved = 2.5 + {8: 2 * 2.0625, 32: 16}[state_bits]
+        return Operation(f"adamw update, {state_bits}-bit moments", f"{rows} x {columns}", moved * rows * columns, make)
 
-    yield Operation("update of a given direction", shape, 4.5 * weights, rounding)
-    yield Operation("adamw update, 32-bit moments", shape, (2.5 + 16) * weights, adamw(32))
-    yield Operation("adamw update, 8-bit moments", shape, (2.5 + 2 * 2.0625) * weights, adamw(8))
+    gate_up, down = (2 * s.ffn, s.hidden), (s.hidden, s.ffn)
+    yield Operation(
+        "update of a given direction",
+        f"{gate_up[0]} x {gate_up[1]}",
+        4.5 * gate_up[0] * gate_up[1],
+        partial(rounding, *gate_up),
+    )
+    yield adamw(32, *gate_up)
+    for rows, columns in (gate_up, down, *LARGE[device]):
+        yield adamw(8, rows, columns)
 
 
 def unpacking(s: Shapes, device: str) -> Iterator[Operation]:
