@@ -41,8 +41,8 @@ def _median_in_a_graph(make: Callable[[], Callable[[], Any]]) -> float:
     training step do.
 
     So Python's time is not in it, and what a call leaves in the cache to be written back is another's cost as that of the one
-    before was its own. A cache cleared by writing zeros (triton.testing.do_bench) costs the call that follows 50 MB of
-    those zeros on an H200.
+    before was its own. Zeros that clear the cache before a call (triton.testing.do_bench) would be written back in its time, up
+    to 50 MB on an H200.
     """
     import torch
 
