@@ -17,9 +17,9 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_SECONDS = 0.3
-# Inputs of all calls together in sizes of the L2 cache, calls in a graph, and how often a group of replays is timed and how long it
-# takes at least.
-CACHES, CALLS_AT_LEAST, CALLS_AT_MOST, GROUPS, GROUP_SECONDS = 4, 16, 64, 20, 2e-3
+# Sets of inputs: so many sizes of the L2 cache together, but so many sets at most. Calls in a graph; groups of replays that are timed,
+# and how long one takes at least.
+CACHES, SETS_AT_MOST, CALLS_AT_LEAST, GROUPS, GROUP_SECONDS = 4, 64, 16, 20, 2e-3
 
 
 def median_seconds(make: Callable[[], Callable[[], Any]], device: str) -> float:
@@ -52,7 +52,7 @@ def _median_in_a_graph(make: Callable[[], Callable[[], Any]]) -> float:
         functions = [make()]
         size = max(1, torch.cuda.memory_allocated() - before)
         cache = torch.cuda.get_device_properties(stream.device).L2_cache_size
-        functions += [make() for _ in range(min(CALLS_AT_MOST, CACHES * cache // size))]
+        functions += [make() for _ in range(min(SETS_AT_MOST - 1, CACHES * cache // size))]
         functions *= -(-CALLS_AT_LEAST // len(functions))
         for function in functions:  # compiles, and fills what is computed once
             function()

@@ -15,7 +15,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +161,12 @@ def updates(s: Shapes, device: str) -> Iterator[Operation]:
 
     key = RoundingKey(1, 1, "stochastic")
 
-    def rounding(rows: int, columns: int) -> Callable[[], Any]:
-        weight, direction = low_bit(rows, columns, device), torch.randn(rows, columns, device=device)
-        return lambda: update_rows(weight, direction, 0, 1e-4, 0.0, key)
+    def rounding(rows: int, columns: int) -> Operation:
+        def make() -> Callable[[], Any]:
+            weight, direction = low_bit(rows, columns, device), torch.randn(rows, columns, device=device)
+            return lambda: update_rows(weight, direction, 0, 1e-4, 0.0, key)
+
+        return Operation("update of a given direction", f"{rows} x {columns}", 4.5 * rows * columns, make)
 
     def adamw(state_bits: int, rows: int, columns: int) -> Operation:
         def make() -> Callable[[], Any]:
@@ -180,12 +182,7 @@ def updates(s: Shapes, device: str) -> Iterator[Operation]:
         return Operation(f"adamw update, {state_bits}-bit moments", f"{rows} x {columns}", moved * rows * columns, make)
 
     gate_up, down = (2 * s.ffn, s.hidden), (s.hidden, s.ffn)
-    yield Operation(
-        "update of a given direction",
-        f"{gate_up[0]} x {gate_up[1]}",
-        4.5 * gate_up[0] * gate_up[1],
-        partial(rounding, *gate_up),
-    )
+    yield rounding(*gate_up)
     yield adamw(32, *gate_up)
     for rows, columns in (gate_up, down, *LARGE[device]):
         yield adamw(8, rows, columns)

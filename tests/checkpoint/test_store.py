@@ -351,7 +351,7 @@ OTHER_MODELS = {
 
 
 @pytest.mark.parametrize("override", OTHER_MODELS)
-def test_another_model_is_refused_by_field_with_both_values(saved_at: Any, override: str, tmp_path: Path) -> None:
+def test_another_model_is_refused_by_field_with_both_values(saved_at: Any, override: str) -> None:
     manifest = read_manifest(saved_at((1, *SCHEDULE)).folder)
     field, saved, current = OTHER_MODELS[override]
     with pytest.raises(UserError) as caught:
@@ -360,14 +360,14 @@ def test_another_model_is_refused_by_field_with_both_values(saved_at: Any, overr
     assert len(str(caught.value).splitlines()) == 2
 
 
-def test_what_may_change_between_runs_is_not_refused(saved_at: Any, tmp_path: Path) -> None:
+def test_what_may_change_between_runs_is_not_refused(saved_at: Any) -> None:
     """Negative control of the above."""
     manifest = read_manifest(saved_at((1, *SCHEDULE)).folder)
     others = ["training.steps=99", "optimizer.learning_rate=1e-4", TP, ZERO_1, BF16, "training.seed=5"]
     store.check_identity(manifest, small_config(*others), Path("of a test"))
 
 
-def test_moments_of_other_bits_are_refused_and_old_ones_have_32(saved_at: Any, tmp_path: Path) -> None:
+def test_moments_of_other_bits_are_refused_and_old_ones_have_32(saved_at: Any) -> None:
     manifest = read_manifest(saved_at((1, *SCHEDULE)).folder)
     del manifest["config"]["optimizer"]["state_bits"]  # as it was before there was a choice
     store.check_identity(manifest, small_config(), Path("of a test"))

@@ -24,7 +24,7 @@ from dqt_dist.optim.adamw import (
 pytestmark = pytest.mark.gpu
 
 ALL_BITS = ["ternary", 2, 3, 4, 5, 8]
-# Columns below, at and above the kernel's block of 1024, and not a multiple of it; all in whole Philox groups.
+# Columns below the kernel's block of 256, whole blocks, and with a rest, in one part of a row and in several; all in whole Philox groups.
 COLUMNS = [4, 100, 1024, 1028, 2500]
 
 
