@@ -453,6 +453,46 @@ def _store_blocks(
 
 
 @triton.jit
+def _load_moments(
+    exp_avg_row, exp_avg_scale_row, second_row, second_scale_row, start, columns, beta1, STATE_BITS: tl.constexpr,
+    STATE_BLOCK: tl.constexpr, SIGNED_EXPONENT_MIN: tl.constexpr, UNSIGNED_EXPONENT_MIN: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """First moment times beta1, and second moment: fp32 [BLOCK]."""
+    if STATE_BITS == 8:
+        m_codes, m_exponents = _load_blocks(exp_avg_row, exp_avg_scale_row, start, columns, BLOCK, STATE_BLOCK, WHOLE)
+        v_codes, v_exponents = _load_blocks(second_row, second_scale_row, start, columns, BLOCK, STATE_BLOCK, WHOLE)
+        m = _decode_signed(m_codes, m_exponents, beta1, BLOCK, SIGNED_EXPONENT_MIN)
+        v = _decode_unsigned(v_codes, v_exponents, BLOCK, UNSIGNED_EXPONENT_MIN)
+    else:
+        offsets = start + tl.arange(0, BLOCK)
+        inside = None if WHOLE else offsets < columns
+        m = tl.load(exp_avg_row + offsets, mask=inside) * beta1
+        v = tl.load(second_row + offsets, mask=inside)
+    return m, v
+
+
+@triton.jit
+def _store_moments(
+    exp_avg_row, exp_avg_scale_row, second_row, second_scale_row, m, v, words, start, columns, STATE_BITS: tl.constexpr,
+    STATE_BLOCK: tl.constexpr, SIGNED_EXPONENT_MIN: tl.constexpr, UNSIGNED_EXPONENT_MIN: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Moments [BLOCK], rounded with the lowest 20 bits of `words` where they have 8."""
+    if STATE_BITS == 8:
+        noise = tl.reshape((words & 0xFFFFF).to(tl.int32), (BLOCK // STATE_BLOCK, STATE_BLOCK))
+        m_codes, m_exponents = _encode_signed(m, noise, SIGNED_EXPONENT_MIN)
+        _store_blocks(exp_avg_row, exp_avg_scale_row, m_codes, m_exponents, start, columns, BLOCK, STATE_BLOCK, WHOLE)
+        v_codes, v_exponents = _encode_unsigned(v, noise, UNSIGNED_EXPONENT_MIN)
+        _store_blocks(second_row, second_scale_row, v_codes, v_exponents, start, columns, BLOCK, STATE_BLOCK, WHOLE)
+    else:
+        offsets = start + tl.arange(0, BLOCK)
+        inside = None if WHOLE else offsets < columns
+        tl.store(exp_avg_row + offsets, m, mask=inside)
+        tl.store(second_row + offsets, v, mask=inside)
+
+
+@triton.jit
 def _load_gradient(gradient_row, start, columns, moves, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
     """fp32 [BLOCK]; zeros when nothing moves, whatever stands there. Volatile: see `_load_packed`."""
     if gradient_row.dtype.element_ty == tl.bfloat16:
@@ -554,36 +594,21 @@ def _adamw_kernel(
     flips, zeros, clamped = _no_counts(BLOCK)
     for start in range(first, last, BLOCK):
         tl.assume(start >= 0)  # divisions are shifts then
-        offsets = start + tl.arange(0, BLOCK)
-        inside = None if WHOLE else offsets < columns
         old = _load_packed(codes_row, start, packed_columns, QMIN, STORAGE_BITS, BLOCK, WHOLE)
         g = _load_gradient(gradient_row, start, columns, moves, BLOCK, WHOLE)
         if not CLIPPED:
             g = tl.where(tl.abs(g) < GRADIENT_LIMIT, g, 0.0)
-        if STATE_BITS == 8:
-            m_codes, m_exponents = _load_blocks(
-                exp_avg_row, exp_avg_scale_row, start, columns, BLOCK, STATE_BLOCK, WHOLE
-            )
-            v_codes, v_exponents = _load_blocks(second_row, second_scale_row, start, columns, BLOCK, STATE_BLOCK, WHOLE)
-            m = _decode_signed(m_codes, m_exponents, beta1, BLOCK, SIGNED_EXPONENT_MIN)
-            v = _decode_unsigned(v_codes, v_exponents, BLOCK, UNSIGNED_EXPONENT_MIN)
-        else:
-            m = tl.load(exp_avg_row + offsets, mask=inside) * beta1
-            v = tl.load(second_row + offsets, mask=inside)
+        m, v = _load_moments(
+            exp_avg_row, exp_avg_scale_row, second_row, second_scale_row, start, columns, beta1,
+            STATE_BITS, STATE_BLOCK, SIGNED_EXPONENT_MIN, UNSIGNED_EXPONENT_MIN, BLOCK, WHOLE,
+        )  # fmt: skip
         words = _draw(first_counter + (start >> 2), id_word, key, step, BLOCK)
         m += weight1 * g
         v = beta2 * v + weight2 * g * g
-        if STATE_BITS == 8:
-            noise = tl.reshape((words & 0xFFFFF).to(tl.int32), (BLOCK // STATE_BLOCK, STATE_BLOCK))
-            m_codes, m_exponents = _encode_signed(m, noise, SIGNED_EXPONENT_MIN)
-            _store_blocks(
-                exp_avg_row, exp_avg_scale_row, m_codes, m_exponents, start, columns, BLOCK, STATE_BLOCK, WHOLE
-            )
-            v_codes, v_exponents = _encode_unsigned(v, noise, UNSIGNED_EXPONENT_MIN)
-            _store_blocks(second_row, second_scale_row, v_codes, v_exponents, start, columns, BLOCK, STATE_BLOCK, WHOLE)
-        else:
-            tl.store(exp_avg_row + offsets, m, mask=inside)
-            tl.store(second_row + offsets, v, mask=inside)
+        _store_moments(
+            exp_avg_row, exp_avg_scale_row, second_row, second_scale_row, m, v, words, start, columns,
+            STATE_BITS, STATE_BLOCK, SIGNED_EXPONENT_MIN, UNSIGNED_EXPONENT_MIN, BLOCK, WHOLE,
+        )  # fmt: skip
         fields = _fields(old, QMIN, STORAGE_BITS)
         if DECAYS:
             fields = _decayed(fields, decay_factor, QMIN)
