@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from datetime import date
@@ -131,8 +132,11 @@ def waiting_is_an_error() -> Iterator[None]:
     with ExitStack() as until_then:
         for place in (torch.cuda, torch.cuda.Stream, torch.cuda.Event):
             until_then.enter_context(patch.object(place, "synchronize", refuse))
-        torch.cuda.set_sync_debug_mode("error")
         until_then.callback(torch.cuda.set_sync_debug_mode, "default")
+        with warnings.catch_warnings():
+            # That the mode is a prototype; where warnings are errors it would be left set.
+            warnings.simplefilter("ignore", UserWarning)
+            torch.cuda.set_sync_debug_mode("error")
         yield
 
 

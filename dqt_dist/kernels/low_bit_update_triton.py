@@ -53,20 +53,19 @@ def _load_packed(
     codes_row, start, packed_columns, QMIN: tl.constexpr, STORAGE_BITS: tl.constexpr, BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Packed bytes from column `start` on, int32 [BLOCK * STORAGE_BITS / 8]; fields of zero past the end.
-
-    Volatile loads stay in order, and the gradient's, the first that is needed, is one too: ptxas would move this one, the last that is
-    needed, down to where it is needed, and a warp would wait for memory twice a block.
-    """
+    """Packed bytes from column `start` on, int32 [BLOCK * STORAGE_BITS / 8]; fields of zero past the end."""
     COUNT: tl.constexpr = BLOCK * STORAGE_BITS // 8
     first = start // (8 // STORAGE_BITS)
     packed_at = (codes_row + first) + tl.arange(0, COUNT)
     if WHOLE:
-        packed = tl.load(packed_at, volatile=True)
+        packed = tl.load(packed_at).to(tl.int32)
     else:
         inside = tl.arange(0, COUNT) < packed_columns - first
-        packed = tl.load(packed_at, mask=inside, other=QMIN if STORAGE_BITS == 8 else 0, volatile=True)
-    return packed.to(tl.int32)
+        packed = tl.load(packed_at, mask=inside, other=0).to(tl.int32)
+        if STORAGE_BITS == 8:
+            # Not by `other`: of four int8 loaded at once, Triton 3.6.0 gives a negative one to the first alone.
+            packed = tl.where(inside, packed, QMIN)
+    return packed
 
 
 @triton.jit
@@ -494,18 +493,18 @@ def _store_moments(
 
 @triton.jit
 def _load_gradient(gradient_row, start, columns, moves, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """fp32 [BLOCK]; zeros when nothing moves, whatever stands there. Volatile: see `_load_packed`."""
+    """fp32 [BLOCK]; zeros when nothing moves, whatever stands there."""
     if gradient_row.dtype.element_ty == tl.bfloat16:
         # Pairs, whose halves are the upper halves of two fp32.
         pairs_at = (gradient_row + start).to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, BLOCK // 2)
         inside = moves if WHOLE else moves & (tl.arange(0, BLOCK // 2) < (columns - start) // 2)
-        pairs = tl.load(pairs_at, mask=inside, other=0, volatile=True)
+        pairs = tl.load(pairs_at, mask=inside, other=0)
         result = tl.interleave(
             (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
         )
     else:
         inside = moves if WHOLE else moves & (tl.arange(0, BLOCK) < columns - start)
-        result = tl.load((gradient_row + start) + tl.arange(0, BLOCK), mask=inside, other=0.0, volatile=True)
+        result = tl.load((gradient_row + start) + tl.arange(0, BLOCK), mask=inside, other=0.0)
     return result
 
 
