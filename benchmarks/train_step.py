@@ -152,7 +152,9 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
                 row["failed"] = one_line(error)
                 row["traceback"] = traceback.format_exc()
                 print(row["traceback"], file=sys.stderr)
-            gc.collect()  # engine, optimizer and hooks refer to one another
+            # Engine, optimizer and hooks refer to one another, in part by way of C++: once is not enough.
+            while gc.collect():
+                pass
             if device == "cuda":
                 torch.cuda.empty_cache()
                 row["left_gib"] = torch.cuda.memory_allocated() / 2**30

@@ -15,6 +15,7 @@ state is read or moved.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import select
 import signal
@@ -91,6 +92,9 @@ class Loader:
             generator=torch.Generator(),
         )
         with _stop_signals_held():
+            # The server imports what workers need, PyTorch above all, once and not each of them.
+            needed = [__name__, type(self._steps.dataset).__module__]
+            multiprocessing.get_context("forkserver").set_forkserver_preload(needed)
             steps = iter(loader)  # starts the workers
         for step in steps:
             yield [dict(zip(_FIELDS, parts, strict=True)) for parts in zip(*(step[f] for f in _FIELDS), strict=True)]

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 
 from dqt_dist.kernels.launch import launch
 from dqt_dist.lowbit.activation import ABSMAX_FLOOR, CODE_MAX, GRADIENT_ABSMAX_FLOOR
@@ -64,9 +65,11 @@ def _to_code(h, inverse_scale, INTEGER: tl.constexpr):
 
     A maximum times the reciprocal may end an ulp above the largest code, never half a code.
     """
-    h = h * inverse_scale
     if INTEGER:
-        h = (h + ROUNDER) - ROUNDER
+        # Not contracted with the addition: the definition rounds the product.
+        h = (libdevice.mul_rn(h, inverse_scale) + ROUNDER) - ROUNDER
+    else:
+        h = h * inverse_scale
     return h
 
 

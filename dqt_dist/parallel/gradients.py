@@ -20,6 +20,7 @@ make stages differ.
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -70,9 +71,14 @@ class GradientReducer:
         self._in_flight: deque[tuple[Gradient, PendingSum]] = deque()
 
     def add(self, gradient: Gradient) -> Callable[[], None]:
-        """Registers a gradient, in the same order on every rank; returns what to call when a backward has added to it."""
+        """Registers a gradient, in the same order on every rank; returns what to call when a backward has added to it.
+
+        That refers to the reducer weakly: autograd holds hooks of parameters where Python does not look for cycles, and by way of
+        the reducer one would keep the parameters themselves.
+        """
         self.gradients.append(gradient)
-        return lambda: self._arrived(gradient)
+        reducer = weakref.proxy(self)
+        return lambda: reducer._arrived(gradient)
 
     @torch.no_grad()
     def _arrived(self, gradient: Gradient) -> None:

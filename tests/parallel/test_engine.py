@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -299,3 +301,24 @@ def test_adafactor_sharded_equals_one_process(beta1: str) -> None:
     assert_equal(first_found.final, first_wanted.final, "codes/")
     assert fraction_of_codes_that_differ(wanted.final, wanted.initial, wanted.config) > 0.05
     assert fraction_of_codes_that_differ(found.final, wanted.final, wanted.config) <= 2e-3
+
+
+# ---- what is left when it is gone ----
+
+
+def parameters_left(rank: int, world_size: int, *overrides: str) -> tuple[int, int]:
+    """Parameters of a run, and how many of them are still there when nobody refers to the run any more."""
+    run = start(*overrides)
+    run.step(1)
+    parameters = [weakref.ref(parameter) for parameter in run.chunks.parameters()]
+    del run
+    while gc.collect():
+        pass
+    return len(parameters), sum(parameter() is not None for parameter in parameters)
+
+
+@pytest.mark.parametrize("fused", ["false", "true"])
+def test_an_engine_nobody_refers_to_leaves_no_memory(fused: str) -> None:
+    """Hooks of parameters are out of Python's sight; one that leads back to its parameter would keep all of it."""
+    overrides = ("training.global_batch_size=2", "optimizer.max_grad_norm=0", f"optimizer.fused_backward={fused}")
+    assert run_distributed(parameters_left, 1, *overrides)[0] == (7, 0)
