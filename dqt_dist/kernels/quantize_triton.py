@@ -65,11 +65,10 @@ def _to_code(h, inverse_scale, INTEGER: tl.constexpr):
 
     A maximum times the reciprocal may end an ulp above the largest code, never half a code.
     """
+    # Rounded before the addition, as in the definition, and not contracted with it.
+    h = libdevice.mul_rn(h, inverse_scale)
     if INTEGER:
-        # Not contracted with the addition: the definition rounds the product.
-        h = (libdevice.mul_rn(h, inverse_scale) + ROUNDER) - ROUNDER
-    else:
-        h = h * inverse_scale
+        h = (h + ROUNDER) - ROUNDER
     return h
 
 
