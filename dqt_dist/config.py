@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -226,9 +226,10 @@ class TrainingConfig(Section):
     recompute: Literal["none", "mlp", "full"] = "none"
     """Activation checkpointing: what the backward pass computes again instead of keeping it. mlp: the feed-forward half of each
     block; full: whole blocks, of which only the input is kept."""
-    cuda_graph: bool = False
+    cuda_graph: bool | Literal["auto"] = False
     """Launch forward and backward of a micro-batch as one CUDA graph, so that Python's speed does not matter. Needs tensor and pipeline
-    parallel size 1 and ZeRO stage 0 or 1. Gradients then stay allocated between steps."""
+    parallel size 1 and ZeRO stage 0 or 1. Gradients then stay allocated between steps. auto: on a GPU, where nothing else in the
+    config stands against it."""
     replica_check_interval: NonNegativeInt = 100
     """Steps between comparisons of weights that several ranks hold alike; a difference stops the run. 0 for none."""
     eval_interval: NonNegativeInt = 0
@@ -287,6 +288,12 @@ class Config(Section):
     def zero_stage(self) -> int:
         """ZeRO stage of the run; 0 when deepspeed.zero_optimization does not name one."""
         return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+
+    @property
+    def cuda_graph(self) -> bool:
+        """Whether micro-batches run as CUDA graphs, on a GPU."""
+        wanted = self.training.cuda_graph
+        return next(_cuda_graph_obstacles(self), None) is None if wanted == "auto" else wanted
 
     @property
     def offloads_optimizer(self) -> bool:
@@ -654,8 +661,11 @@ def _fused_backward_problems(config: Config) -> Iterable[str]:
 
 
 def _cuda_graph_problems(config: Config) -> Iterable[str]:
-    if not config.training.cuda_graph:
-        return
+    if config.training.cuda_graph is True:
+        yield from _cuda_graph_obstacles(config)
+
+
+def _cuda_graph_obstacles(config: Config) -> Iterator[str]:
     what = "training.cuda_graph: true"
     for name in ("tensor", "pipeline"):
         size = getattr(config.parallel, name)

@@ -87,7 +87,7 @@ def select_stream(config: Config) -> None:
     """On which CUDA stream everything that follows runs: one that a graph can be recorded on, which the default one is not, where the
     config wants that. Before the model is built: autograd adds up a parameter's gradient on the stream that was current when its hooks
     were made."""
-    torch.cuda.set_stream(torch.cuda.Stream() if config.training.cuda_graph else torch.cuda.default_stream())
+    torch.cuda.set_stream(torch.cuda.Stream() if config.cuda_graph else torch.cuda.default_stream())
 
 
 def _use_deterministic_kernels() -> None:

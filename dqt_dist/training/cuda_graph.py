@@ -31,11 +31,12 @@ EAGER_STEPS = 2
 def micro_batch_graph(
     chunks: nn.ModuleList, optimizer: CombinedOptimizer, config: Config, groups: Groups
 ) -> MicroBatchGraph | None:
-    """What a run with this config steps with; None without training.cuda_graph. Raises UserError where there is no CUDA device."""
-    if not config.training.cuda_graph:
+    """What a run with this config steps with; None where it records nothing. Raises UserError where it must and has no CUDA device."""
+    on_gpu = groups.device.type == "cuda"
+    if config.training.cuda_graph is True and not on_gpu:
+        raise UserError('training.cuda_graph: true needs a CUDA device, and this run has none; use "auto" or false')
+    if not (config.cuda_graph and on_gpu):
         return None
-    if groups.device.type != "cuda":
-        raise UserError("training.cuda_graph: true needs a CUDA device, and this run has none; use false")
     return MicroBatchGraph(chunks, optimizer, config, groups)
 
 

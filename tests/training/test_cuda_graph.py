@@ -5,12 +5,15 @@ from __future__ import annotations
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import get_context
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from dqt_dist.training.cost import low_bit_bytes
+from dqt_dist.training.cuda_graph import EAGER_STEPS, micro_batch_graph
 from dqt_dist.training.step import run_schedule
 from tests.distributed import run_distributed
 from tests.parallel.runs import Whole, assert_equal, start, whole_state
@@ -22,6 +25,15 @@ def test_without_a_device_the_run_says_what_is_missing(train: Train) -> None:
     result = train("training.cuda_graph=true")
     assert result.returncode == 2
     assert "training.cuda_graph: true needs a CUDA device" in result.stderr
+
+
+def test_auto_records_on_a_gpu_where_nothing_stands_against_it() -> None:
+    assert small_config("training.cuda_graph=auto").cuda_graph
+    assert not small_config("training.cuda_graph=auto", "training.recompute=full").cuda_graph
+    assert not small_config("training.cuda_graph=auto", "parallel.tensor=2").cuda_graph
+    on_cpu: Any = SimpleNamespace(device=torch.device("cpu"))
+    nothing: Any = None
+    assert micro_batch_graph(nothing, nothing, small_config("training.cuda_graph=auto"), on_cpu) is None
 
 
 def stepped(rank: int, world_size: int, kept: bool, *overrides: str) -> tuple[Whole, float]:
@@ -63,7 +75,6 @@ def states(overrides: list[str]) -> list[Tensor]:
     from dqt_dist.parallel.groups import finalize, initialize
     from dqt_dist.parallel.launch import discover, export
     from dqt_dist.parallel.model import build_model
-    from dqt_dist.training.cuda_graph import EAGER_STEPS, micro_batch_graph
     from dqt_dist.training.step import evaluate, train_step
 
     config = small_config(*overrides, "training.deterministic=true")
