@@ -366,13 +366,13 @@ def plot(rows: list[dict[str, Any]], path: str) -> None:
     """Share of the ceiling, a bar an operation, with its time."""
     plt = drawing()
     rows = [r for r in rows if "of_ceiling" in r][::-1]
-    figure, axis = plt.subplots(figsize=(9, 1 + 0.32 * len(rows)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(10, 1 + 0.32 * len(rows)), layout="constrained")
     colors = ["#dd8452" if r["operations"] else "#4c72b0" for r in rows]
-    bars = axis.barh([r["name"] for r in rows], [100 * r["of_ceiling"] for r in rows], color=colors)
+    bars = axis.barh([f"{r['name']}, {r['shape']}" for r in rows], [100 * r["of_ceiling"] for r in rows], color=colors)
     axis.bar_label(bars, [f"{r['of_ceiling']:.0%}, {r['ms']:.3g} ms" for r in rows], padding=3, fontsize=8)
     axis.axvline(100, color="gray", lw=0.8)
     axis.set(xlabel="% of the ceiling measured in the same run (blue: bandwidth, orange: products)")
-    axis.margins(x=0.2)
+    axis.margins(x=0.2, y=0.01)
     figure.savefig(path, dpi=130)
     print(path)
 

@@ -484,6 +484,9 @@ def plot(found: dict[str, Any], path: str) -> None:
             color = "#e6e6e6" if part == "idle" else plt.get_cmap("tab10")(index)
             axis.barh([row["variant"] for row in profiled], milliseconds, left=left, label=part, color=color)
             left = [a + b for a, b in zip(left, milliseconds, strict=True)]
+        for row in rows:
+            if row not in profiled:
+                axis.annotate("  not profiled", (0, row["variant"]), va="center", fontsize=8, color="gray")
         axis.set_xlabel("ms of a step, by part")
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.suptitle(f"{found['config']}: {found['about'].split('. ')[0]}", fontsize=9)

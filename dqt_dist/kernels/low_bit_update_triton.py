@@ -9,9 +9,9 @@ multiply-adds or counts the wanted weight from the lowest code instead of from z
 where u is small and has more digits here (`_round`): each decides otherwise about one draw in 2^20, and nothing where t is exact.
 
 Bytes a ternary weight: 1/4 of codes read and written; a direction of 4 read; or a gradient of 2 (bf16) read and moments of 2.0625
-(16 of fp32: 8) read and written, 6.6 in all. On an H200 that leaves about 57 instructions a weight at 80 % of the bandwidth of a copy,
-so they count: it is 52 for ternary codes and 8-bit moments, 10 of them Philox, of which one call serves both the codes and the moments
-of four weights. Some are PTX, where Triton has no word for what the GPU does in one.
+(16 of fp32: 8) read and written, 6.6 in all. With 8-bit moments an H200 is busier with instructions than with these bytes, so they
+count: 52 a weight for ternary codes, 10 of them Philox, of which one call serves both the codes and the moments of four weights
+(docs/benchmarks/kernels.md has what each costs). Some are PTX, where Triton has no word for what the GPU does in one.
 
 One program walks one row, or a part of it where rows are few: matrix, scale and first element index are scalars, and counts need no
 atomics.
