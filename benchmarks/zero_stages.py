@@ -100,7 +100,7 @@ def measure(config: Any, groups: Any, name: str, args: argparse.Namespace) -> li
         train_step(engine, chunks, batches(config, groups, step), config, groups)
     synchronize(groups)
     seconds = (time.perf_counter() - start) / (steps - 3)
-    sent = cost.sent_bytes(steps - 3, groups)
+    sent = cost.sent_bytes(steps - 3)
     static = sum(cost.low_bit_bytes(engine.optimizer.low_bit).values())
     peak = cost.peak_memory_bytes(groups) / 2**30
     digest = "-" if args.no_digest else state_digest(chunks, engine.optimizer, groups)

@@ -88,7 +88,7 @@ def peak_memory_bytes(groups: Groups) -> int:
     return int(largest)
 
 
-def sent_bytes(steps: int, groups: Groups) -> dict[str, float]:
+def sent_bytes(steps: int) -> dict[str, float]:
     """Bytes all ranks together have sent per step since `forget_sent_bytes`, by kind. A collective call.
 
     Counted are the collectives that are ours, see layers/collectives.py: not Megatron's messages between pipeline stages, its

@@ -162,7 +162,7 @@ class Trainer:
                 "tokens_per_s": self.tokens_per_second,
                 "mfu": flops / self.peak.flops,
                 "peak_memory_bytes": cost.peak_memory_bytes(self.groups),
-                **cost.sent_bytes(self.step - self.clock_step, self.groups),
+                **cost.sent_bytes(self.step - self.clock_step),
                 **figures,
             }
         )
