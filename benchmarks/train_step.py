@@ -64,6 +64,7 @@ VARIANTS: dict[str, list[str]] = {
     "dqt-fp8, dW in bf16": [*FP8, "quantization.weight_gradient=bf16"],
     "dqt-fp8, fused update": [*FP8, "optimizer.fused_backward=true", "optimizer.max_grad_norm=0"],
     "dqt-fp8, recompute mlp": [*FP8, "training.recompute=mlp"],
+    "dqt-fp8, recompute mlp in 10": [*FP8, "training.recompute=mlp", "training.recompute_layers=10"],
     "dqt-fp8, recompute full": [*FP8, "training.recompute=full"],
     "dqt-fp8, fused, recompute full": [
         *FP8, "optimizer.fused_backward=true", "optimizer.max_grad_norm=0", "training.recompute=full",

@@ -226,6 +226,8 @@ class TrainingConfig(Section):
     recompute: Literal["none", "mlp", "full"] = "none"
     """Activation checkpointing: what the backward pass computes again instead of keeping it. mlp: the feed-forward half of each
     block; full: whole blocks, of which only the input is kept."""
+    recompute_layers: PositiveInt | None = None
+    """In how many blocks of each pipeline stage (of each virtual one where there are). Default: all of them."""
     cuda_graph: bool | Literal["auto"] = False
     """Launch forward and backward of a micro-batch as one CUDA graph, so that Python's speed does not matter. Needs tensor and pipeline
     parallel size 1 and ZeRO stage 0 or 1. Gradients then stay allocated between steps. auto: on a GPU, where nothing else in the
@@ -288,6 +290,11 @@ class Config(Section):
     def zero_stage(self) -> int:
         """ZeRO stage of the run; 0 when deepspeed.zero_optimization does not name one."""
         return self.deepspeed.get("zero_optimization", {}).get("stage", 0)
+
+    @property
+    def layers_of_chunk(self) -> int:
+        """Blocks of a pipeline stage, of a virtual one where there are."""
+        return self.model.num_layers // (self.parallel.pipeline * (self.parallel.virtual_pipeline or 1))
 
     @property
     def cuda_graph(self) -> bool:
@@ -504,6 +511,7 @@ def _problems(config: Config) -> Iterable[str]:
     yield from _pipeline_problems(config)
     yield from _quantization_problems(config)
     yield from _fused_backward_problems(config)
+    yield from _recompute_problems(config)
     yield from _cuda_graph_problems(config)
     yield from _state_bits_problems(config)
     yield from _schedule_problems(config)
@@ -657,6 +665,22 @@ def _fused_backward_problems(config: Config) -> Iterable[str]:
         yield (
             f'optimizer.fused_backward: true does not go with quantization.method = "{config.quantization.method}", which has '
             f"no low-bit weights; use false"
+        )
+
+
+def _recompute_problems(config: Config) -> Iterable[str]:
+    layers = config.training.recompute_layers
+    if layers is None:
+        return
+    if config.training.recompute == "none":
+        yield (
+            f'training.recompute_layers: {layers} blocks are to compute again, but training.recompute = "none" says nothing of them '
+            f'does; use recompute = "mlp" or "full", or leave recompute_layers out'
+        )
+    if layers > config.layers_of_chunk:
+        yield (
+            f"training.recompute_layers: {layers} is more than the {config.layers_of_chunk} blocks of a pipeline stage; use at most "
+            f"{config.layers_of_chunk}"
         )
 
 

@@ -347,6 +347,14 @@ def test_a_field_that_others_follow_from_is_reported_once(file: Path) -> None:
             "optimizer.max_grad_norm is 1; use 0, or fused_backward = false",
         ),
         (
+            ["training.recompute_layers=2"],
+            'training.recompute_layers: 2 blocks are to compute again, but training.recompute = "none"',
+        ),
+        (
+            ["training.recompute=mlp", "training.recompute_layers=3", "parallel.pipeline=2"],
+            "training.recompute_layers: 3 is more than the 2 blocks of a pipeline stage; use at most 2",
+        ),
+        (
             ["training.cuda_graph=true", "parallel.tensor=2"],
             "training.cuda_graph: true records the work of one rank, but parallel.tensor = 2 makes ranks exchange activations",
         ),

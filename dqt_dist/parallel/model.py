@@ -39,7 +39,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
-    "full": {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1},
+    "full": {"recompute_granularity": "full", "recompute_method": "block"},
 }
 
 # Weights drawn at once at initialisation, by device: a few int64 temporaries of 32 MiB each, of 512 MiB on a GPU, where a model of
@@ -62,7 +62,9 @@ def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
     """Megatron's view of the run."""
     model, parallel = config.model, config.parallel
     dtype = DTYPES[config.quantization.dtype]
-    recompute: dict[str, Any] = RECOMPUTE[config.training.recompute]
+    recompute = dict(RECOMPUTE[config.training.recompute])
+    if config.training.recompute == "full":
+        recompute["recompute_num_layers"] = config.training.recompute_layers or config.layers_of_chunk
     # SwiGLU of the methods without low-bit codes: Megatron's own fused one, which torch.compile makes.
     fused_swiglu = not on_cpu and config.quantization.method != "dqt"
     return LlamaTransformerConfig(
@@ -128,6 +130,9 @@ def build_model(config: Config, groups: Groups) -> nn.ModuleList:
                 position_embedding_type="none",  # it is inside attention
                 vp_stage=virtual_stage,
             )
+            # Megatron has a number of blocks for "full" only.
+            for layer in chunk.decoder.layers[config.training.recompute_layers or config.layers_of_chunk :]:
+                layer.recompute_mlp = False
             if config.quantization.embeddings:
                 _quantize_embeddings(chunk, megatron_config, config, groups)
             chunks.append(chunk.to(groups.device))

@@ -28,15 +28,27 @@ def test_recomputation_changes_no_bit(world_size: int, overrides: tuple[str, ...
     assert_equal(found.final, wanted.final)
 
 
+@pytest.mark.parametrize("recompute", ["mlp", "full"])
+@pytest.mark.parametrize("world_size, overrides", [(1, ()), (2, ("parallel.pipeline=2", "model.num_layers=4"))])
+def test_some_blocks_recompute_and_change_no_bit(world_size: int, overrides: tuple[str, ...], recompute: str) -> None:
+    wanted = recorded(world_size, 2, *overrides)
+    found = recorded(world_size, 2, *overrides, f"training.recompute={recompute}", "training.recompute_layers=1")
+    assert found.losses == wanted.losses and found.grad_norms == wanted.grad_norms
+    assert_equal(found.final, wanted.final)
+
+
 def test_less_is_kept() -> None:
-    """In the forward pass: none keeps more than mlp, which keeps more than full."""
+    """In the forward pass: none keeps more than mlp, which keeps more than full; one of two blocks lies between."""
     none, mlp, full = (run_distributed(_forward_bytes, 1, recompute)[0] for recompute in ("none", "mlp", "full"))
     assert none > mlp > full
+    for recompute, whole in (("mlp", mlp), ("full", full)):
+        half = run_distributed(_forward_bytes, 1, recompute, "training.recompute_layers=1")[0]
+        assert none > half > whole
 
 
-def _forward_bytes(rank: int, world_size: int, recompute: str) -> int:
+def _forward_bytes(rank: int, world_size: int, recompute: str, *overrides: str) -> int:
     """Float bytes that autograd holds when the forward pass has ended."""
-    run = start(f"training.recompute={recompute}", "training.global_batch_size=2")
+    run = start(f"training.recompute={recompute}", "training.global_batch_size=2", *overrides)
     kept: dict[int, Tensor] = {}
     total: list[int] = []
 
