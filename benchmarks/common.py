@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shlex
 import statistics
@@ -118,6 +119,19 @@ def chosen(text: str, known: dict[str, list[str]], option: str) -> tuple[str, li
     if name not in known:
         raise SystemExit(f"{option}: unknown {name!r}; known: {'; '.join(known)}; or NAME=section.key=value,...")
     return name, known[name]
+
+
+def free_memory() -> None:
+    """Gives back what a run that nobody refers to any more has left.
+
+    Engine, optimizer and hooks refer to one another, in part by way of C++: one pass of Python's collector is not enough.
+    """
+    import torch
+
+    while gc.collect():
+        pass
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager

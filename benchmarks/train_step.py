@@ -20,7 +20,6 @@ Idle is the median step less the sum of the kernels of one profiled step.
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import os
@@ -44,6 +43,7 @@ from benchmarks.common import (
     chosen,
     device_name,
     drawing,
+    free_memory,
     markdown,
     one_line,
     provenance,
@@ -153,11 +153,8 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
                 row["failed"] = one_line(error)
                 row["traceback"] = traceback.format_exc()
                 print(row["traceback"], file=sys.stderr)
-            # Engine, optimizer and hooks refer to one another, in part by way of C++: once is not enough.
-            while gc.collect():
-                pass
+            free_memory()
             if device == "cuda":
-                torch.cuda.empty_cache()
                 row["left_gib"] = torch.cuda.memory_allocated() / 2**30
             if launch.rank == 0:
                 print(json.dumps({key: row[key] for key in row if key not in ("kernels", "traceback")}), flush=True)
@@ -486,7 +483,7 @@ def plot(found: dict[str, Any], path: str) -> None:
             axis.barh([row["variant"] for row in profiled], milliseconds, left=left, label=part, color=color)
             left = [a + b for a, b in zip(left, milliseconds, strict=True)]
         for row in rows:
-            if row not in profiled:
+            if "parts" not in row:
                 axis.annotate("  not profiled", (0, row["variant"]), va="center", fontsize=8, color="gray")
         axis.set_xlabel("ms of a step, by part")
         axis.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -11,7 +11,6 @@ the same seed, on the same random tokens; stages with equal digests have compute
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import subprocess
 import sys
@@ -21,7 +20,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from benchmarks.common import append, device_name, markdown, provenance
+from benchmarks.common import append, device_name, free_memory, markdown, provenance
 
 COLUMNS = (
     "stage",
@@ -105,9 +104,7 @@ def measure(config: Any, groups: Any, name: str, args: argparse.Namespace) -> li
     peak = cost.peak_memory_bytes(groups) / 2**30
     digest = "-" if args.no_digest else state_digest(chunks, engine.optimizer, groups)
     del engine, chunks
-    gc.collect()
-    if on_cuda:
-        torch.cuda.empty_cache()
+    free_memory()
     tokens = config.training.global_batch_size * config.model.seq_length / seconds
     megabytes = [f"{sent[f'{kind}_sent_bytes'] / 1e6:,.1f}" for kind in ("gradients", "codes")]
     memory = f"{peak:.2f}" if on_cuda else "-"

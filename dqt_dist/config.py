@@ -181,6 +181,11 @@ class ParallelConfig(Section):
     context: PositiveInt = 1
     """Context parallel size. Only 1: megatron-core's attention over a split sequence exists inside Transformer Engine only."""
 
+    @property
+    def chunks(self) -> int:
+        """Parts that the layers are cut into, one or more a pipeline rank."""
+        return self.pipeline * (self.virtual_pipeline or 1)
+
 
 class DataSource(Section):
     """One tokenised corpus of a blend."""
@@ -293,8 +298,13 @@ class Config(Section):
 
     @property
     def layers_of_chunk(self) -> int:
-        """Blocks of a pipeline stage, of a virtual one where there are."""
-        return self.model.num_layers // (self.parallel.pipeline * (self.parallel.virtual_pipeline or 1))
+        """Blocks of a model chunk."""
+        return self.model.num_layers // self.parallel.chunks
+
+    @property
+    def recompute_layers(self) -> int:
+        """In how many of them training.recompute holds."""
+        return self.training.recompute_layers or self.layers_of_chunk
 
     @property
     def cuda_graph(self) -> bool:
@@ -574,7 +584,7 @@ def _pipeline_problems(config: Config) -> Iterable[str]:
             f"parallel.virtual_pipeline: {virtual} chunks need parallel.pipeline > 1, which is 1; "
             f"leave virtual_pipeline out or raise parallel.pipeline"
         )
-    chunks = pipeline * (virtual or 1)
+    chunks = config.parallel.chunks
     if layers % chunks:
         product = f"parallel.pipeline = {pipeline}"
         if virtual:

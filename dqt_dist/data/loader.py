@@ -77,14 +77,19 @@ class Loader:
 
         Each micro-batch is {"tokens": int64 [B, S], "labels": int64 [B, S], "loss_mask": float32 [B, S]} on the CPU.
         """
+        processes = None
+        if self._num_workers:
+            # Not "fork": a rank has threads of gloo, NCCL and OpenMP by now, and a child that is forked while one of them holds a
+            # lock waits for it for ever. The server is a fresh process that does nothing but fork workers, and imports what they
+            # need, PyTorch above all, once and not each of them.
+            processes = multiprocessing.get_context("forkserver")
+            processes.set_forkserver_preload([__name__, type(self._steps.dataset).__module__])
         loader = DataLoader(
             self._steps,
             batch_size=None,  # an item is already a whole step
             sampler=range(first_sample, self._num_samples - self._global_batch_size + 1, self._global_batch_size),
             num_workers=self._num_workers,
-            # Not "fork": a rank has threads of gloo, NCCL and OpenMP by now, and a child that is forked while one of them holds a
-            # lock waits for it for ever. The server is a fresh process that does nothing but fork workers.
-            multiprocessing_context="forkserver" if self._num_workers else None,
+            multiprocessing_context=processes,
             prefetch_factor=2 if self._num_workers else None,
             worker_init_fn=partial(_end_with, os.getpid()),
             pin_memory=self._pin_memory,
@@ -92,9 +97,6 @@ class Loader:
             generator=torch.Generator(),
         )
         with _stop_signals_held():
-            # The server imports what workers need, PyTorch above all, once and not each of them.
-            needed = [__name__, type(self._steps.dataset).__module__]
-            multiprocessing.get_context("forkserver").set_forkserver_preload(needed)
             steps = iter(loader)  # starts the workers
         for step in steps:
             yield [dict(zip(_FIELDS, parts, strict=True)) for parts in zip(*(step[f] for f in _FIELDS), strict=True)]

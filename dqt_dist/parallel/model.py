@@ -64,7 +64,7 @@ def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
     dtype = DTYPES[config.quantization.dtype]
     recompute = dict(RECOMPUTE[config.training.recompute])
     if config.training.recompute == "full":
-        recompute["recompute_num_layers"] = config.training.recompute_layers or config.layers_of_chunk
+        recompute["recompute_num_layers"] = config.recompute_layers
     # SwiGLU of the methods without low-bit codes: Megatron's own fused one, which torch.compile makes.
     fused_swiglu = not on_cpu and config.quantization.method != "dqt"
     return LlamaTransformerConfig(
@@ -131,7 +131,7 @@ def build_model(config: Config, groups: Groups) -> nn.ModuleList:
                 vp_stage=virtual_stage,
             )
             # Megatron has a number of blocks for "full" only.
-            for layer in chunk.decoder.layers[config.training.recompute_layers or config.layers_of_chunk :]:
+            for layer in chunk.decoder.layers[config.recompute_layers :]:
                 layer.recompute_mlp = False
             if config.quantization.embeddings:
                 _quantize_embeddings(chunk, megatron_config, config, groups)
