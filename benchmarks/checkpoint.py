@@ -86,10 +86,10 @@ def work(args: argparse.Namespace, task: dict[str, Any]) -> None:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from dqt_dist.config import load_config
-    from dqt_dist.parallel.engine import build_engine
+    from dqt_dist.launch import discover
+    from dqt_dist.layers.build import build_model
+    from dqt_dist.optim.engine import build_engine
     from dqt_dist.parallel.groups import finalize, initialize
-    from dqt_dist.parallel.launch import discover
-    from dqt_dist.parallel.model import build_model
 
     scratch = Path(task["scratch"])
     settings = [*([] if args.config else WIDER), f"checkpoint.dir={scratch / task['own']}", "checkpoint.keep_last=1"]

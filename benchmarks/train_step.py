@@ -130,8 +130,8 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    from dqt_dist.launch import discover, export
     from dqt_dist.parallel.groups import finalize, initialize
-    from dqt_dist.parallel.launch import discover, export
     from dqt_dist.training import cost
 
     args.config = args.config or DEFAULTS[device][0]
@@ -231,9 +231,9 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
     import torch
 
     from dqt_dist.checkpoint.store import Progress
-    from dqt_dist.parallel.engine import build_engine
+    from dqt_dist.layers.build import build_model
+    from dqt_dist.optim.engine import build_engine
     from dqt_dist.parallel.groups import select_stream
-    from dqt_dist.parallel.model import build_model
     from dqt_dist.training import cost
     from dqt_dist.training.cuda_graph import micro_batch_graph
     from dqt_dist.training.loop import build_loaders

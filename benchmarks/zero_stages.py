@@ -60,8 +60,8 @@ def main() -> int:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from dqt_dist.config import load_config
+    from dqt_dist.launch import discover
     from dqt_dist.parallel.groups import finalize, initialize
-    from dqt_dist.parallel.launch import discover
 
     config = load_config(args.config, args.set)
     groups = initialize(config, discover())
@@ -77,9 +77,9 @@ def measure(config: Any, groups: Any, name: str, args: argparse.Namespace) -> li
     """One row: the stage from scratch for some steps. A collective call."""
     import torch
 
-    from dqt_dist.layers.collectives import BYTES_SENT
-    from dqt_dist.parallel.engine import build_engine
-    from dqt_dist.parallel.model import build_model
+    from dqt_dist.layers.build import build_model
+    from dqt_dist.optim.engine import build_engine
+    from dqt_dist.parallel.collectives import BYTES_SENT
     from dqt_dist.training import cost
     from dqt_dist.training.step import train_step
 

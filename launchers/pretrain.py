@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 
 from dqt_dist.config import check_world, load_config
 from dqt_dist.errors import STOPPED_EXIT_CODE, RunError, UserError
-from dqt_dist.parallel.launch import discover, export, report
-from dqt_dist.parallel.plan import describe
+from dqt_dist.launch import discover, export, report
+from dqt_dist.plan import describe
 
 EXAMPLES = """
 one process:         python launchers/pretrain.py --config configs/130m_ternary.json

@@ -1,6 +1,7 @@
 """Imports go down only, so that each folder can be read without the ones above it.
 
-    errors < config < lowbit < kernels < layers < optim < parallel < data < checkpoint < export < training
+    errors < config < launch, dtypes < lowbit < plan < kernels < parallel < layers < optim < data < checkpoint
+           < training < export < inference
 
 The order is held on the source text: every import statement counts, also inside functions and under TYPE_CHECKING,
 relative ones too. launchers/ and tools/ stand on top and may import anything of the package; nothing of the package
@@ -17,8 +18,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "dqt_dist"
-ORDER = ["errors", "config", "lowbit", "kernels", "layers", "optim"]
-ORDER += ["parallel", "data", "checkpoint", "export", "training"]
+ORDER = ["errors", "config", "launch", "dtypes", "lowbit", "plan", "kernels", "parallel", "layers", "optim"]
+ORDER += ["data", "checkpoint", "training", "export", "inference"]
 ON_TOP = ("launchers", "tools", "tests", "benchmarks")
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
@@ -86,7 +87,7 @@ def test_lowbit_is_plain_torch(path: Path) -> None:
         "from ..training import loop",
         "from .. import training",
         "def f():\n    from dqt_dist.optim.adamw import adamw_direction",
-        "if TYPE_CHECKING:\n    import dqt_dist.parallel.groups as groups",
+        "if TYPE_CHECKING:\n    import dqt_dist.checkpoint.store as store",
         "import tools.prepare_data",
     ],
 )

@@ -65,8 +65,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def run(args: argparse.Namespace) -> None:
     # Imports torch and transformers: not before the arguments are known to be good.
-    from dqt_dist.export.language_model import open_model
-    from dqt_dist.training.evaluate import evaluate, read_stream
+    from dqt_dist.inference.evaluate import evaluate, read_stream
+    from dqt_dist.inference.language_model import open_model
 
     model = open_model(args.checkpoint, args.tokenizer, args.device, args.dtype)
     stream = read_stream(args.data, model.tokenizer, model.vocab_size, args.text_key, args.max_tokens)

@@ -70,8 +70,8 @@ def show(text: str) -> None:
 
 def run(args: argparse.Namespace) -> None:
     # Imports torch and transformers: not before the arguments are known to be good.
-    from dqt_dist.export.language_model import open_model
-    from dqt_dist.training.generate import Sampling, encode_prompt, generate
+    from dqt_dist.inference.generate import Sampling, encode_prompt, generate
+    from dqt_dist.inference.language_model import open_model
 
     model = open_model(args.checkpoint, args.tokenizer, args.device, args.dtype)
     sampling = Sampling(args.temperature, args.top_p, args.top_k, args.seed, args.max_tokens)

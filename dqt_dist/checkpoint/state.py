@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from dqt_dist.checkpoint.logical_tensor import LogicalState, LogicalTensor
+from dqt_dist.layers.parameters import low_bit_matrices
 from dqt_dist.lowbit.coordinates import LogicalMatrix, ShardLayout
-from dqt_dist.parallel.engine import CombinedOptimizer
-from dqt_dist.parallel.low_bit_optimizer import OwnedRows
-from dqt_dist.parallel.master_weights import MasterShard
-from dqt_dist.parallel.model import low_bit_matrices
+from dqt_dist.optim.engine import CombinedOptimizer
+from dqt_dist.optim.low_bit_optimizer import OwnedRows
+from dqt_dist.optim.master_weights import MasterShard
 
 
 def logical_state(chunks: nn.Module, optimizer: CombinedOptimizer) -> LogicalState:

@@ -28,7 +28,7 @@ from dqt_dist.checkpoint.state import after_load, logical_state
 from dqt_dist.checkpoint.writer import CheckpointWriter, Retention
 from dqt_dist.config import Config
 from dqt_dist.errors import UserError
-from dqt_dist.parallel.engine import CombinedOptimizer
+from dqt_dist.optim.engine import CombinedOptimizer
 
 # Fields that say what the state IS; a checkpoint with others is of another model.
 IDENTITY = {"model": None, "quantization": ("method", "bits", "embeddings"), "optimizer": ("name", "state_bits")}

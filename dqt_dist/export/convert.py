@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.data.tokenizer import Tokenizer, load_tokenizer
+from dqt_dist.dtypes import TORCH_DTYPES
 from dqt_dist.errors import UserError
 from dqt_dist.export import bitnet, compressed, hf, plain, verify
 from dqt_dist.export.folder import check_output, new_folder
@@ -32,7 +33,6 @@ from dqt_dist.export.weights import Weights
 
 HF_FORMATS = ("hf-bitnet", "hf-compressed", "hf")
 FORMATS = (*HF_FORMATS, "gguf")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -55,7 +55,7 @@ def convert(request: Request) -> None:
     """Writes the export. Raises UserError for bad input and VerificationError when the result is not the model."""
     check_output(request.output)
     reader = CheckpointReader(request.checkpoint)
-    dtype = DTYPES[request.dtype or reader.config.quantization.dtype]
+    dtype = TORCH_DTYPES[request.dtype or reader.config.quantization.dtype]
     weights = Weights(reader, dtype, request.ternary)
     _check_ternary(request, weights)
     export_format = request.format or default_format(weights)

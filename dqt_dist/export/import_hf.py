@@ -68,8 +68,8 @@ def _save(weights: HfWeights, config: Config, run: Path, progress: Progress, fac
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     from dqt_dist.checkpoint import store
-    from dqt_dist.parallel.engine import build_engine
-    from dqt_dist.parallel.model import build_model
+    from dqt_dist.layers.build import build_model
+    from dqt_dist.optim.engine import build_engine
 
     one_process = alone(config, config.quantization.activation)
     training = one_process.training.model_copy(update={"global_batch_size": one_process.training.micro_batch_size})

@@ -54,8 +54,8 @@ def alone(config: Config, activation: str) -> Config:
 @contextmanager
 def world_of_one(config: Config) -> Iterator[Groups]:
     """Process groups of one process, left at the end; silences what megatron-core says to itself while building."""
+    from dqt_dist.launch import Launch
     from dqt_dist.parallel.groups import finalize, initialize
-    from dqt_dist.parallel.launch import Launch
 
     before = dict(os.environ)
     # DeepSpeed looks here for what its launcher sets.
@@ -81,8 +81,8 @@ def world_of_one(config: Config) -> Iterator[Groups]:
 @contextmanager
 def trainer_model(weights: Weights, activation: str) -> Iterator[Logits]:
     """The model with the weights that are exported, rounded to the export's dtype. Makes and leaves a world of one."""
+    from dqt_dist.layers.build import build_model
     from dqt_dist.parallel.megatron_cpu import cuda_or_cpu
-    from dqt_dist.parallel.model import build_model
 
     config = alone(weights.config, activation)
     with world_of_one(config) as groups:
@@ -104,7 +104,7 @@ def trainer_model(weights: Weights, activation: str) -> Iterator[Logits]:
 def fill(chunks: nn.ModuleList, weights: WeightSource) -> None:
     """Overwrites every weight of a model of one process by the exported values, a logical matrix at a time."""
     from dqt_dist.layers.low_bit_embedding import LowBitHead
-    from dqt_dist.parallel.model import low_bit_matrices, parameters
+    from dqt_dist.layers.parameters import low_bit_matrices, parameters
 
     for matrix in low_bit_matrices(chunks):
         assert matrix.layout is not None

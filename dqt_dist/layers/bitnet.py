@@ -16,10 +16,10 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
-from dqt_dist.layers.collectives import Group, reduce_in_place
 from dqt_dist.lowbit.activation import quantize_tokens, token_absmax
 from dqt_dist.lowbit.coordinates import ShardLayout
 from dqt_dist.lowbit.scale import BITNET_SCALE_FLOOR
+from dqt_dist.parallel.collectives import Group, reduce_in_place
 
 
 class _StraightThrough(torch.autograd.Function):

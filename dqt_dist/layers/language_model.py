@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dqt_dist.kernels.cross_entropy import gradient_, statistics
-from dqt_dist.layers.collectives import Group, reduce_in_place
+from dqt_dist.parallel.collectives import Group, reduce_in_place
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):

@@ -15,12 +15,12 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from torch import Tensor, nn
 
-from dqt_dist.layers.collectives import Group
 from dqt_dist.layers.low_bit_linear import ColumnParallelLowBitLinear
 from dqt_dist.layers.transformer_config import LlamaTransformerConfig
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.packing import unpack
+from dqt_dist.parallel.collectives import Group
 
 
 class _LookUp(torch.autograd.Function):

@@ -25,12 +25,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dqt_dist.kernels.quantize import Operand, quantize, rms_norm_backward, rms_norm_quantize
-from dqt_dist.layers.collectives import Group, gather_sequence, reduce_in_place, scatter_sum_sequence
 from dqt_dist.layers.compute import Compute, make_compute
 from dqt_dist.layers.transformer_config import LlamaTransformerConfig
 from dqt_dist.lowbit.activation import token_absmax, token_scale
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
+from dqt_dist.parallel.collectives import Group, gather_sequence, reduce_in_place, scatter_sum_sequence
 
 
 class LowBitLinear(nn.Module):

@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from dqt_dist.layers.collectives import Group, sum_gradient, sum_partials
+from dqt_dist.parallel.collectives import Group, sum_gradient, sum_partials
 
 
 class RMSNorm(nn.Module):

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 
 from dqt_dist.layers.attention import CausalAttention, RotarySelfAttention
 from dqt_dist.layers.bitnet import ColumnParallelBitLinear, RowParallelBitLinear
-from dqt_dist.layers.collectives import Group
 from dqt_dist.layers.low_bit_feed_forward import LowBitFeedForward
 from dqt_dist.layers.low_bit_linear import NormColumnParallelLowBitLinear, RowParallelLowBitLinear
 from dqt_dist.layers.norm import ParallelRMSNorm, RMSNorm
 from dqt_dist.layers.transformer_config import LlamaTransformerConfig
+from dqt_dist.parallel.collectives import Group
 
 LINEARS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
     "dqt": (NormColumnParallelLowBitLinear, RowParallelLowBitLinear),

@@ -1,12 +1,17 @@
-"""Megatron's TransformerConfig with the things its layers need to know of ours."""
+"""The run as megatron-core sees it: its TransformerConfig, with the fields that our layers add."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
+import torch.nn.functional as F
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
-from dqt_dist.config import QuantizationConfig
+from dqt_dist.config import Config, QuantizationConfig
+from dqt_dist.dtypes import TORCH_DTYPES
 
 
 @dataclass
@@ -16,3 +21,64 @@ class LlamaTransformerConfig(TransformerConfig):
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     sub_norm: bool = False
     rope_base: float = 10000.0
+
+
+# training.recompute in Megatron's words.
+RECOMPUTE: dict[str, dict[str, Any]] = {
+    "none": {},
+    "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
+    "full": {"recompute_granularity": "full", "recompute_method": "block"},
+}
+
+
+def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
+    """Megatron's view of the run."""
+    model, parallel = config.model, config.parallel
+    dtype = TORCH_DTYPES[config.quantization.dtype]
+    recompute = dict(RECOMPUTE[config.training.recompute])
+    if config.training.recompute == "full":
+        recompute["recompute_num_layers"] = config.recompute_layers
+    # SwiGLU of the methods without low-bit codes: Megatron's own fused one, which torch.compile makes.
+    fused_swiglu = not on_cpu and config.quantization.method != "dqt"
+    return LlamaTransformerConfig(
+        num_layers=model.num_layers,
+        hidden_size=model.hidden_size,
+        ffn_hidden_size=model.ffn_hidden_size,
+        num_attention_heads=model.num_attention_heads,
+        num_query_groups=model.num_query_groups,
+        kv_channels=model.hidden_size // model.num_attention_heads,
+        layernorm_epsilon=model.norm_epsilon,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        gated_linear_unit=True,
+        activation_func=F.silu if fused_swiglu else silu_of_half,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        tensor_model_parallel_size=parallel.tensor,
+        pipeline_model_parallel_size=parallel.pipeline,
+        virtual_pipeline_model_parallel_size=parallel.virtual_pipeline,
+        sequence_parallel=parallel.sequence,
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        bf16=dtype == torch.bfloat16,
+        use_cpu_initialization=on_cpu,
+        # Values come from `initialize`, which knows the logical coordinates.
+        perform_initialization=False,
+        # gloo has no batched point-to-point calls.
+        batch_p2p_comm=not on_cpu,
+        bias_activation_fusion=fused_swiglu,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        gradient_accumulation_fusion=False,
+        apply_rope_fusion=False,
+        persist_layer_norm=False,
+        **recompute,
+        quantization=config.quantization,
+        sub_norm=model.sub_norm,
+        rope_base=model.rope_base,
+    )
+
+
+def silu_of_half(gate: Tensor) -> Tensor:
+    """SiLU of a strided half of gate|up, for Megatron's unfused SwiGLU; see kernels/quantize.py `_halves` for why it is copied."""
+    return F.silu(gate.contiguous())

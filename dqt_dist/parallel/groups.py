@@ -17,8 +17,8 @@ import torch.distributed as dist
 import torch.utils.deterministic
 
 from dqt_dist.config import Config
+from dqt_dist.launch import Launch
 from dqt_dist.parallel import megatron_cpu
-from dqt_dist.parallel.launch import Launch
 
 Group = dist.ProcessGroup
 

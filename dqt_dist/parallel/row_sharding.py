@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from dqt_dist.layers.collectives import Kind, all_gather_single, count_sent
+from dqt_dist.parallel.collectives import Kind, all_gather_single, count_sent
 from dqt_dist.parallel.groups import Group
 
 Bounds = list[tuple[int, int]]

@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dqt_dist.config import Config, ModelConfig
-from dqt_dist.layers.collectives import BYTES_SENT, Kind
+from dqt_dist.optim.low_bit_optimizer import LowBitOptimizer
+from dqt_dist.parallel.collectives import BYTES_SENT, Kind
 from dqt_dist.parallel.groups import Groups
-from dqt_dist.parallel.low_bit_optimizer import LowBitOptimizer
 
 # Dense bf16 peak in TFLOP/s by device name, from the vendor's datasheets (NVIDIA, SXM parts, without sparsity).
 PEAK_BF16_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
@@ -91,7 +91,7 @@ def peak_memory_bytes(groups: Groups) -> int:
 def sent_bytes(steps: int) -> dict[str, float]:
     """Bytes all ranks together have sent per step since `forget_sent_bytes`, by kind. A collective call.
 
-    Counted are the collectives that are ours, see layers/collectives.py: not Megatron's messages between pipeline stages, its
+    Counted are the collectives that are ours, see parallel/collectives.py: not Megatron's messages between pipeline stages, its
     embedding and loss, nor DeepSpeed's gathers of high-precision parameters.
     """
     kinds = get_args(Kind)
@@ -136,7 +136,7 @@ def low_bit_bytes(optimizer: LowBitOptimizer) -> dict[str, float]:
 
 def count_parameters(chunks: nn.Module, optimizer: LowBitOptimizer, groups: Groups) -> tuple[int, int]:
     """Weights of the whole model and the low-bit ones among them, each counted once. A collective call."""
-    from dqt_dist.parallel.model import parameters
+    from dqt_dist.layers.parameters import parameters
 
     low_bit = sum(rows.weight.numel for rows in optimizer.rows)
     other = sum(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from dqt_dist.config import Config
 from dqt_dist.errors import UserError
-from dqt_dist.parallel.engine import CombinedOptimizer
+from dqt_dist.optim.engine import CombinedOptimizer
 from dqt_dist.parallel.groups import Groups
 from dqt_dist.training.step import Batch, run_schedule
 

@@ -20,15 +20,15 @@ from dqt_dist.data.dataset import build_datasets
 from dqt_dist.data.loader import Loader
 from dqt_dist.data.tokenizer import load_tokenizer
 from dqt_dist.errors import RunError
-from dqt_dist.parallel.engine import build_engine
+from dqt_dist.launch import Launch
+from dqt_dist.layers.build import build_model
+from dqt_dist.optim.engine import build_engine
 from dqt_dist.parallel.groups import Groups, finalize, initialize
-from dqt_dist.parallel.launch import Launch
-from dqt_dist.parallel.model import build_model
-from dqt_dist.parallel.replica_check import check_replicas
 from dqt_dist.training import cost, report
 from dqt_dist.training.cuda_graph import micro_batch_graph
 from dqt_dist.training.low_bit_figures import LowBitTable
 from dqt_dist.training.recorder import Recorder
+from dqt_dist.training.replica_check import check_replicas
 from dqt_dist.training.sample import generate
 from dqt_dist.training.step import StepResult, evaluate, mean_over_data, train_step
 from dqt_dist.training.stop import StopSignal

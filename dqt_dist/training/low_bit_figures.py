@@ -17,8 +17,8 @@ from torch import Tensor
 
 from dqt_dist.config import Config
 from dqt_dist.lowbit.grid import Grid
+from dqt_dist.optim.low_bit_optimizer import LowBitOptimizer
 from dqt_dist.parallel.groups import Groups
-from dqt_dist.parallel.low_bit_optimizer import LowBitOptimizer
 
 PARTS = (
     *(f"self_attn.{name}_proj" for name in "qkvo"),

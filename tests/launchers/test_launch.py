@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from dqt_dist import launch as launch_module
 from dqt_dist.errors import RunError, UserError
-from dqt_dist.parallel import launch as launch_module
-from dqt_dist.parallel.launch import Launch, discover, expand_nodelist, expand_tasks_per_node, export, report
+from dqt_dist.launch import Launch, discover, expand_nodelist, expand_tasks_per_node, export, report
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPORTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
@@ -162,7 +162,7 @@ def test_tasks_per_node_expands(text: str, tasks: list[int]) -> None:
 
 MEET = """
 import json, sys
-from dqt_dist.parallel.launch import discover, export
+from dqt_dist.launch import discover, export
 launch = discover()
 imported_torch = "torch" in sys.modules
 export(launch)
@@ -210,7 +210,7 @@ def test_a_message_is_printed_once_and_says_who_is_to_blame(
     error: Exception, exit_code: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """2: the input; 1: the run. Rank 0 speaks, the others wait for it."""
-    monkeypatch.setattr("dqt_dist.parallel.launch.SECONDS_FOR_RANK_0", 0.0)
+    monkeypatch.setattr("dqt_dist.launch.SECONDS_FOR_RANK_0", 0.0)
     monkeypatch.setattr("signal.signal", lambda *_: None)  # the test process keeps its own handlers
     for rank in (0, 1):
         assert report(error, Launch(rank, 2, rank, 2, "tests", "", 0)) == exit_code

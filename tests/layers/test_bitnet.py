@@ -8,17 +8,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dqt_dist.launch import Launch
 from dqt_dist.layers.bitnet import (
     ColumnParallelBitLinear,
     RowParallelBitLinear,
     fake_quantize_tokens,
     ternarize,
 )
+from dqt_dist.layers.transformer_config import transformer_config
 from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout
 from dqt_dist.lowbit.scale import BITNET_SCALE_FLOOR
 from dqt_dist.parallel import groups as process_groups
-from dqt_dist.parallel.launch import Launch
-from dqt_dist.parallel.model import transformer_config
 from tests.distributed import run_distributed
 from tests.small import small_config
 

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from dqt_dist.launch import Launch
+from dqt_dist.layers.build import build_model
 from dqt_dist.layers.language_model import LlamaModel
 from dqt_dist.parallel import groups as process_groups
-from dqt_dist.parallel.launch import Launch
-from dqt_dist.parallel.model import build_model
 from tests.distributed import run_distributed
 from tests.small import small_config
 from tests.tolerances import ELEMENTWISE_FP32, UNIT_ROUNDOFF

@@ -20,11 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dqt_dist.config import Config
+from dqt_dist.launch import Launch
+from dqt_dist.layers.build import build_model
+from dqt_dist.layers.parameters import low_bit_matrices, parameters
 from dqt_dist.lowbit.coordinates import ShardLayout
 from dqt_dist.parallel import groups as process_groups
 from dqt_dist.parallel import megatron_cpu
-from dqt_dist.parallel.launch import Launch
-from dqt_dist.parallel.model import build_model, low_bit_matrices, parameters
 from tests.distributed import run_distributed
 from tests.small import random_batches, small_config
 from tests.tolerances import NETWORK_FP32, Tolerance

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dqt_dist.launch import Launch
 from dqt_dist.layers.norm import ParallelRMSNorm, RMSNorm
+from dqt_dist.layers.transformer_config import transformer_config
 from dqt_dist.parallel import groups as process_groups
-from dqt_dist.parallel.launch import Launch
-from dqt_dist.parallel.model import transformer_config
 from tests.distributed import run_distributed
 from tests.small import small_config
 from tests.tolerances import ELEMENTWISE_FP32

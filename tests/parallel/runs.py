@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from dqt_dist.checkpoint.logical_tensor import LogicalState, LogicalTensor
 from dqt_dist.checkpoint.state import logical_state, rectangles
 from dqt_dist.config import Config
+from dqt_dist.launch import Launch
+from dqt_dist.layers.build import build_model
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.packing import unpack
-from dqt_dist.parallel.engine import CombinedOptimizer, build_engine
-from dqt_dist.parallel.gradients import Gradient
+from dqt_dist.optim.engine import CombinedOptimizer, build_engine
+from dqt_dist.optim.gradients import Gradient
 from dqt_dist.parallel.groups import Groups, initialize
-from dqt_dist.parallel.launch import Launch
-from dqt_dist.parallel.model import build_model
 from dqt_dist.training.step import StepResult, mean_over_data, train_step
 from tests.distributed import run_distributed
 from tests.small import random_batches, small_config

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from dqt_dist.optim.adamw import adamw_direction
-from dqt_dist.parallel.engine import clip_factor
+from dqt_dist.optim.engine import clip_factor
 from tests.parallel.runs import Record, Whole, fraction_of_codes_that_differ, recorded
 
 STEPS = 20

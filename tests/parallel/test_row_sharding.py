@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dqt_dist.layers.collectives import BYTES_SENT
+from dqt_dist.parallel.collectives import BYTES_SENT
 from dqt_dist.parallel.row_sharding import row_bounds, start_gather, start_sum
 from tests.distributed import run_distributed
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from dqt_dist.checkpoint.digest import digest as checkpoint_digest
 from dqt_dist.checkpoint.folder import Progress
 from dqt_dist.checkpoint.state import logical_state
-from dqt_dist.layers.collectives import BYTES_SENT
-from dqt_dist.parallel.engine import build_engine
-from dqt_dist.parallel.model import build_model, low_bit_matrices
+from dqt_dist.layers.build import build_model
+from dqt_dist.layers.parameters import low_bit_matrices
+from dqt_dist.optim.engine import build_engine
+from dqt_dist.parallel.collectives import BYTES_SENT
 from tests.distributed import run_distributed
 from tests.parallel.runs import Run, Whole, assemble, start, whole_state
 

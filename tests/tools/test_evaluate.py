@@ -20,10 +20,10 @@ from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.data.indexed import EncodedBatch, IndexedWriter
 from dqt_dist.data.tokenizer import load_tokenizer
 from dqt_dist.errors import EXIT_CODE
-from dqt_dist.export.language_model import open_model
 from dqt_dist.export.trainer_model import Logits, trainer_model
 from dqt_dist.export.weights import Weights
-from dqt_dist.training.evaluate import evaluate, read_stream, windows
+from dqt_dist.inference.evaluate import evaluate, read_stream, windows
+from dqt_dist.inference.language_model import open_model
 from tests.export.conftest import (
     ROOT,
     Exported,

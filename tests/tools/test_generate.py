@@ -13,10 +13,10 @@ import torch
 
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.errors import EXIT_CODE
-from dqt_dist.export.language_model import LanguageModel, open_model
 from dqt_dist.export.trainer_model import trainer_model
 from dqt_dist.export.weights import Weights
-from dqt_dist.training.generate import Sampling, encode_prompt, generate
+from dqt_dist.inference.generate import Sampling, encode_prompt, generate
+from dqt_dist.inference.language_model import LanguageModel, open_model
 from tests.export.conftest import (
     ROOT,
     Exported,

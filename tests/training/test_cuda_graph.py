@@ -71,10 +71,10 @@ def states(overrides: list[str]) -> list[Tensor]:
 
     The last step is made where waiting for the device is an error."""
     from benchmarks.common import waiting_is_an_error
-    from dqt_dist.parallel.engine import build_engine
+    from dqt_dist.launch import discover, export
+    from dqt_dist.layers.build import build_model
+    from dqt_dist.optim.engine import build_engine
     from dqt_dist.parallel.groups import finalize, initialize
-    from dqt_dist.parallel.launch import discover, export
-    from dqt_dist.parallel.model import build_model
     from dqt_dist.training.step import evaluate, train_step
 
     config = small_config(*overrides, "training.deterministic=true")

@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.data.tokenizer import Tokenizer, load_tokenizer
+from dqt_dist.dtypes import TORCH_DTYPES
 from dqt_dist.errors import UserError
 from dqt_dist.export import hf
-from dqt_dist.export.convert import DTYPES, check_pieces, find_tokenizer, require_packages
+from dqt_dist.export.convert import check_pieces, find_tokenizer, require_packages
 from dqt_dist.export.errors import VerificationError
 from dqt_dist.export.hf_reader import ARCHITECTURES, read_json
 from dqt_dist.export.record import RECORD
@@ -123,7 +124,7 @@ def _open_checkpoint(path: Path, tokenizer: Path | None, device: torch.device, d
     reader = CheckpointReader(path)
     loaded_tokenizer = find_tokenizer(tokenizer, reader)
     weights, config = Weights(reader), reader.config
-    model = from_weights(weights, device, DTYPES[dtype])
+    model = from_weights(weights, device, TORCH_DTYPES[dtype])
     bits = config.quantization.bits if weights.has_codes else "float weights"
     how = f"{bits if isinstance(bits, str) else f'{bits} bits'}, activations {config.quantization.activation}, {dtype}"
     description = f"{reader.path} (step {reader.progress.step}, {how} on {device.type})"
@@ -184,7 +185,7 @@ def _open_export(path: Path, tokenizer: Path | None, device: torch.device, dtype
     check_pieces(loaded_tokenizer, values["vocab_size"])
     try:
         with quiet_transformers():
-            model = load_folder(path, dtype=DTYPES[dtype]).to(device)
+            model = load_folder(path, dtype=TORCH_DTYPES[dtype]).to(device)
     except (OSError, ValueError, KeyError, SafetensorError, VerificationError) as error:
         first_line = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path}: transformers cannot open it ({first_line}); export it again") from error

@@ -11,9 +11,9 @@ from torch import nn
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.data.tokenizer import load_tokenizer
 from dqt_dist.errors import UserError
-from dqt_dist.export.language_model import BitNetLinear, CodeLinear, open_model
 from dqt_dist.export.trainer_model import alone, fill, world_of_one
 from dqt_dist.export.weights import Weights
+from dqt_dist.inference.language_model import BitNetLinear, CodeLinear, open_model
 from tests.export.conftest import TOKENS, Trained, TrainerLogits
 from tests.export.test_hf import BITNET, EMBEDDINGS, FLOATS, FP32, FREE_SCALE, INT8, NONE, SUB_NORM, bits
 
@@ -47,7 +47,7 @@ def test_a_linear_is_that_of_the_trainer(trained: Trained, overrides: tuple) -> 
 
     The control, the activation rounding the other way round, is not equal.
     """
-    from dqt_dist.parallel.model import build_model
+    from dqt_dist.layers.build import build_model
 
     run = trained(*overrides)
     weights = Weights(CheckpointReader(run))

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dqt_dist.parallel.model import low_bit_matrices
-from dqt_dist.parallel.plan import RankBytes, rank_bytes
+from dqt_dist.layers.parameters import low_bit_matrices
+from dqt_dist.plan import RankBytes, rank_bytes
 from dqt_dist.training.cost import storage_bytes
 from tests.distributed import run_distributed
 from tests.parallel.runs import start

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from dqt_dist.errors import RunError
-from dqt_dist.parallel.model import low_bit_matrices
-from dqt_dist.parallel.replica_check import check_replicas, fingerprint
+from dqt_dist.layers.parameters import low_bit_matrices
+from dqt_dist.training.replica_check import check_replicas, fingerprint
 from tests.distributed import run_distributed
 from tests.parallel.runs import Run, start
 
@@ -43,7 +43,7 @@ def test_places_count_and_types_do_not() -> None:
 def test_large_tensors_are_read_in_parts_to_the_same_number(monkeypatch: pytest.MonkeyPatch) -> None:
     content = torch.arange(999, dtype=torch.int32).view(torch.uint8)[:3989]
     whole = fingerprint(content)
-    monkeypatch.setattr("dqt_dist.parallel.replica_check.WORDS_AT_ONCE", 7)
+    monkeypatch.setattr("dqt_dist.training.replica_check.WORDS_AT_ONCE", 7)
     assert fingerprint(content) == whole
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from dqt_dist.layers import initialize
+from dqt_dist.layers.parameters import low_bit_matrices, parameters
 from dqt_dist.lowbit.coordinates import ShardLayout
-from dqt_dist.parallel import model
-from dqt_dist.parallel.model import low_bit_matrices, parameters
-from dqt_dist.parallel.plan import largest_rank
+from dqt_dist.plan import largest_rank
 from tests.distributed import run_distributed
 from tests.parallel.runs import Whole, assert_equal, start, whole_state
 from tests.small import small_config
@@ -68,11 +68,11 @@ def test_codes_follow_the_seed() -> None:
 
 
 def drawn_a_few_rows_at_once(rank: int, world_size: int, weights_at_once: int) -> Whole:
-    usual, model.INIT_CHUNK = model.INIT_CHUNK, {"cpu": weights_at_once}
+    usual, initialize.INIT_CHUNK = initialize.INIT_CHUNK, {"cpu": weights_at_once}
     try:
         return initial_state(rank, world_size, *SHAPE)
     finally:
-        model.INIT_CHUNK = usual
+        initialize.INIT_CHUNK = usual
 
 
 def test_initial_values_do_not_depend_on_how_many_are_drawn_at_once() -> None:

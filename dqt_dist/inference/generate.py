@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from dqt_dist.errors import UserError
-from dqt_dist.export.language_model import LanguageModel
 from dqt_dist.export.token_bytes import TextStream
+from dqt_dist.inference.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-Group = dist.ProcessGroup
+from dqt_dist.parallel.groups import Group
+
 Kind = Literal["gradients", "codes", "activation_maxima", "activations"]
 
 BYTES_SENT: Counter[str] = Counter()

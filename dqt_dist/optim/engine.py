@@ -19,19 +19,20 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dqt_dist.config import Config, layout
+from dqt_dist.dtypes import TORCH_DTYPES
+from dqt_dist.layers.parameters import low_bit_matrices, parameters
 from dqt_dist.optim.adamw import GRADIENT_LIMIT
-from dqt_dist.optim.schedule import schedule_factor
-from dqt_dist.parallel.gradients import Gradient, GradientReducer
-from dqt_dist.parallel.groups import Groups, MegatronUnit
-from dqt_dist.parallel.low_bit_optimizer import LowBitOptimizer
-from dqt_dist.parallel.master_weights import (
+from dqt_dist.optim.gradients import Gradient, GradientReducer
+from dqt_dist.optim.low_bit_optimizer import LowBitOptimizer
+from dqt_dist.optim.master_weights import (
     GradientFeed,
     MasterShard,
     create_moments,
     master_shards,
     refresh_parameters,
 )
-from dqt_dist.parallel.model import DTYPES, low_bit_matrices, parameters
+from dqt_dist.optim.schedule import schedule_factor
+from dqt_dist.parallel.groups import Groups, MegatronUnit
 from dqt_dist.parallel.row_sharding import row_bounds
 
 # AdamW's default; the high-precision parameters keep AdamW when Adafactor, which may have no beta1, updates the codes.
@@ -133,7 +134,11 @@ class CombinedOptimizer:
 
     def _collect(self, shard: MasterShard) -> Gradient:
         """Has each backward add the parameter's gradient to a sum in `optimizer.gradient_dtype`."""
-        dtype, group, stage = DTYPES[self.config.optimizer.gradient_dtype], self.groups.data, self.config.zero_stage
+        dtype, group, stage = (
+            TORCH_DTYPES[self.config.optimizer.gradient_dtype],
+            self.groups.data,
+            self.config.zero_stage,
+        )
         logical, parameter = shard.parameter.layout, shard.parameter.tensor
         numel = logical.rows * logical.columns
         bounds = row_bounds(numel, group.size()) if stage == 0 else shard.bounds

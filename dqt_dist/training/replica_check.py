@@ -24,9 +24,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dqt_dist.errors import RunError
-from dqt_dist.parallel.engine import CombinedOptimizer
+from dqt_dist.layers.parameters import low_bit_matrices
+from dqt_dist.optim.engine import CombinedOptimizer
 from dqt_dist.parallel.groups import Group, Groups
-from dqt_dist.parallel.model import low_bit_matrices
 
 # 2^64 divided by the golden ratio (Knuth, The Art of Computer Programming 3, 6.4): its multiples are spread evenly. As int64.
 GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)

@@ -33,8 +33,8 @@ from dqt_dist.data.indexed import check_indexed, quiet_megatron_import
 from dqt_dist.data.ingest import local_source, read_documents
 from dqt_dist.data.tokenizer import Tokenizer
 from dqt_dist.errors import UserError
-from dqt_dist.export.language_model import LanguageModel
 from dqt_dist.export.token_bytes import ByteCounter
+from dqt_dist.inference.language_model import LanguageModel
 
 
 @dataclass(frozen=True)

@@ -32,16 +32,16 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dqt_dist.config import Config, OptimizerConfig
+from dqt_dist.dtypes import TORCH_DTYPES
 from dqt_dist.kernels.low_bit_update import sum_by_matrix, update_rows
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey
 from dqt_dist.optim import adafactor
 from dqt_dist.optim.adamw import AdamW, adamw_update_rows, new_moments
+from dqt_dist.optim.gradients import Gradient, GradientReducer
 from dqt_dist.parallel.code_shards import CodeGatherer
-from dqt_dist.parallel.gradients import Gradient, GradientReducer
 from dqt_dist.parallel.groups import Groups
-from dqt_dist.parallel.model import DTYPES
 from dqt_dist.parallel.row_sharding import row_bounds, start_gather
 
 Block = Callable[[slice], Tensor]
@@ -259,7 +259,7 @@ class LowBitOptimizer:
         rows.gradient = Gradient(name, weight.rows, weight.columns, bounds, not self.sharded, take)
         if self.config.optimizer.fused_backward:
             rows.gradient.consume = partial(self._update_in_backward, index)
-        weight.gradient_dtype = DTYPES[self.config.optimizer.gradient_dtype]
+        weight.gradient_dtype = TORCH_DTYPES[self.config.optimizer.gradient_dtype]
         weight.on_gradient = reducer.add(rows.gradient)
         return rows
 

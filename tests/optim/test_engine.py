@@ -11,8 +11,8 @@ import torch
 from deepspeed.utils.config import get_timers_config
 
 from dqt_dist.optim.adamw import GRADIENT_LIMIT
+from dqt_dist.optim.engine import clip_factor, deepspeed_config
 from dqt_dist.optim.schedule import schedule_factor
-from dqt_dist.parallel.engine import clip_factor, deepspeed_config
 from dqt_dist.training.step import train_step
 from tests.distributed import run_distributed
 from tests.parallel.runs import (

@@ -11,7 +11,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dqt_dist.parallel.model import parameters
+from dqt_dist.layers.parameters import parameters
 from dqt_dist.training.step import run_schedule
 from tests.distributed import run_distributed
 from tests.parallel.runs import (

@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dqt_dist.layers.parameters import Parameter
 from dqt_dist.parallel.groups import Group
-from dqt_dist.parallel.model import Parameter
 from dqt_dist.parallel.row_sharding import Bounds
 
 

@@ -1,0 +1,129 @@
+"""Which rows and columns of which logical matrix each local shard is.
+
+Logical names are those of Hugging Face's LLaMA: `layers.17.self_attn.q_proj`, `layers.17.mlp.up_proj`, `embed_tokens`. `assign_layouts`
+gives every low-bit matrix and every parameter of a rank its `ShardLayout`; everything that depends on a place in the model
+(initial values, rounding, digest, checkpoint, export) reads the place there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import cast
+
+from megatron.core.transformer.transformer_layer import TransformerLayer
+from torch import nn
+
+from dqt_dist.config import Config
+from dqt_dist.layers.bitnet import ColumnParallelBitLinear, RowParallelBitLinear
+from dqt_dist.layers.parameters import Parameter
+from dqt_dist.layers.spec import SubNormLinear
+from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout
+from dqt_dist.lowbit.matrix import LowBitMatrix
+from dqt_dist.parallel.groups import Group
+
+
+def _columns_split(matrix: LogicalMatrix, group: Group) -> ShardLayout:
+    columns = matrix.columns // group.size()
+    return ShardLayout((matrix,), (RowBlock(0, 0, matrix.rows),), columns, group.rank() * columns)
+
+
+def _rows_split(group: Group, *matrices: LogicalMatrix) -> ShardLayout:
+    """Matrices stacked one after the other, each contributing this rank's share of its rows."""
+    blocks = [
+        RowBlock(i, group.rank() * (m.rows // group.size()), m.rows // group.size()) for i, m in enumerate(matrices)
+    ]
+    return ShardLayout(matrices, tuple(blocks), matrices[0].columns)
+
+
+def _qkv_layout(config: Config, name: str, group: Group) -> ShardLayout:
+    """Megatron interleaves by query group: its query heads, then its key head, then its value head."""
+    model = config.model
+    head = model.hidden_size // model.num_attention_heads
+    queries = model.num_attention_heads // model.num_query_groups * head
+    matrices = (
+        LogicalMatrix(f"{name}.q_proj", model.hidden_size, model.hidden_size),
+        LogicalMatrix(f"{name}.k_proj", model.num_query_groups * head, model.hidden_size),
+        LogicalMatrix(f"{name}.v_proj", model.num_query_groups * head, model.hidden_size),
+    )
+    local_groups = model.num_query_groups // group.size()
+    blocks = []
+    for query_group in range(group.rank() * local_groups, (group.rank() + 1) * local_groups):
+        blocks.append(RowBlock(0, query_group * queries, queries))
+        blocks.append(RowBlock(1, query_group * head, head))
+        blocks.append(RowBlock(2, query_group * head, head))
+    return ShardLayout(matrices, tuple(blocks), model.hidden_size)
+
+
+def _linear_layouts(layer: TransformerLayer, config: Config, group: Group) -> Iterator[tuple[nn.Module, ShardLayout]]:
+    """The four fused linears of a layer with their coordinates."""
+    hidden, ffn = config.model.hidden_size, config.model.ffn_hidden_size
+    name = f"layers.{layer.layer_number - 1}"
+    attention, mlp = layer.self_attention, layer.mlp
+    yield attention.linear_qkv, _qkv_layout(config, f"{name}.self_attn", group)
+    yield (
+        _inner(attention.linear_proj),
+        _columns_split(LogicalMatrix(f"{name}.self_attn.o_proj", hidden, hidden), group),
+    )
+    gate, up = (LogicalMatrix(f"{name}.mlp.{part}_proj", ffn, hidden) for part in ("gate", "up"))
+    yield mlp.linear_fc1, _rows_split(group, gate, up)
+    yield _inner(mlp.linear_fc2), _columns_split(LogicalMatrix(f"{name}.mlp.down_proj", hidden, ffn), group)
+
+
+def _inner(linear: nn.Module) -> nn.Module:
+    inner = linear.linear if isinstance(linear, SubNormLinear) else linear
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def _set(parameter: nn.Parameter | LowBitMatrix, layout: ShardLayout, replicated: bool = False) -> None:
+    if isinstance(parameter, LowBitMatrix):
+        parameter.assign(layout)
+        return
+    parameter.description = Parameter(parameter, layout, replicated)  # type: ignore[attr-defined]
+    # DeepSpeed and Megatron look for this name.
+    parameter.tensor_model_parallel = not replicated  # type: ignore[attr-defined]
+
+
+def _set_vector(parameter: nn.Parameter, name: str, rows: int, group: Group | None = None) -> None:
+    vector = LogicalMatrix(name, rows, 1)
+    if group is None:
+        _set(parameter, ShardLayout((vector,), (RowBlock(0, 0, rows),), 1), replicated=True)
+    else:
+        _set(parameter, _rows_split(group, vector))
+
+
+def assign_layouts(chunks: nn.ModuleList, config: Config, group: Group) -> None:
+    """Tells every low-bit matrix and every parameter which part of the model it is. `group` is the TP group."""
+    hidden, ffn, vocabulary = config.model.hidden_size, config.model.ffn_hidden_size, config.model.vocab_size
+    for chunk in chunks:
+        if chunk.pre_process:
+            weight = chunk.embedding.word_embeddings.weight
+            _set(weight, _rows_split(group, LogicalMatrix("embed_tokens", vocabulary, hidden)))
+        for layer in cast(Iterable[TransformerLayer], chunk.decoder.layers):
+            _assign_layer(layer, config, group, hidden, ffn)
+        if chunk.post_process:
+            _set_vector(chunk.decoder.final_layernorm.weight, "norm", hidden)
+            _set(chunk.output_layer.weight, _rows_split(group, LogicalMatrix("lm_head", vocabulary, hidden)))
+
+
+def _assign_layer(layer: TransformerLayer, config: Config, group: Group, hidden: int, ffn: int) -> None:
+    name = f"layers.{layer.layer_number - 1}"
+    for linear, layout in _linear_layouts(layer, config, group):
+        _set(linear.weight, layout)
+        if isinstance(linear, ColumnParallelBitLinear | RowParallelBitLinear):
+            linear.layout = layout
+    input_norm, ffn_norm = _norm_weights(layer, config)
+    _set_vector(input_norm, f"{name}.input_layernorm", hidden)
+    _set_vector(ffn_norm, f"{name}.post_attention_layernorm", hidden)
+    if config.model.sub_norm:
+        attention_norm, ffn_norm = layer.self_attention.linear_proj.norm, layer.mlp.linear_fc2.norm
+        _set_vector(attention_norm.weight, f"{name}.self_attn.attn_sub_norm", hidden, group)
+        _set_vector(ffn_norm.weight, f"{name}.mlp.ffn_sub_norm", ffn, group)
+
+
+def _norm_weights(layer: TransformerLayer, config: Config) -> tuple[nn.Parameter, nn.Parameter]:
+    """Of the norms before attention and before the feed-forward half; low-bit modules have them inside."""
+    if config.quantization.method != "dqt":
+        return layer.input_layernorm.weight, layer.pre_mlp_layernorm.weight
+    feed_forward = layer.mlp.linear_fc1 if config.model.sub_norm else layer.mlp
+    return layer.self_attention.linear_qkv.norm_weight, feed_forward.norm_weight
