@@ -310,7 +310,7 @@ def linears(s: Shapes, device: str) -> Iterator[Operation]:
 
         def operands(name: str = name) -> Any:
             compute, weight = make_compute(QuantizationConfig(compute=name)), low_bit(out, width, device)
-            weight.gradient_dtype = torch.bfloat16
+            weight.gradient.dtype = torch.bfloat16
             x = quantize(torch.randn(t, width, device=device).bfloat16(), compute.activation_code)
             gradient = compute.gradient(torch.randn(t, out, device=device).bfloat16(), weight)
             return compute, weight, x, gradient
@@ -327,7 +327,7 @@ def linears(s: Shapes, device: str) -> Iterator[Operation]:
             compute, weight, x, gradient = operands()
 
             def run() -> None:
-                weight.main_grad = None  # as after an update: the product itself becomes the sum
+                weight.gradient.local = None  # as after an update: the product itself becomes the sum
                 compute.wgrad(gradient, x, weight)
 
             return run

@@ -235,7 +235,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
     from dqt_dist.optim.engine import build_engine
     from dqt_dist.parallel.groups import select_stream
     from dqt_dist.training import cost
-    from dqt_dist.training.cuda_graph import micro_batch_graph
+    from dqt_dist.training.cuda_graph import choose_forward_backward
     from dqt_dist.training.loop import build_loaders
     from dqt_dist.training.step import mean_over_data, train_step
 
@@ -245,7 +245,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
     batches = build_loaders(config, groups, Progress(0, 0, 0))[0].iterate(0)
     chunks = build_model(config, groups)
     engine = build_engine(chunks, config, groups)
-    graph = micro_batch_graph(chunks, engine.optimizer, config, groups)
+    forward_backward = choose_forward_backward(chunks, engine.optimizer, config, groups)
     built = time.perf_counter() - start
     waited: list[float] = []
     losses: list[torch.Tensor] = []
@@ -254,7 +254,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
         begin = time.perf_counter()
         batch = next(batches)
         waited.append(time.perf_counter() - begin)
-        losses.append(train_step(engine, chunks, batch, config, groups, graph).loss)
+        losses.append(train_step(engine, chunks, batch, forward_backward).loss)
 
     def mark() -> Any:
         if not on_cuda:
@@ -304,7 +304,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
         if not args.no_profile:
             row["parts"], row["kernels"] = profile(step, engine.optimizer, row["step_ms"])
         if args.sync_check and on_cuda:
-            row["sync"] = sync_check(engine, chunks, [next(batches) for _ in range(3)], config, groups, graph)
+            row["sync"] = sync_check(engine, chunks, [next(batches) for _ in range(3)], forward_backward)
         return row
     finally:
         batches.close()  # ends the loader's processes
@@ -391,14 +391,14 @@ def on_host(events: list[dict[str, Any]]) -> Iterator[tuple[str, float, bool]]:
         yield e["name"], max(0.0, microseconds) / 1e3, begin <= e["ts"] <= end
 
 
-def sync_check(engine: Any, chunks: Any, batches: list[Any], config: Any, groups: Any, graph: Any) -> str:
+def sync_check(engine: Any, chunks: Any, batches: list[Any], forward_backward: Any) -> str:
     """ "none", or the lines of ours that waited for the GPU. Copies of the batch to the device are inside."""
     from dqt_dist.training.step import train_step
 
     try:
         with waiting_is_an_error():
             for batch in batches:
-                train_step(engine, chunks, batch, config, groups, graph)
+                train_step(engine, chunks, batch, forward_backward)
     except RuntimeError as error:
         frames = traceback.extract_tb(error.__traceback__)
         ours = [frame for frame in frames if "dqt_dist" in frame.filename]

@@ -81,6 +81,7 @@ def measure(config: Any, groups: Any, name: str, args: argparse.Namespace) -> li
     from dqt_dist.optim.engine import build_engine
     from dqt_dist.parallel.collectives import BYTES_SENT
     from dqt_dist.training import cost
+    from dqt_dist.training.cuda_graph import choose_forward_backward
     from dqt_dist.training.step import train_step
 
     stage, _, offload = name.partition("+")
@@ -88,6 +89,7 @@ def measure(config: Any, groups: Any, name: str, args: argparse.Namespace) -> li
     config = config.model_copy(update={"deepspeed": config.deepspeed | {"zero_optimization": zero}})
     chunks = build_model(config, groups)
     engine = build_engine(chunks, config, groups)
+    forward_backward = choose_forward_backward(chunks, engine.optimizer, config, groups)
     on_cuda, steps = groups.device.type == "cuda", args.steps
     for step in range(1, steps + 1):
         if step == 4:
@@ -96,7 +98,7 @@ def measure(config: Any, groups: Any, name: str, args: argparse.Namespace) -> li
             if on_cuda:
                 torch.cuda.reset_peak_memory_stats()
             BYTES_SENT.clear()
-        train_step(engine, chunks, batches(config, groups, step), config, groups)
+        train_step(engine, chunks, batches(config, groups, step), forward_backward)
     synchronize(groups)
     seconds = (time.perf_counter() - start) / (steps - 3)
     sent = cost.sent_bytes(steps - 3)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from dqt_dist.checkpoint.logical_tensor import LogicalState, LogicalTensor
 from dqt_dist.layers.parameters import low_bit_matrices
 from dqt_dist.lowbit.coordinates import LogicalMatrix, ShardLayout
+from dqt_dist.optim.deepspeed_adapter import MasterShard
 from dqt_dist.optim.engine import CombinedOptimizer
-from dqt_dist.optim.low_bit_optimizer import OwnedRows
-from dqt_dist.optim.master_weights import MasterShard
+from dqt_dist.optim.owned_rows import OwnedRows
 
 
 def logical_state(chunks: nn.Module, optimizer: CombinedOptimizer) -> LogicalState:
@@ -73,9 +73,8 @@ def _add_parameter(state: LogicalState, shard: MasterShard, optimizer: CombinedO
     """The owned elements of a parameter's master value and moments."""
     if shard.master is None:
         return
-    moments = optimizer.torch_optimizer.state[shard.master]
     kinds = {"parameter": shard.master.detach()}
-    kinds |= {f"parameter.{name}": value for name, value in moments.items() if name != "step"}
+    kinds |= {f"parameter.{name}": value for name, value in optimizer.high_precision.moments(shard).items()}
     layout = shard.parameter.layout
     for kind, tensor in kinds.items():
         for matrix, offset, view in rectangles(layout, shard.start, shard.view(tensor)):
@@ -101,12 +100,3 @@ def rectangles(
             view = flat[first : first + count * width].view(count, width)
             yield matrix, (logical_row, layout.column_offset + column), view
         position += (stop_row - row) * width
-
-
-def after_load(optimizer: CombinedOptimizer, step: int) -> None:
-    """Brings what follows from the loaded state into line: step counts and the parameters the model computes with."""
-    optimizer.steps_done = step
-    optimizer.low_bit.codes_change()
-    for value in optimizer.torch_optimizer.state.values():
-        value["step"].fill_(float(step))
-    optimizer.refresh_parameters()

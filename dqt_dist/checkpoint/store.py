@@ -24,7 +24,7 @@ from dqt_dist.checkpoint.folder import (
     step_of,
 )
 from dqt_dist.checkpoint.logical_tensor import LogicalLoadPlanner, LogicalState
-from dqt_dist.checkpoint.state import after_load, logical_state
+from dqt_dist.checkpoint.state import logical_state
 from dqt_dist.checkpoint.writer import CheckpointWriter, Retention
 from dqt_dist.config import Config
 from dqt_dist.errors import UserError
@@ -117,7 +117,7 @@ def load(path: Path, chunks: nn.Module, optimizer: CombinedOptimizer, config: Co
     _check_names(state, set(reader.read_metadata().state_dict_metadata), path)
     dcp_load(state, storage_reader=reader, planner=LogicalLoadPlanner())
     progress = progress_of(manifest)
-    after_load(optimizer, progress.step)
+    optimizer.state_was_loaded(progress.step)
     return progress
 
 

@@ -4,7 +4,7 @@
     finish     y * x scale * row scale      the epilogue, after ranks have added up
     gradient   dy in the form dgrad and wgrad take
     dgrad      dx = (dy * row scale) @ C    [tokens, out] @ [out, in]
-    wgrad      dW = dy^T @ x                [tokens, out]^T @ [tokens, in]   x dequantised; summed into the gradient sink
+    wgrad      dW = dy^T @ x                [tokens, out]^T @ [tokens, in]   x dequantised; added to the weight's gradient buffer
 
 Codes are unpacked to the operand type of the product and thrown away after it: scratch of one layer, never of the model.
 
@@ -114,28 +114,20 @@ class Fp8Compute:
         largest = token_scale.amax()
         columns_of_grad = transpose(grad.codes, token_scale / largest)
         product = scaled_matmul(columns_of_grad, transpose(x.codes), largest / weight.row_scale())
-        _add_to_sink(product, weight)
+        weight.gradient.add(product)
 
 
 def add_weight_gradient(grad: Tensor, x: Tensor, weight: LowBitMatrix) -> None:
-    """Adds grad^T @ x to the gradient sink of `weight`, in the sink's precision; both operands [tokens, features] of one type."""
-    if weight.gradient_dtype == grad.dtype:
-        sink, has_sum = weight.gradient_sink()
-        torch.addmm(sink, grad.t(), x, beta=float(has_sum), out=sink)
-        weight.gradient_written()
+    """Adds grad^T @ x to the gradient of `weight`, in the precision of its buffer; both operands [tokens, features] of one type."""
+    buffer = weight.gradient
+    if buffer.dtype == grad.dtype:
+        total, has_sum = buffer.accumulator(grad.device)
+        torch.addmm(total, grad.t(), x, beta=float(has_sum), out=total)
+        buffer.micro_batch_added()
+    elif grad.is_cuda:
+        buffer.add(torch.mm(grad.t(), x, out_dtype=buffer.dtype))
     else:
-        dtype = weight.gradient_dtype
-        _add_to_sink(torch.mm(grad.t(), x, out_dtype=dtype) if grad.is_cuda else grad.t().float() @ x.float(), weight)
-
-
-def _add_to_sink(product: Tensor, weight: LowBitMatrix) -> None:
-    """Adds a whole gradient [rows, columns] to the sink, or makes it the sink."""
-    if weight.main_grad is None and product.dtype == weight.gradient_dtype:
-        weight.main_grad = product
-    else:
-        sink, has_sum = weight.gradient_sink()
-        sink.add_(product) if has_sum else sink.copy_(product)
-    weight.gradient_written()
+        buffer.add(grad.t().float() @ x.float())
 
 
 Compute = FloatCompute | Fp8Compute

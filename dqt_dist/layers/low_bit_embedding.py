@@ -45,9 +45,7 @@ class _LookUp(torch.autograd.Function):
         grad = grad.flatten(0, -2).float().masked_fill(elsewhere[:, None], 0.0)
         # Sums tokens of one row in a fixed order on every device, which index_add does not.
         total = torch.ops.aten.embedding_dense_backward(grad, rows, ctx.weight.rows, -1, False)
-        sink, has_sum = ctx.weight.gradient_sink()
-        sink.add_(total) if has_sum else sink.copy_(total)
-        ctx.weight.gradient_written()
+        ctx.weight.gradient.add(total)
         return None, None, None, None, None
 
 

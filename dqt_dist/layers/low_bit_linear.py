@@ -6,7 +6,7 @@
     x_q, s_x = quantize(x)                  per token over the full width: row-parallel inputs take a MAX over TP first
     y  = (x_q @ C^T) * s_x * s_row          reduced as unscaled sums: exact integers for ternary codes in fp32
     dx = (dy * s_row) @ C                   straight through the activation's rounding
-    dW = dy^T @ (x_q * s_x)                 goes to the weight's gradient sink, not to autograd
+    dW = dy^T @ (x_q * s_x)                 goes to the weight's gradient buffer, not to autograd
 
 A column-parallel linear may have the RMSNorm before it inside (Megatron's fused LayerNormColumnParallelLinear): norm and
 quantisation are one pass and the normed activation is never written. Kept for the backward are the input, which the residual

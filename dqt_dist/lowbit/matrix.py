@@ -1,8 +1,8 @@
 """LowBitMatrix: the codes a rank holds, their scales, and where they lie in the model.
 
 Everything is a buffer, not an nn.Parameter: integers cannot require a gradient, and DeepSpeed would clone a float master of
-whatever parameter it is given. The gradient has its own sink, `main_grad`, filled by the linear's backward and emptied by the
-optimizer, the way Megatron's main_grad works.
+whatever parameter it is given. The gradient has a buffer of its own, which the linear's backward fills and the optimizer empties, the
+way Megatron's main_grad works (`gradient_buffer.py`).
 
     codes   uint8 or int8 [held rows, packed_columns]   the only copy of the weight
     scale   fp32 [matrices]                             one a logical matrix, the same on every rank, fixed after initialisation
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from dqt_dist.lowbit.coordinates import ShardLayout
+from dqt_dist.lowbit.gradient_buffer import GradientBuffer
 from dqt_dist.lowbit.grid import Grid
 from dqt_dist.lowbit.packing import pack, storage_dtype, unpack
 from dqt_dist.lowbit.rounding import round_nearest
@@ -38,12 +39,9 @@ class LowBitMatrix(nn.Module):
         self.first_row = 0
         self.gather: Callable[[], Tensor] | None = None
         """Returns the packed codes of all rows where this rank does not hold them."""
-        self.main_grad: Tensor | None = None
         # Made again when the scale has been written to; products ask for it several times a step.
         self._row_scale: tuple[tuple[int, int], Tensor] | None = None
-        self.gradient_dtype = torch.float32
-        self.on_gradient: Callable[[], None] | None = None
-        """Called each time a backward pass has added to `main_grad`."""
+        self.gradient = GradientBuffer("", rows, columns)
         codes = torch.zeros(rows, grid.packed_columns(columns), dtype=storage_dtype(grid), device=device)
         self.register_buffer("codes", codes)
         self.register_buffer("scale", torch.ones(1, device=device))
@@ -55,6 +53,7 @@ class LowBitMatrix(nn.Module):
             raise ValueError(f"layout {layout.rows} x {layout.columns} for a shard of {self.rows} x {self.columns}")
         device = self.codes.device
         self.layout = layout
+        self.gradient.name = layout.matrices[0].name
         self.scale = torch.ones(len(layout.matrices), device=device)
         self.row_matrix = layout.row_matrix().to(device=device, dtype=torch.uint8)
 
@@ -105,21 +104,6 @@ class LowBitMatrix(nn.Module):
     def dequantize(self) -> Tensor:
         """fp32 [rows, columns]: what the codes stand for. For tests and export; training never calls it."""
         return self.unpack().float() * self.row_scale()[:, None]
-
-    def gradient_sink(self) -> tuple[Tensor, bool]:
-        """The gradient buffer [rows, columns] in `gradient_dtype` and whether it already holds a sum to add to.
-
-        Whoever writes to it calls `gradient_written` afterwards.
-        """
-        if self.main_grad is None:
-            self.main_grad = torch.empty(self.rows, self.columns, dtype=self.gradient_dtype, device=self.codes.device)
-            return self.main_grad, False
-        return self.main_grad, True
-
-    def gradient_written(self) -> None:
-        """Tells the optimizer that one more micro-batch is in the sink."""
-        if self.on_gradient is not None:
-            self.on_gradient()
 
     def extra_repr(self) -> str:
         return f"{self.rows} x {self.columns}, bits={self.grid.bits}"

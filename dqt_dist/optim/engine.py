@@ -1,17 +1,15 @@
 """DeepSpeed's engine over both kinds of weights: one optimizer object, one gradient norm, one clip.
 
-    high-precision parameters   torch.optim.AdamW inside DeepSpeed's optimizer for the ZeRO stage of the config
+    high-precision parameters   torch.optim.AdamW inside DeepSpeed's optimizer for the ZeRO stage of the config (deepspeed_adapter.py)
     low-bit codes               LowBitOptimizer, behind the same step()
 
-DeepSpeed divides masters, moments and (stage 3) parameters over the ranks; gradients take our way to their owners, the same for
-both kinds of weights and in every stage (gradients.py). Who divides what: Megatron's schedule divides the loss by the number of
-micro-batches, the reduction divides by the data-parallel size. Nobody else divides, and nobody else clips.
+DeepSpeed divides masters, moments and (stage 3) parameters over the ranks. Gradients take our way to their owners, the same for both kinds
+of weights and in every stage (gradient_reducer.py). Who divides what: Megatron's schedule divides the loss by the number of micro-batches,
+the reduction divides by the data-parallel size. Nobody else divides, and nobody else clips.
 """
 
 from __future__ import annotations
 
-import copy
-import logging
 from typing import Any
 
 import torch
@@ -21,18 +19,13 @@ from torch import Tensor, nn
 from dqt_dist.config import Config, layout
 from dqt_dist.dtypes import TORCH_DTYPES
 from dqt_dist.layers.parameters import low_bit_matrices, parameters
+from dqt_dist.lowbit.gradient_buffer import GradientBuffer
 from dqt_dist.optim.adamw import GRADIENT_LIMIT
-from dqt_dist.optim.gradients import Gradient, GradientReducer
+from dqt_dist.optim.deepspeed_adapter import OF_STAGE, HighPrecisionOptimizer, MasterShard, initialize_engine
+from dqt_dist.optim.gradient_reducer import GradientReducer, reduce_when
 from dqt_dist.optim.low_bit_optimizer import LowBitOptimizer
-from dqt_dist.optim.master_weights import (
-    GradientFeed,
-    MasterShard,
-    create_moments,
-    master_shards,
-    refresh_parameters,
-)
-from dqt_dist.optim.schedule import schedule_factor
-from dqt_dist.parallel.groups import Groups, MegatronUnit
+from dqt_dist.optim.schedule import StepRates, step_rates
+from dqt_dist.parallel.groups import Groups
 from dqt_dist.parallel.row_sharding import row_bounds
 
 # AdamW's default; the high-precision parameters keep AdamW when Adafactor, which may have no beta1, updates the codes.
@@ -41,40 +34,7 @@ DEFAULT_BETA1 = 0.9
 NORM_EPSILON = 1e-6
 
 
-def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
-    """The user's `deepspeed` section completed with what follows from the other sections."""
-    settings = copy.deepcopy(config.deepspeed)
-    training = config.training
-    settings |= {
-        "train_batch_size": training.global_batch_size,
-        "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": layout(config, world_size).num_microbatches,
-        # Megatron's schedule runs the micro-batches; engine.step() is the boundary.
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": 0.0,
-        # Gradients come to it finite; its own check would wait for the device in every step.
-        "bf16": {"enabled": config.quantization.dtype == "bf16", "check_grad_overflow": False},
-        # torch's AdamW also updates what is offloaded to the host.
-        "zero_force_ds_cpu_optimizer": False,
-    }
-    settings.setdefault("zero_allow_untested_optimizer", True)
-    settings.setdefault("steps_per_print", None)
-    # Its own measurement of throughput waits for the device at the beginning and the end of each step; ours is in recorder.py.
-    settings.setdefault("timers", {"throughput": {"enabled": False}})
-    zero = settings.setdefault("zero_optimization", {})
-    zero.setdefault("stage", config.zero_stage)
-    # Buffers for a reduction that is not DeepSpeed's: a GB in stage 3 if left alone.
-    zero["contiguous_gradients"] = False
-    if config.zero_stage in (1, 2):
-        zero["overlap_comm"] = False
-        zero["compute_grad_norm"] = False  # the norm is ours
-        if zero.get("offload_optimizer", {}).get("device", "none") != "none":
-            # DeepSpeed insists on a norm of its own there: a pass over the gradients, unused.
-            del zero["compute_grad_norm"]
-    return settings
-
-
-def high_precision_optimizer(chunks: nn.Module, config: Config) -> torch.optim.AdamW:
+def high_precision_adamw(chunks: nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW over the parameters DeepSpeed manages; vectors (norms) are not decayed.
 
     The block linears of a baseline have the learning rate that the low-bit ones have under method dqt, so that methods are
@@ -105,105 +65,73 @@ def high_precision_optimizer(chunks: nn.Module, config: Config) -> torch.optim.A
 
 
 class CombinedOptimizer:
-    """DeepSpeed's optimizer interface over both optimizers; whatever is not here is DeepSpeed's own."""
+    """Both optimizers behind what DeepSpeed's engine asks of one."""
 
     def __init__(
-        self, high_precision: Any, torch_optimizer: torch.optim.AdamW, chunks: nn.Module, config: Config, groups: Groups
+        self, high_precision: HighPrecisionOptimizer, chunks: nn.Module, config: Config, groups: Groups
     ) -> None:
-        self.high_precision, self.torch_optimizer = high_precision, torch_optimizer
-        self.config, self.groups = config, groups
-        self.reducer = GradientReducer(
-            groups.data,
-            layout(config, groups.world.size()).num_microbatches,
-            in_backward=config.zero_stage >= 2,
-            each_micro_batch=config.optimizer.gradient_reduction == "micro_batch",
-        )
-        self.shards = master_shards(high_precision, parameters(chunks), config.zero_stage, groups.data)
-        create_moments(torch_optimizer, self.shards)
-        masters = [shard.master for shard in self.shards if shard.master is not None]
-        self.master_device = masters[0].device if masters else groups.device
-        self.feed = GradientFeed(high_precision, torch_optimizer, self.shards, config.zero_stage)
-        self.gradients = [self._collect(shard) for shard in self.shards]
-        self.low_bit = LowBitOptimizer(low_bit_matrices(chunks), config, groups, self.reducer, self._step_under_way)
+        self.config, self.groups, self.high_precision = config, groups, high_precision
+        self.reducer = GradientReducer(groups.data, layout(config, groups.world.size()).num_microbatches)
+        self.gradients = [self._collect(shard) for shard in high_precision.shards]
+        """Of the high-precision parameters, in the order of `shards`."""
+        self.low_bit = LowBitOptimizer(low_bit_matrices(chunks), config, groups, self.reducer)
         self.steps_done = 0
-        self.last_factor = 0.0
+        self.rates: StepRates | None = None
+        """Of the step under way, or of the last one."""
         self.grad_norm = torch.zeros((), device=groups.device)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["high_precision"], name)
+    @property
+    def shards(self) -> list[MasterShard]:
+        """Where the master of each high-precision parameter lies, in model order."""
+        return self.high_precision.shards
 
-    def _collect(self, shard: MasterShard) -> Gradient:
-        """Has each backward add the parameter's gradient to a sum in `optimizer.gradient_dtype`."""
-        dtype, group, stage = (
-            TORCH_DTYPES[self.config.optimizer.gradient_dtype],
-            self.groups.data,
-            self.config.zero_stage,
-        )
-        logical, parameter = shard.parameter.layout, shard.parameter.tensor
+    def _collect(self, shard: MasterShard) -> GradientBuffer:
+        """Has each backward pass add the parameter's gradient to a buffer of type `optimizer.gradient_dtype`."""
+        logical, group = shard.parameter.layout, self.groups.data
         numel = logical.rows * logical.columns
-        bounds = row_bounds(numel, group.size()) if stage == 0 else shard.bounds
-        sums: list[Tensor] = []
-        name = logical.matrices[0].name
-        gradient = Gradient(name, numel, 1, bounds, stage == 0, take=lambda: sums.pop() if sums else None)
-        arrived = self.reducer.add(gradient)
+        buffer = GradientBuffer(logical.matrices[0].name, numel, 1, TORCH_DTYPES[self.config.optimizer.gradient_dtype])
+        stage_0 = self.config.zero_stage == 0
+        owners = row_bounds(numel, group.size()) if stage_0 else shard.bounds
+        self.reducer.register(buffer, owners, reduce_when(self.config), on_every_rank=stage_0)
 
         @torch.no_grad()
         def add(parameter: Tensor) -> None:
             assert parameter.grad is not None
             new, parameter.grad = parameter.grad.reshape(-1), None
-            if sums:
-                sums[0].add_(new)
-            else:
-                sums.append(new.to(dtype))
-            arrived()
+            buffer.add(new)
 
-        parameter.register_post_accumulate_grad_hook(add)
-        return gradient
+        shard.parameter.tensor.register_post_accumulate_grad_hook(add)
+        return buffer
 
-    def _step_under_way(self) -> tuple[int, float]:
-        """Number and low-bit learning rate of the step that `step` completes next."""
-        optimizer, step = self.config.optimizer, self.steps_done + 1
-        return step, optimizer.low_bit_learning_rate * schedule_factor(step, self.config.training.steps, optimizer)
+    def begin_step(self) -> StepRates:
+        """Before the first backward pass of a step: makes the rates of the step, once."""
+        self.rates = step_rates(self.steps_done + 1, self.config)
+        self.low_bit.begin_step(self.rates)
+        return self.rates
 
     def step(self, *_: Any, **__: Any) -> None:
-        """One update of everything."""
-        optimizer = self.config.optimizer
-        step, low_bit_rate = self._step_under_way()
-        self.last_factor = factor = schedule_factor(step, self.config.training.steps, optimizer)
+        """One update of everything, after the backward passes of a step."""
+        rates, optimizer = self.rates, self.config.optimizer
+        assert rates is not None and rates.step == self.steps_done + 1, "begin_step comes before the backward passes"
         # Phase 1 reduce: what the backward passes have not sent to its owners yet.
         self.reducer.finish()
-        # Phase 2 clip: one norm over everything.
+        # Phase 2 norm and clip: one norm over everything.
         self.grad_norm = self._global_norm()
         clip = clip_factor(self.grad_norm, optimizer.max_grad_norm)
         # Phase 3 update; with fused_backward the low-bit matrices had theirs when their gradients came.
-        self._update_high_precision(factor, clip)
+        self._update_high_precision(rates, clip)
         if not optimizer.fused_backward:
-            self.low_bit.update(step, low_bit_rate, clip)
+            self.low_bit.update(clip)
         # Phase 4 gather: packed codes.
         self.low_bit.gather_codes()
-        self.steps_done = step
+        self.steps_done = rates.step
 
     @torch.no_grad()
-    def _update_high_precision(self, factor: float, clip: Tensor) -> None:
+    def _update_high_precision(self, rates: StepRates, clip: Tensor) -> None:
         # A step that is clipped to nothing has no rate either: the first moments would still move the weights.
-        moves = (clip > 0).to(self.master_device)
-        for group in self.high_precision.param_groups:
-            group["lr"] = group["peak_learning_rate"] * factor * moves
-        means = []
-        for gradient in self.gradients:
-            assert gradient.mean is not None
-            means.append(gradient.mean.view(-1))
-            gradient.mean = None
-        self.feed.put(means, clip)
-        del means
+        self.high_precision.set_learning_rates(rates.multiplier, (clip > 0).to(self.high_precision.device))
+        self.high_precision.put_gradients([gradient.take().view(-1) for gradient in self.gradients], clip)
         self.high_precision.step()
-
-    def finalize_gradient_accumulation_boundary(self) -> None:
-        """DeepSpeed's engine calls this in stages 2 and 3 before `step`; its gradients are ours."""
-
-    def refresh_parameters(self) -> None:
-        """Copies masters into the parameters the model computes with, after masters were loaded."""
-        refresh_parameters(self.high_precision, self.shards, self.config.zero_stage)
 
     def _global_norm(self) -> Tensor:
         """L2 norm of all gradients, fp32 scalar; each element counted by exactly one rank of the world."""
@@ -215,6 +143,29 @@ class CombinedOptimizer:
         dist.all_reduce(total, group=self.groups.world)
         return total.sqrt().float()
 
+    def state_was_loaded(self, step: int) -> None:
+        """Brings what follows from the loaded state of step `step` into line. A collective call."""
+        self.steps_done = step
+        self.low_bit.codes_change()
+        self.high_precision.set_step(step)
+        self.high_precision.refresh_parameters()
+
+    # ---- what DeepSpeed's engine asks of an optimizer ----
+
+    overflow = False
+    """Steps that are not finite move nothing (`clip_factor`); DeepSpeed need not know."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """Of the high-precision parameters."""
+        return self.high_precision.torch_optimizer.param_groups
+
+    def zero_grad(self) -> None:
+        self.high_precision.zero_grad()
+
+    def finalize_gradient_accumulation_boundary(self) -> None:
+        """The engine calls this in stages 2 and 3 before `step`; its gradients are ours."""
+
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     """What gradients are multiplied with: at most 1, and 0 when the norm is not finite, or hardly (the step then moves nothing)."""
@@ -223,28 +174,10 @@ def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 
 
 def build_engine(chunks: nn.ModuleList, config: Config, groups: Groups) -> Any:
-    """deepspeed.initialize over the high-precision parameters; `engine.optimizer` becomes a CombinedOptimizer."""
-    import deepspeed
-    from deepspeed.utils import logger
-
-    # It reports memory and choices at level INFO while building; warnings stay.
-    logger.setLevel(logging.WARNING)
-    # DeepSpeed would compile a shared-memory collective with ninja at first use on a CPU; gloo does without, and a build
-    # that was killed leaves a lock that hangs every later run.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(
-        dist_backend="nccl" if groups.device.type == "cuda" else "gloo", dist_init_required=False
-    )
-    torch_optimizer = high_precision_optimizer(chunks, config)
-    engine, _, _, _ = deepspeed.initialize(
-        # A module that is called: stage 3 hangs its gathers on the calls. Several chunks mean pipeline > 1, so stage 0 or 1.
-        model=chunks[0] if len(chunks) == 1 else chunks,
-        optimizer=torch_optimizer,
-        config=deepspeed_config(config, groups.world.size()),
-        mpu=MegatronUnit(groups),
-        dist_init_required=False,
-    )
-    # Stages 0 and 1 would reduce at the boundary; see gradients.py.
-    engine.enable_backward_allreduce = False
-    engine.optimizer = CombinedOptimizer(engine.optimizer, torch_optimizer, chunks, config, groups)
+    """DeepSpeed's engine over the high-precision parameters; `engine.optimizer` becomes a CombinedOptimizer."""
+    torch_optimizer = high_precision_adamw(chunks, config)
+    # A module that is called: stage 3 hangs its gathers on the calls. Several chunks mean pipeline > 1, so stage 0 or 1.
+    engine = initialize_engine(chunks[0] if len(chunks) == 1 else chunks, torch_optimizer, config, groups)
+    high_precision = OF_STAGE[config.zero_stage](engine.optimizer, torch_optimizer, parameters(chunks), config, groups)
+    engine.optimizer = CombinedOptimizer(high_precision, chunks, config, groups)
     return engine

@@ -10,11 +10,35 @@ wsd       warm-up, stable, decay: 1, then a line to the floor over the last deca
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
-from dqt_dist.config import OptimizerConfig
+from dqt_dist.config import Config, OptimizerConfig
 
 
-def schedule_factor(step: int, steps: int, config: OptimizerConfig) -> float:
+@dataclass(frozen=True)
+class StepRates:
+    """The learning rates of one step, made once: update, kernels and log read them here."""
+
+    step: int
+    """Counts from 1."""
+    multiplier: float
+    """Of every peak rate."""
+    learning_rate: float
+    """Of embeddings, head and norms."""
+    low_bit_learning_rate: float
+    """Of the linears of the blocks."""
+
+
+def step_rates(step: int, config: Config) -> StepRates:
+    """The rates of update `step` (1 .. training.steps)."""
+    optimizer = config.optimizer
+    multiplier = rate_multiplier(step, config.training.steps, optimizer)
+    return StepRates(
+        step, multiplier, optimizer.learning_rate * multiplier, optimizer.low_bit_learning_rate * multiplier
+    )
+
+
+def rate_multiplier(step: int, steps: int, config: OptimizerConfig) -> float:
     """Multiplier of the peak learning rate for update `step` (1 .. steps)."""
     warmup = config.warmup_steps
     if step <= warmup:

@@ -125,8 +125,8 @@ def low_bit_bytes(optimizer: LowBitOptimizer) -> dict[str, float]:
         tensors["codes"].append(weight.codes)
         tensors["scales"] += [weight.scale, weight.row_matrix]
         tensors["moments"] += list(rows.state.values())
-        gradients = (weight.main_grad, rows.gradient.kept, rows.gradient.mean)
-        tensors["gradient"] += [t for t in gradients if t is not None]
+        buffer = rows.gradient
+        tensors["gradient"] += [t for t in (buffer.local, buffer.recorded, buffer.mean) if t is not None]
     totals = torch.tensor([held, *(storage_bytes(tensors[kind]) for kind in kinds)], dtype=torch.int64)
     dist.all_reduce(totals)
     if totals[0] == 0:

@@ -2,7 +2,7 @@
 
 Python launches some two thousand kernels for a micro-batch. Where the GPU is done with them sooner than Python is with launching,
 the GPU waits: always for models of some hundred million weights, and on a slow processor for one of a billion. A graph is launched
-as a whole, and runs the same kernels on the same addresses: results are those of `step.run_schedule`, bit for bit.
+as a whole, and runs the same kernels on the same addresses: results are those of `forward_backward.run_schedule`, bit for bit.
 
     step 1, 2    as without a graph: kernels are compiled, libraries set up
     step 3       two graphs are recorded, each of one micro-batch: the first of a step, whose gradients are written, and any other,
@@ -15,6 +15,8 @@ step and rate change, runs outside. Activations and gradients stay allocated bet
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -22,22 +24,24 @@ from dqt_dist.config import Config
 from dqt_dist.errors import UserError
 from dqt_dist.optim.engine import CombinedOptimizer
 from dqt_dist.parallel.groups import Groups
-from dqt_dist.training.step import Batch, run_schedule
+from dqt_dist.training.forward_backward import Batch, ForwardBackward, run_schedule
 
 # Steps before the recording. One would do; the second finds everything compiled, so that a mistake shows here and not in a recording.
 EAGER_STEPS = 2
 
 
-def micro_batch_graph(
+def choose_forward_backward(
     chunks: nn.ModuleList, optimizer: CombinedOptimizer, config: Config, groups: Groups
-) -> MicroBatchGraph | None:
-    """What a run with this config steps with; None where it records nothing. Raises UserError where it must and has no CUDA device."""
+) -> ForwardBackward:
+    """How a run with this config runs its micro-batches: as graphs, or kernel by kernel.
+
+    Raises UserError where the config demands graphs and there is no CUDA device.
+    """
     on_gpu = groups.device.type == "cuda"
     if config.training.cuda_graph is True and not on_gpu:
         raise UserError('training.cuda_graph: true needs a CUDA device, and this run has none; use "auto" or false')
-    if not (config.cuda_graph and on_gpu):
-        return None
-    return MicroBatchGraph(chunks, optimizer, config, groups)
+    eager = partial(run_schedule, chunks, config=config, groups=groups, forward_only=False)
+    return MicroBatchGraph(chunks, optimizer, config, groups).run if config.cuda_graph and on_gpu else eager
 
 
 class MicroBatchGraph:
@@ -45,14 +49,14 @@ class MicroBatchGraph:
 
     def __init__(self, chunks: nn.ModuleList, optimizer: CombinedOptimizer, config: Config, groups: Groups) -> None:
         self.chunks, self.config, self.groups = chunks, config, groups
-        self.gradients = optimizer.reducer.gradients
+        self.buffers = optimizer.reducer.buffers
         self.eager_steps = 0
         self.batch: Batch = {}
         self.recorded: list[tuple[torch.cuda.CUDAGraph, Tensor]] = []
         """Graph and loss of the first micro-batch of a step, and of any other where a step has more than one."""
 
     def run(self, batches: list[Batch]) -> Tensor:
-        """As `step.run_schedule` with gradients: returns this rank's mean loss."""
+        """As `forward_backward.run_schedule` with gradients: returns this rank's mean loss."""
         if self.eager_steps < EAGER_STEPS:
             self.eager_steps += 1
             return run_schedule(self.chunks, batches, self.config, self.groups, forward_only=False)
@@ -65,8 +69,8 @@ class MicroBatchGraph:
             graph, loss = self.recorded[min(index, 1)]
             graph.replay()
             losses.append(loss.clone())
-        for gradient in self.gradients:
-            gradient.arrivals = len(batches)
+        for buffer in self.buffers:
+            buffer.replayed(len(batches))
         return torch.stack(losses).mean()
 
     def _record(self, batches: list[Batch]) -> None:
@@ -80,6 +84,5 @@ class MicroBatchGraph:
                     self.chunks, [self.batch], self.config, self.groups, forward_only=False, parts=len(batches)
                 )
             self.recorded.append((graph, loss))
-        for gradient in self.gradients:
-            gradient.kept = gradient.take()
-            assert gradient.kept is not None, gradient.name
+        for buffer in self.buffers:
+            buffer.record()

@@ -25,7 +25,7 @@ from dqt_dist.layers.build import build_model
 from dqt_dist.optim.engine import build_engine
 from dqt_dist.parallel.groups import Groups, finalize, initialize
 from dqt_dist.training import cost, report
-from dqt_dist.training.cuda_graph import micro_batch_graph
+from dqt_dist.training.cuda_graph import choose_forward_backward
 from dqt_dist.training.low_bit_figures import LowBitTable
 from dqt_dist.training.recorder import Recorder
 from dqt_dist.training.replica_check import check_replicas
@@ -59,7 +59,7 @@ class Trainer:
         self.chunks = build_model(config, groups)
         self.engine = build_engine(self.chunks, config, groups)
         self.optimizer = self.engine.optimizer
-        self.graph = micro_batch_graph(self.chunks, self.optimizer, config, groups)
+        self.forward_backward = choose_forward_backward(self.chunks, self.optimizer, config, groups)
         self.low_bit_table = LowBitTable(self.optimizer.low_bit, config, groups)
         if checkpoint is not None:
             store.load(checkpoint, self.chunks, self.optimizer, config)
@@ -93,7 +93,7 @@ class Trainer:
         try:
             batches = self.train_loader.iterate(self.progress.samples)
             while self.step < training.steps:
-                result = train_step(self.engine, self.chunks, next(batches), self.config, self.groups, self.graph)
+                result = train_step(self.engine, self.chunks, next(batches), self.forward_backward)
                 self._advance()
                 self._after_step(result)
                 if stop.agreed() and self.step < training.steps:
@@ -149,15 +149,14 @@ class Trainer:
         self.tokens_per_second = self.tokens_per_step / seconds
         self.last_loss = float(mean_over_data(result.loss, self.groups))
         figures = self.low_bit_table.figures().overall if self.optimizer.low_bit.used else {}
-        factor = self.optimizer.last_factor
         flops = cost.flops_per_token(self.config.model) * self.tokens_per_second
         self.recorder.log(
             {
                 "step": self.step,
                 "loss": self.last_loss,
                 "grad_norm": float(result.grad_norm),
-                "lr": self.config.optimizer.learning_rate * factor,
-                "low_bit_lr": self.config.optimizer.low_bit_learning_rate * factor,
+                "lr": result.rates.learning_rate,
+                "low_bit_lr": result.rates.low_bit_learning_rate,
                 "tokens": self.progress.tokens,
                 "tokens_per_s": self.tokens_per_second,
                 "mfu": flops / self.peak.flops,

@@ -156,9 +156,9 @@ def run_model(config: Config, groups: process_groups.Groups) -> dict[str, Any]:
         weights += rectangles(parameter.layout, parameter.tensor)
         gradients += rectangles(parameter.layout, parameter.tensor.grad)
     for matrix in low_bit_matrices(chunks):
-        assert matrix.layout is not None and matrix.main_grad is not None
+        assert matrix.layout is not None and matrix.gradient.local is not None
         weights += rectangles(matrix.layout, matrix.dequantize())
-        gradients += rectangles(matrix.layout, matrix.main_grad)
+        gradients += rectangles(matrix.layout, matrix.gradient.local)
     return {"logits": logits.numpy(), "weights": weights, "gradients": gradients}
 
 

@@ -150,7 +150,7 @@ def run_linear(rank: int, world_size: int, case: Case) -> dict[str, np.ndarray]:
         y.backward(grad)
         assert leaf.grad is not None and leaf.grad.dtype == dtype
         results = {"y": y.detach(), "dx": leaf.grad}
-    results["dw"] = linear.weight.main_grad
+    results["dw"] = linear.weight.gradient.local
     return {name: tensor.float().numpy() for name, tensor in results.items()}
 
 

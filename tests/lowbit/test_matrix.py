@@ -95,11 +95,3 @@ def test_a_layout_of_another_shape_is_refused() -> None:
     layout = ShardLayout((LogicalMatrix("m", 9, 16),), (RowBlock(0, 0, 9),), 16)
     with pytest.raises(ValueError, match="layout 9 x 16 for a shard of 9 x 12"):
         weight.assign(layout)
-
-
-def test_gradient_sink_is_made_once_and_then_added_to() -> None:
-    weight = LowBitMatrix(9, 12, make_grid(4))
-    first, had_sum = weight.gradient_sink()
-    assert (first.shape, first.dtype, had_sum) == ((9, 12), torch.float32, False)
-    second, has_sum = weight.gradient_sink()
-    assert second is first and has_sum

@@ -12,7 +12,7 @@ from deepspeed.utils.config import get_timers_config
 
 from dqt_dist.optim.adamw import GRADIENT_LIMIT
 from dqt_dist.optim.engine import clip_factor, deepspeed_config
-from dqt_dist.optim.schedule import schedule_factor
+from dqt_dist.optim.schedule import rate_multiplier
 from dqt_dist.training.step import train_step
 from tests.distributed import run_distributed
 from tests.parallel.runs import (
@@ -144,7 +144,7 @@ def poisoned(rank: int, world_size: int, bad_step: int, *overrides: str) -> tupl
     batches = random_batches(run.config, bad_step, run.groups.data.rank(), run.groups.data.size())
     if run.groups.data.rank() == world_size - 1:
         batches[0]["loss_mask"] *= float("inf")  # the loss is inf / inf = nan, and so is every gradient
-    result = train_step(run.engine, run.chunks, batches, run.config, run.groups)
+    result = train_step(run.engine, run.chunks, batches, run.forward_backward)
     after = {name: tensor.clone() for name, tensor in whole_state(run).items()}
     run.step(bad_step + 1)
     return before, after, whole_state(run), float(result.grad_norm)
@@ -190,7 +190,7 @@ def reference_adamw(record: Record) -> Whole:
     adamw = torch.optim.AdamW(groups, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
     for step, (gradients, grad_norm) in enumerate(zip(record.gradients, record.grad_norms, strict=True), start=1):
         for group in adamw.param_groups:
-            group["lr"] = group["peak"] * schedule_factor(step, training.steps, optimizer)
+            group["lr"] = group["peak"] * rate_multiplier(step, training.steps, optimizer)
         for name, tensor in whole.items():
             tensor.grad = gradients[name] * min(1.0, optimizer.max_grad_norm / (grad_norm + 1e-6))
         adamw.step()
@@ -226,9 +226,10 @@ def rates(rank: int, world_size: int, *overrides: str) -> list[tuple[list[float]
     seen: list[tuple[list[float], float]] = []
     update = run.optimizer.low_bit.update
 
-    def watched(step: int, learning_rate: float, clip: torch.Tensor) -> None:
-        seen.append(([float(group["lr"]) for group in run.optimizer.torch_optimizer.param_groups], learning_rate))
-        update(step, learning_rate, clip)
+    def watched(clip: torch.Tensor) -> None:
+        rates = run.optimizer.low_bit.rates
+        seen.append(([float(group["lr"]) for group in run.optimizer.param_groups], rates.low_bit_learning_rate))
+        update(clip)
 
     run.optimizer.low_bit.update = watched  # type: ignore[method-assign]
     for number in range(1, run.config.training.steps + 1):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dqt_dist.checkpoint.digest import digest
 from dqt_dist.checkpoint.folder import Progress
+from dqt_dist.lowbit.gradient_buffer import GradientBuffer
 from dqt_dist.training.low_bit_figures import LowBitTable
 from dqt_dist.training.step import train_step
 from tests.distributed import run_distributed
@@ -91,16 +92,16 @@ def most_gradients(rank: int, world_size: int, *overrides: str) -> tuple[int, in
     before = {address for address, _ in float_storages(smallest)}
     most = 0
 
-    def watched(weight: Any, arrived: Any) -> None:
-        def on_gradient() -> None:
-            nonlocal most
+    low_bit, reducer = {id(r.gradient) for r in rows}, run.optimizer.reducer
+    micro_batch_added = reducer.micro_batch_added
+
+    def watched(buffer: GradientBuffer) -> None:
+        nonlocal most
+        if id(buffer) in low_bit:
             most = max(most, sum(n for at, n in float_storages(smallest) if at not in before and at not in moments))
-            arrived()
+        micro_batch_added(buffer)
 
-        weight.on_gradient = on_gradient
-
-    for r in rows:
-        watched(r.weight, r.weight.on_gradient)
+    reducer.micro_batch_added = watched  # type: ignore[method-assign]
     run.step(2)
     return sum(r.weight.numel for r in rows), most
 
@@ -133,7 +134,7 @@ def poisoned(rank: int, world_size: int, *overrides: str) -> tuple[Whole, Whole,
     before = {name: tensor.clone() for name, tensor in whole_state(run).items()}
     batches = random_batches(run.config, 2, run.groups.data.rank(), run.groups.data.size())
     batches[0]["loss_mask"] *= float("inf")  # inf / inf
-    norm = float(train_step(run.engine, run.chunks, batches, run.config, run.groups).grad_norm)
+    norm = float(train_step(run.engine, run.chunks, batches, run.forward_backward).grad_norm)
     after = {name: tensor.clone() for name, tensor in whole_state(run).items()}
     run.step(3)
     return before, after, whole_state(run), norm

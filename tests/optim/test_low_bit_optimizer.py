@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dqt_dist.lowbit.grid import make_grid
+from dqt_dist.optim.schedule import StepRates
 from dqt_dist.parallel.row_sharding import row_bounds
 from tests.distributed import run_distributed
 from tests.parallel.runs import Whole, assert_equal, start, whole_state
@@ -19,20 +20,20 @@ def given_gradients(rank: int, world_size: int, num_parts: int, *overrides: str)
     of all parts in rank order. Returns the low-bit state and the norms."""
     run = start(*overrides, f"training.global_batch_size={2 * world_size}")  # one micro-batch
     low_bit, reducer, norms = run.optimizer.low_bit, run.optimizer.reducer, []
-    reducer.gradients = low_bit.gradients
+    reducer.buffers = low_bit.gradients
     for step in range(1, STEPS + 1):
         for index, rows in enumerate(low_bit.rows):
             parts = []
             for part in range(num_parts):
                 generator = torch.Generator().manual_seed(1000 * step + 100 * part + index)
                 parts.append(torch.randn(rows.weight.rows, rows.weight.columns, generator=generator))
-            rows.weight.main_grad = parts[rank] if world_size > 1 else sum(parts[1:], parts[0]) / num_parts
-            rows.weight.gradient_written()
+            rows.gradient.add(parts[rank] if world_size > 1 else sum(parts[1:], parts[0]) / num_parts)
         reducer.finish()
         total = reducer.square_norm(low_bit.gradients)
         torch.distributed.all_reduce(total)
         norms.append(float(total.sqrt()))
-        low_bit.update(step, 5e-3, torch.tensor(0.5))
+        low_bit.begin_step(StepRates(step, 1.0, 5e-3, 5e-3))
+        low_bit.update(torch.tensor(0.5))
         low_bit.gather_codes()
     return {name: tensor for name, tensor in whole_state(run).items() if name.startswith(KINDS)}, norms
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from dqt_dist.config import OptimizerConfig
-from dqt_dist.optim.schedule import schedule_factor
+from dqt_dist.optim.schedule import rate_multiplier
 
 STEPS = 100
 
 
 def factor(step: int, schedule: str, steps: int = STEPS, **fields: Any) -> float:
-    return schedule_factor(step, steps, OptimizerConfig(learning_rate=1.0, schedule=schedule, **fields))
+    return rate_multiplier(step, steps, OptimizerConfig(learning_rate=1.0, schedule=schedule, **fields))
 
 
 ALL = ["cosine", "linear", "constant", "wsd"]

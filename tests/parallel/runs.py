@@ -22,11 +22,13 @@ from dqt_dist.checkpoint.state import logical_state, rectangles
 from dqt_dist.config import Config
 from dqt_dist.launch import Launch
 from dqt_dist.layers.build import build_model
+from dqt_dist.lowbit.gradient_buffer import GradientBuffer
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.packing import unpack
 from dqt_dist.optim.engine import CombinedOptimizer, build_engine
-from dqt_dist.optim.gradients import Gradient
 from dqt_dist.parallel.groups import Groups, initialize
+from dqt_dist.training.cuda_graph import choose_forward_backward
+from dqt_dist.training.forward_backward import ForwardBackward
 from dqt_dist.training.step import StepResult, mean_over_data, train_step
 from tests.distributed import run_distributed
 from tests.small import random_batches, small_config
@@ -48,10 +50,14 @@ class Run:
     def optimizer(self) -> CombinedOptimizer:
         return self.engine.optimizer
 
+    @property
+    def forward_backward(self) -> ForwardBackward:
+        return choose_forward_backward(self.chunks, self.optimizer, self.config, self.groups)
+
     def step(self, number: int) -> StepResult:
         """Step `number` on the batch of that number."""
         batches = random_batches(self.config, number, self.groups.data.rank(), self.groups.data.size())
-        return train_step(self.engine, self.chunks, batches, self.config, self.groups)
+        return train_step(self.engine, self.chunks, batches, self.forward_backward)
 
     def mean_loss(self, result: StepResult) -> float:
         return float(mean_over_data(result.loss, self.groups))
@@ -125,7 +131,7 @@ def record_gradients(run: Run) -> list[Whole]:
     reducer = run.optimizer.reducer
     square_norm = reducer.square_norm
 
-    def record_and_go_on(gradients: list[Gradient]) -> Tensor:
+    def record_and_go_on(gradients: list[GradientBuffer]) -> Tensor:
         recorded.append({name: gradient.clone() for name, gradient in whole_gradients(run).items()})
         return square_norm(gradients)
 

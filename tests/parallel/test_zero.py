@@ -133,15 +133,15 @@ def kept_and_sent(rank: int, world_size: int, *overrides: str) -> dict[str, Any]
     run.step(1)  # stage 3 learns the order of the layers
     largest = 0
     reducer, low_bit = run.optimizer.reducer, run.optimizer.low_bit
-    add_mean = reducer._add
+    deliver = reducer._deliver
 
-    def watched(gradient: Any, mean: Tensor) -> None:
+    def watched(buffer: Any, mean: Tensor) -> None:
         nonlocal largest
-        add_mean(gradient, mean)
-        whole = sum(rows.weight.main_grad.nbytes for rows in low_bit.rows if rows.weight.main_grad is not None)
+        deliver(buffer, mean)
+        whole = sum(g.local.nbytes for g in low_bit.gradients if g.local is not None)
         largest = max(largest, whole + sum(g.mean.nbytes for g in low_bit.gradients if g.mean is not None))
 
-    reducer._add = watched  # type: ignore[method-assign]
+    reducer._deliver = watched  # type: ignore[method-assign]
     BYTES_SENT.clear()
     run.step(2)
     weights = sum(weight.numel for weight in low_bit_matrices(run.chunks))

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from dqt_dist.training.cost import low_bit_bytes
-from dqt_dist.training.cuda_graph import EAGER_STEPS, micro_batch_graph
-from dqt_dist.training.step import run_schedule
+from dqt_dist.training.cuda_graph import EAGER_STEPS, choose_forward_backward
+from dqt_dist.training.forward_backward import run_schedule
 from tests.distributed import run_distributed
 from tests.parallel.runs import Whole, assert_equal, start, whole_state
 from tests.small import random_batches, small_config
@@ -33,7 +33,8 @@ def test_auto_records_on_a_gpu_where_nothing_stands_against_it() -> None:
     assert not small_config("training.cuda_graph=auto", "parallel.tensor=2").cuda_graph
     on_cpu: Any = SimpleNamespace(device=torch.device("cpu"))
     nothing: Any = None
-    assert micro_batch_graph(nothing, nothing, small_config("training.cuda_graph=auto"), on_cpu) is None
+    eager: Any = choose_forward_backward(nothing, nothing, small_config("training.cuda_graph=auto"), on_cpu)
+    assert eager.func is run_schedule
 
 
 def stepped(rank: int, world_size: int, kept: bool, *overrides: str) -> tuple[Whole, float]:
@@ -45,11 +46,16 @@ def stepped(rank: int, world_size: int, kept: bool, *overrides: str) -> tuple[Wh
             run.step(number)
             continue
         batches = random_batches(run.config, number, run.groups.data.rank(), world_size)
+        run.optimizer.begin_step()
         run_schedule(run.chunks, batches, run.config, run.groups, forward_only=False)
-        for gradient in run.optimizer.reducer.gradients:
-            written = gradient.take()
-            assert written is not None
-            gradient.kept = written.clone() if gradient.kept is None else gradient.kept.copy_(written)
+        for buffer in run.optimizer.reducer.buffers:
+            if buffer.recorded is None:
+                num_micro_batches = buffer.micro_batches
+                buffer.record()
+            else:
+                assert buffer.local is not None
+                buffer.recorded.copy_(buffer.local)
+            buffer.replayed(num_micro_batches)
         run.engine.step()
     return whole_state(run), low_bit_bytes(run.optimizer.low_bit)["gradient"]
 
@@ -83,13 +89,13 @@ def states(overrides: list[str]) -> list[Tensor]:
     groups = initialize(config, launch)
     chunks = build_model(config, groups)
     engine = build_engine(chunks, config, groups)
-    graph = micro_batch_graph(chunks, engine.optimizer, config, groups)
+    forward_backward = choose_forward_backward(chunks, engine.optimizer, config, groups)
     losses = []
     for step in range(EAGER_STEPS + 3):
         # Pinned, as the loader's.
         batches = [{name: t.pin_memory() for name, t in batch.items()} for batch in random_batches(config, step, 0, 1)]
         with waiting_is_an_error() if step == EAGER_STEPS + 2 else nullcontext():
-            losses.append(train_step(engine, chunks, batches, config, groups, graph).loss)
+            losses.append(train_step(engine, chunks, batches, forward_backward).loss)
         if step == EAGER_STEPS:
             losses.append(torch.tensor(evaluate(chunks, iter([batches]), config, groups)))
     kept = [tensor for row in engine.optimizer.low_bit.rows for tensor in (row.weight.codes, *row.state.values())]

@@ -34,7 +34,7 @@ def undeclared(run: Run) -> list[int]:
     rows = run.optimizer.low_bit.rows
     smallest = min((r.weight.numel for r in rows), default=64 * 64)
     allowed = [t for r in rows for t in r.state.values()] + [
-        r.weight.main_grad for r in rows if r.weight.main_grad is not None
+        r.gradient.local for r in rows if r.gradient.local is not None
     ]
     allowed.append(normal_quantiles())  # the table of initial values, 65,536 constants of the package
     addresses = {t.untyped_storage().data_ptr() for t in allowed}

@@ -1,0 +1,145 @@
+"""Takes gradients from this rank's backward passes to the ranks that own pieces of them.
+
+    backward of micro-batch m  ->  local sum over micro-batches  ->  mean over data-parallel ranks, at the owner
+
+There is one way for codes and ordinary parameters (`lowbit/gradient_buffer.py` has the states of a gradient). The second arrow is
+taken at one of three times (`ReduceWhen`):
+
+    END_OF_STEP      ZeRO stages 0 and 1: weight after weight, after the backward passes
+    LAST_BACKWARD    ZeRO stages 2 and 3: in the backward pass of the last micro-batch, as soon as a gradient is complete. The exchange
+                     runs beside the backward of the layers below. The whole gradient is freed as soon as it has been sent.
+                     optimizer.fused_backward: the same for low-bit matrices in every stage; their consumer gets the mean at once.
+    EVERY_BACKWARD   optimizer.gradient_reduction = "micro_batch", in every stage
+
+An element is first added up over micro-batches on its rank, then over ranks in rank order by its owner (`parallel/row_sharding.py`).
+With EVERY_BACKWARD the order of the two sums is the other way round. All four ZeRO stages therefore give the same bits. DeepSpeed
+reduces nothing: DeepSpeed's sums follow the backend's algorithm and the sizes of buckets, and divide before or after the sum depending
+on the stage, so stages would differ.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dqt_dist.config import Config
+from dqt_dist.kernels.square_sum import square_sum
+from dqt_dist.lowbit.gradient_buffer import GradientBuffer, GradientState, ReduceWhen
+from dqt_dist.parallel.groups import Group
+from dqt_dist.parallel.row_sharding import Bounds, PendingSum, start_gather, start_sum
+
+# Exchanges under way at once: one travels while the next weight's gradient is computed. Each holds its gradient twice.
+MAX_IN_FLIGHT = 2
+
+
+def reduce_when(config: Config) -> ReduceWhen:
+    """When gradients leave for their owners in a run with this config."""
+    if config.optimizer.gradient_reduction == "micro_batch":
+        return ReduceWhen.EVERY_BACKWARD
+    return ReduceWhen.LAST_BACKWARD if config.zero_stage >= 2 else ReduceWhen.END_OF_STEP
+
+
+class GradientReducer:
+    """Reduces each registered buffer when its time has come; after `finish` all of them are reduced."""
+
+    def __init__(self, group: Group, num_micro_batches: int) -> None:
+        self.group, self.num_micro_batches = group, num_micro_batches
+        self.buffers: list[GradientBuffer] = []
+        self._in_flight: deque[tuple[GradientBuffer, PendingSum]] = deque()
+
+    def register(
+        self,
+        buffer: GradientBuffer,
+        owners: Bounds,
+        when: ReduceWhen,
+        *,
+        on_every_rank: bool,
+        consumer: Callable[[Tensor], None] | None = None,
+    ) -> None:
+        """Registers a buffer, in the same order on every rank; the arguments are fields of `GradientBuffer`.
+
+        A consumer is called in a backward pass, so END_OF_STEP becomes LAST_BACKWARD for a buffer that has one.
+        """
+        if consumer is not None and when is ReduceWhen.END_OF_STEP:
+            when = ReduceWhen.LAST_BACKWARD
+        buffer.owners, buffer.reduce_when = owners, when
+        buffer.on_every_rank, buffer.consumer = on_every_rank, consumer
+        buffer.attach(self)
+        self.buffers.append(buffer)
+
+    @torch.no_grad()
+    def micro_batch_added(self, buffer: GradientBuffer) -> None:
+        """Called by a buffer when a backward pass has added to it."""
+        complete = buffer.micro_batches == self.num_micro_batches
+        if buffer.reduce_when is ReduceWhen.EVERY_BACKWARD or (
+            buffer.reduce_when is ReduceWhen.LAST_BACKWARD and complete
+        ):
+            self._start(buffer)
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Reduces what is left. Afterwards every buffer is in TAKE, or its mean was consumed.
+
+        Raises RuntimeError for a gradient that did not come from every micro-batch.
+        """
+        for buffer in self.buffers:
+            if buffer.micro_batches != self.num_micro_batches:
+                raise RuntimeError(
+                    f"{buffer.micro_batches} of {self.num_micro_batches} micro-batches gave {buffer.name} a gradient"
+                )
+            buffer.micro_batches = 0
+            if buffer.local is not None:
+                self._start(buffer)
+        while self._in_flight:
+            self._finish_oldest()
+        for buffer in self.buffers:
+            if buffer.on_every_rank and buffer.consumer is None:
+                assert buffer.mean is not None
+                buffer.mean = self._gather(buffer, buffer.mean)
+
+    def square_norm(self, buffers: list[GradientBuffer]) -> Tensor:
+        """Sum of squares over `buffers` of the elements that this data-parallel rank alone counts, fp64 scalar.
+
+        In fp64 the way in which elements are divided over ranks moves the sum by 1e-16 of itself. The fp32 norm and the clip factor made
+        of this sum are then the same in every ZeRO stage but for about one step in 10^8.
+        """
+        counted = [buffer for buffer in buffers if not buffer.on_every_rank or self.group.rank() == 0]
+        sums = [buffer.square_sum if buffer.mean is None else square_sum(buffer.mean) for buffer in counted]
+        sums = [total for total in sums if total is not None]
+        return torch.cat(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
+
+    def _start(self, buffer: GradientBuffer) -> None:
+        """Sends this rank's sum to the owners."""
+        while buffer.state is GradientState.REDUCE:  # an earlier micro-batch is still under way
+            self._finish_oldest()
+        local = buffer.send()
+        if self.group.size() == 1:
+            self._deliver(buffer, local.view(buffer.rows, buffer.columns))
+            return
+        element_bounds = [(start * buffer.columns, stop * buffer.columns) for start, stop in buffer.owners]
+        self._in_flight.append((buffer, start_sum(local.view(-1), element_bounds, self.group)))
+        if len(self._in_flight) > MAX_IN_FLIGHT:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        buffer, pending = self._in_flight.popleft()
+        self._deliver(buffer, pending.finish().view(-1, buffer.columns))
+
+    def _deliver(self, buffer: GradientBuffer, mean: Tensor) -> None:
+        """Gives the mean of the owned rows to the buffer, and from there to its consumer if there is one."""
+        buffer.receive(mean)
+        if buffer.consumer is None:
+            return
+        mean = buffer.take()
+        if buffer.on_every_rank:
+            mean = self._gather(buffer, mean)
+        buffer.square_sum = square_sum(mean)
+        buffer.consumer(mean)
+
+    def _gather(self, buffer: GradientBuffer, mean: Tensor) -> Tensor:
+        if self.group.size() == 1:
+            return mean
+        return start_gather(mean, buffer.rows, self.group, "gradients").finish()

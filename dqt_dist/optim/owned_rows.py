@@ -1,0 +1,50 @@
+"""The part of a low-bit shard that this rank updates: some rows of its codes, and their optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from dqt_dist.kernels.low_bit_update import sum_by_matrix
+from dqt_dist.lowbit.gradient_buffer import GradientBuffer
+from dqt_dist.lowbit.matrix import LowBitMatrix
+
+# Elements updated at once where the update has temporaries. An update has about a dozen of them, fp32 and int64; blocks of this size
+# keep them small beside the moments.
+UPDATE_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}
+
+
+@dataclass
+class OwnedRows:
+    """One low-bit shard and the part of it this rank updates."""
+
+    weight: LowBitMatrix
+    start: int
+    stop: int
+    state: dict[str, Tensor] = field(default_factory=dict)
+    row_counts: list[Tensor] = field(default_factory=list)
+    """Of each block of the last update, [rows, parts of a row, 3]: flips, zeros, clamped."""
+
+    @property
+    def gradient(self) -> GradientBuffer:
+        """The gradient of the whole shard; the update takes the mean of the owned rows."""
+        return self.weight.gradient
+
+    @property
+    def row_matrix(self) -> Tensor:
+        return self.weight.row_matrix[self.start : self.stop].long()
+
+    def counts(self) -> Tensor:
+        """Flips, zeros and clamped weights of the last update, owned rows only: int64 [matrices, 3]."""
+        return sum_by_matrix(self.weight, self.start, torch.cat(self.row_counts))
+
+    def chunks(self, whole: bool = False) -> Iterator[slice]:
+        """Row ranges, relative to `start`, that are updated at once: all there are for `whole`."""
+        rows_at_once = max(1, UPDATE_CHUNK[self.weight.codes.device.type] // self.weight.columns)
+        if whole:
+            rows_at_once = max(1, self.stop - self.start)
+        for low in range(0, self.stop - self.start, rows_at_once):
+            yield slice(low, min(low + rows_at_once, self.stop - self.start))
