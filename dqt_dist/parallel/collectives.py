@@ -1,9 +1,11 @@
-"""Communication as autograd pairs: the backward of each is the conjugate of its forward.
+"""The collectives of this project. Each one counts what it sends.
 
-Megatron-core has the pairs for activations (`tensor_parallel/mappings.py`); these are the ones it lacks.
+Two of them are autograd pairs, where the backward is the conjugate of the forward. The others are called inside the forward and the
+backward of the low-bit linears, on 8-bit codes and on sums that are not scaled yet. Megatron-core's own pairs
+(`tensor_parallel/mappings.py`) take activations in floating point and count nothing.
 
-Every collective of ours adds what this rank sends to BYTES_SENT, under the kind of thing that travels. The figure is that of
-the usual ring algorithms, from sizes, whatever the backend does: of n ranks and a whole tensor of B bytes
+A collective adds what this rank sends to BYTES_SENT, under the kind of thing that travels. The figure follows from sizes by the usual ring
+algorithms, whatever the backend does. For n ranks and a whole tensor of B bytes:
 
     all-gather, reduce-scatter, all-to-all   B * (n - 1) / n         all-reduce   2 * B * (n - 1) / n
 """
@@ -22,11 +24,11 @@ from dqt_dist.parallel.groups import Group
 Kind = Literal["gradients", "codes", "activation_maxima", "activations"]
 
 BYTES_SENT: Counter[str] = Counter()
-"""Bytes this process has sent so far, by Kind."""
+"""Bytes that this process has sent so far, by Kind."""
 
 
 def count_sent(kind: Kind, whole: Tensor, group: Group, passes: int = 1) -> None:
-    """Counts a collective over `whole`, the tensor as it is before being scattered or after being gathered."""
+    """Counts a collective over `whole`, the tensor before it is scattered or after it is gathered."""
     num_ranks = group.size()
     BYTES_SENT[kind] += passes * whole.numel() * whole.element_size() * (num_ranks - 1) // num_ranks
 
@@ -83,7 +85,7 @@ def gather_sequence(x: Tensor, group: Group) -> Tensor:
     if group.size() == 1:
         return x
     gathered = torch.empty(x.shape[0] * group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
-    wire = torch.uint8 if x.dtype == torch.float8_e4m3fn else x.dtype  # no backend knows fp8
+    wire = torch.uint8 if x.dtype == torch.float8_e4m3fn else x.dtype  # no backend transports fp8
     all_gather_single(gathered.view(wire), x.contiguous().view(wire), group=group)
     count_sent("activations", gathered, group)
     return gathered

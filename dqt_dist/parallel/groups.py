@@ -1,7 +1,7 @@
 """Process groups: who shares a matrix (tensor), a batch (data), the layers (pipeline).
 
-megatron-core makes them; everything of ours takes the group it needs as an argument from this one object. Ranks are laid out
-tensor-parallel first, so that the ranks that talk most are neighbours on a node:
+megatron-core makes the groups. Every function of this project takes the group it needs as an argument, from the one object below. Ranks
+are laid out tensor-parallel first, so that the ranks that exchange most are neighbours on a node:
 
     rank = tensor_rank + tensor * (data_rank + data * pipeline_rank)
 """
@@ -84,9 +84,9 @@ def initialize(config: Config, launch: Launch) -> Groups:
 
 
 def select_stream(config: Config) -> None:
-    """On which CUDA stream everything that follows runs: one that a graph can be recorded on, which the default one is not, where the
-    config wants that. Before the model is built: autograd adds up a parameter's gradient on the stream that was current when its hooks
-    were made."""
+    """Selects the CUDA stream that everything after it runs on. Where the config wants CUDA graphs, that is a stream of its own, because
+    no graph can be recorded on the default stream. Called before the model is built: autograd adds up a parameter's gradient on the
+    stream that was current when the parameter's hooks were made."""
     torch.cuda.set_stream(torch.cuda.Stream() if config.cuda_graph else torch.cuda.default_stream())
 
 

@@ -1,9 +1,9 @@
 """Pieces of a flat tensor over a process group: who owns which, summing to the owner, gathering from the owners.
 
-An element is summed by its owner in rank order, ((g_0 + g_1) + g_2) + ..., in fp32, after an all-to-all that brings the D parts
-together. This is THE order of every sum over data-parallel ranks, in every ZeRO stage, for codes and ordinary parameters alike.
-It moves as many bytes as a ring reduce-scatter, depends neither on the backend's algorithm nor on how pieces are cut, and works
-for pieces of any size; what it costs is a buffer of D parts of the owned piece, as large as the gradient itself.
+The owner of an element sums it in rank order, ((g_0 + g_1) + g_2) + ..., in fp32, after an all-to-all has brought the D parts together.
+This is THE order of every sum over data-parallel ranks, in every ZeRO stage, for codes and ordinary parameters alike. The order depends
+neither on the backend's algorithm nor on how pieces are cut. The all-to-all moves as many bytes as a ring reduce-scatter and takes pieces
+of any size. Its price is a buffer of D parts of the owned piece, which is as large as the gradient itself.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Bounds = list[tuple[int, int]]
 
 
 def row_bounds(num_rows: int, num_ranks: int) -> Bounds:
-    """[start, stop) of each rank: ceil(rows / ranks) each, the last ranks fewer or none."""
+    """[start, stop) of each rank: ceil(rows / ranks) rows each; the last ranks get fewer or none."""
     share = -(-num_rows // num_ranks)
     return [(min(num_rows, rank * share), min(num_rows, (rank + 1) * share)) for rank in range(num_ranks)]
 
@@ -33,11 +33,11 @@ class PendingSum:
     parts: Tensor
     """[ranks, elements of the piece], in the type of the gradients."""
     sent: Tensor
-    """What the others read from; kept alive until they have."""
+    """What the other ranks read from; alive until they have read it."""
     work: dist.Work | None
 
     def finish(self) -> Tensor:
-        """The mean of the owned piece over the group, flat, in the type of the gradients; waits for the parts."""
+        """Waits for the parts. Returns the mean of the owned piece over the group, flat, in the type of the gradients."""
         if self.work is not None:
             self.work.wait()
         total = self.parts[0].float()  # the parts themselves when they are fp32
@@ -74,21 +74,21 @@ class PendingGather:
     num_rows: int
 
     def finish(self) -> Tensor:
-        """[num_rows, ...] of all ranks, a view; waits for them."""
+        """Waits for the rows. Returns [num_rows, ...] of all ranks, a view."""
         if self.work is not None:
             self.work.wait()
         return self.gathered[: self.num_rows]
 
 
-def start_gather(mine: Tensor, num_rows: int, group: Group, kind: Kind) -> PendingGather:
-    """Gathers [num_rows, ...] from the rows each rank owns by `row_bounds`, asynchronously; `mine` are this rank's."""
+def start_gather(owned: Tensor, num_rows: int, group: Group, kind: Kind) -> PendingGather:
+    """Gathers [num_rows, ...] from the rows each rank owns by `row_bounds`, asynchronously; `owned` are this rank's."""
     share = -(-num_rows // group.size())
-    gathered = mine.new_empty(share * group.size(), *mine.shape[1:])
-    if mine.shape[0] < share:
-        # Uneven rows: pad the part to the largest, which costs at most one share.
-        padded = mine.new_zeros(share, *mine.shape[1:])
-        padded[: mine.shape[0]] = mine
-        mine = padded
-    work = all_gather_single(gathered, mine, group=group, async_op=True)
+    gathered = owned.new_empty(share * group.size(), *owned.shape[1:])
+    if owned.shape[0] < share:
+        # Rows are uneven: the part is padded to the largest share, which costs at most one share.
+        padded = owned.new_zeros(share, *owned.shape[1:])
+        padded[: owned.shape[0]] = owned
+        owned = padded
+    work = all_gather_single(gathered, owned, group=group, async_op=True)
     count_sent(kind, gathered, group)
-    return PendingGather(gathered, mine, work, num_rows)
+    return PendingGather(gathered, owned, work, num_rows)
