@@ -5,17 +5,28 @@ The second moment of a matrix is kept as its row means r and column means c only
     r = b r + (1 - b) mean over columns (g^2 + eps)      c likewise over rows      b = 1 - t^-decay_rate
     U = g / sqrt(V)            U = U / max(1, RMS(U) / clip_threshold)
 
-Means and the RMS belong to the logical matrix, so what a rank sees of it must be summed over the ranks that hold the rest.
-Those sums are the caller's: the three phases below sit between them and know nothing of process groups.
+Means and the RMS belong to the logical matrix. What a rank sees of a matrix must therefore be summed over the ranks that hold the rest.
+The three phases are pure functions that know nothing of process groups; `AdafactorRule` makes the sums between them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
+
+from dqt_dist.config import OptimizerConfig
+from dqt_dist.kernels.low_bit_update import update_rows
+from dqt_dist.optim.owned_rows import OwnedRows, UpdateSettings
+from dqt_dist.parallel.groups import Groups
 
 # Epsilon_1 of the paper, section 6: keeps r and c positive.
 SQUARE_EPSILON = 1e-30
+
+GradientOfRows = Callable[[slice], Tensor]
+"""The clipped fp32 gradient of a range of owned rows."""
 
 
 def square_sums(gradient: Tensor, row_matrix: Tensor, num_matrices: int) -> tuple[Tensor, Tensor]:
@@ -44,3 +55,93 @@ def factored_direction(gradient: Tensor, row: Tensor, column: Tensor, mean_row: 
 def clip_by_rms(direction: Tensor, rms: Tensor, row_matrix: Tensor, clip_threshold: float) -> Tensor:
     """Phase 3: U / max(1, RMS(U) / threshold), with rms [matrices] over each whole logical matrix."""
     return direction / torch.clamp(rms / clip_threshold, min=1.0)[row_matrix][:, None]
+
+
+class AdafactorRule:
+    """Row and column means of the second moment; a first moment only when beta1 is given.
+
+    Means run over whole logical matrices, so sums are completed over the ranks that share the matrix (`_over_rows`, `_over_columns`).
+    """
+
+    def __init__(self, config: OptimizerConfig, groups: Groups, rows_sharded: bool) -> None:
+        self.config, self.tensor = config, groups.tensor
+        self.row_owners = groups.data if rows_sharded else None
+
+    def new_state(self, rows: OwnedRows) -> dict[str, Tensor]:
+        weight, num_rows = rows.weight, rows.stop - rows.start
+        device = weight.codes.device
+        assert weight.layout is not None
+        state = {
+            "row_mean": torch.zeros(num_rows, device=device),
+            "column_mean": torch.zeros(len(weight.layout.matrices), weight.columns, device=device),
+        }
+        if self.config.beta1:
+            state["exp_avg"] = torch.zeros(num_rows, weight.columns, device=device)
+        return state
+
+    def _over_rows(self, total: Tensor, rows: OwnedRows) -> Tensor:
+        """Completes a sum over rows: rows are split over owners, and over TP when columns are not."""
+        if self.row_owners is not None and self.row_owners.size() > 1:
+            dist.all_reduce(total, group=self.row_owners)
+        if not self._splits_columns(rows) and self.tensor.size() > 1:
+            dist.all_reduce(total, group=self.tensor)
+        return total
+
+    def _over_columns(self, total: Tensor, rows: OwnedRows) -> Tensor:
+        if self._splits_columns(rows) and self.tensor.size() > 1:
+            dist.all_reduce(total, group=self.tensor)
+        return total
+
+    @staticmethod
+    def _splits_columns(rows: OwnedRows) -> bool:
+        layout = rows.weight.layout
+        assert layout is not None
+        return layout.columns != layout.in_features
+
+    def update(self, rows: OwnedRows, mean: Tensor, settings: UpdateSettings) -> Iterator[Tensor]:
+        """Updates moments and codes of the owned rows; yields the counts of each block's rows."""
+        clip = settings.clip
+        assert clip is not None, "the config allows fused_backward with AdamW only"
+
+        def clipped(block: slice) -> Tensor:
+            # clip is 0 for a step whose norm is not finite; 0 * inf is nan, which becomes 0.
+            return (mean[block].float() * clip).nan_to_num_(nan=0.0)
+
+        # A step that is clipped to nothing must not move codes by its first moment either.
+        moves = clip > 0
+        decay = self.config.low_bit_weight_decay
+        for block, direction in self.directions(rows, clipped, settings.key.step):
+            start = rows.start + block.start
+            yield update_rows(rows.weight, direction * moves, start, settings.learning_rate, decay, settings.key)
+
+    def directions(self, rows: OwnedRows, gradient: GradientOfRows, step: int) -> Iterator[tuple[slice, Tensor]]:
+        """Yields the direction of each block of owned rows, after updating the factored moments of the shard."""
+        layout, state, row_matrix = rows.weight.layout, rows.state, rows.row_matrix
+        assert layout is not None
+        device, num_matrices = row_matrix.device, len(layout.matrices)
+        matrix_rows = torch.tensor([float(m.rows) for m in layout.matrices], device=device)
+        row_sums = torch.zeros(rows.stop - rows.start, device=device)
+        column_sums = torch.zeros(num_matrices, layout.columns, device=device)
+        for block in rows.chunks():
+            row_sums[block], of_block = square_sums(gradient(block), row_matrix[block], num_matrices)
+            column_sums += of_block
+        weight = 1 - decay_at(step, self.config.adafactor_decay_rate)
+        state["row_mean"].lerp_(self._over_columns(row_sums, rows) / layout.in_features, weight)
+        state["column_mean"].lerp_(self._over_rows(column_sums, rows) / matrix_rows[:, None], weight)
+        mean_row = torch.zeros(num_matrices, device=device).index_add_(0, row_matrix, state["row_mean"])
+        mean_row = self._over_rows(mean_row, rows) / matrix_rows
+
+        def unclipped(block: slice) -> Tensor:
+            factors = (state["row_mean"][block], state["column_mean"], mean_row, row_matrix[block])
+            return factored_direction(gradient(block), *factors)
+
+        squares = torch.zeros(num_matrices, device=device)
+        for block in rows.chunks():
+            squares.index_add_(0, row_matrix[block], unclipped(block).square().sum(dim=1))
+        squares = self._over_columns(self._over_rows(squares, rows), rows)
+        rms = (squares / (matrix_rows * layout.in_features)).sqrt()
+        for block in rows.chunks():
+            direction = clip_by_rms(unclipped(block), rms, row_matrix[block], self.config.adafactor_clip_threshold)
+            if self.config.beta1:
+                direction = state["exp_avg"][block].lerp_(direction, 1 - self.config.beta1)
+            yield block, direction

@@ -16,16 +16,18 @@ m signed, v unsigned), with random bits of the word that also rounds the code.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dqt_dist.config import STATE_BLOCK
+from dqt_dist.config import STATE_BLOCK, OptimizerConfig
 from dqt_dist.kernels.low_bit_update import kernel_fits
 from dqt_dist.lowbit.block_float import decode_signed, decode_unsigned, encode_signed, encode_unsigned, noise_of
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey, rounding_words, update_rows_reference
+from dqt_dist.optim.owned_rows import OwnedRows, UpdateSettings
 
 Moments = dict[str, Tensor]
 """The moments of some rows by the names above."""
@@ -133,3 +135,39 @@ def adamw_update_rows_reference(
         # A step that is clipped to nothing must not move codes by its first moment either.
         direction *= clip > 0
     return update_rows_reference(weight, direction, start, learning_rate, adamw.weight_decay, key, words)
+
+
+class AdamWRule:
+    """Two moments a weight, of 32 or 8 bits; on CUDA one pass over a matrix, without temporaries."""
+
+    def __init__(self, config: OptimizerConfig, offload: bool) -> None:
+        self.offload, self.state_bits = offload, config.state_bits
+        self.adamw = AdamW(config.beta1 or 0.0, config.beta2, config.epsilon, config.low_bit_weight_decay)
+
+    def new_state(self, rows: OwnedRows) -> dict[str, Tensor]:
+        shape, device = (rows.stop - rows.start, rows.weight.columns), rows.weight.codes.device
+        if self.offload:
+            return new_moments(*shape, self.state_bits, pin_memory=device.type == "cuda")
+        return new_moments(*shape, self.state_bits, device)
+
+    def update(self, rows: OwnedRows, mean: Tensor, settings: UpdateSettings) -> Iterator[Tensor]:
+        """Updates moments and codes of the owned rows; yields the counts of each block's rows."""
+        device = rows.weight.codes.device
+        for block in rows.chunks(whole=device.type == "cuda" and not self.offload):
+            kept = {name: tensor[block] for name, tensor in rows.state.items()}
+            # The kept tensors themselves, unless they are offloaded.
+            moments = {name: tensor.to(device, non_blocking=True) for name, tensor in kept.items()}
+            start = rows.start + block.start
+            yield adamw_update_rows(
+                rows.weight,
+                mean[block],
+                moments,
+                start,
+                settings.clip,
+                settings.learning_rate,
+                self.adamw,
+                settings.key,
+            )
+            if self.offload:
+                for name, tensor in kept.items():
+                    tensor.copy_(moments[name], non_blocking=True)

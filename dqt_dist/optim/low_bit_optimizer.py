@@ -11,7 +11,7 @@ so neither direction needs a flat copy. Rows need not divide evenly. D ranks, ra
 The owner of a row takes the mean in rank order in every stage (gradient_reducer.py), so all stages give the same bits. Moments exist for
 owned rows only, on the device or, with deepspeed.zero_optimization.offload_optimizer, in pinned memory of the host.
 
-The class sequences phases; the update itself stands in `update_rules.py`:
+The class sequences phases; the update itself is a rule of `adamw.py` or `adafactor.py`:
 
     Phase 1 GradientReducer.finish   Phase 2 square_norm, clip (the caller's)   Phase 3 update   Phase 4 gather_codes
 
@@ -34,10 +34,11 @@ from dqt_dist.lowbit.gradient_buffer import GradientBuffer
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey
+from dqt_dist.optim.adafactor import AdafactorRule
+from dqt_dist.optim.adamw import AdamWRule
 from dqt_dist.optim.gradient_reducer import GradientReducer, reduce_when
-from dqt_dist.optim.owned_rows import OwnedRows
+from dqt_dist.optim.owned_rows import OwnedRows, UpdateSettings
 from dqt_dist.optim.schedule import StepRates
-from dqt_dist.optim.update_rules import AdafactorRule, AdamWRule, UpdateSettings
 from dqt_dist.parallel.code_shards import CodeGatherer
 from dqt_dist.parallel.groups import Groups
 from dqt_dist.parallel.row_sharding import row_bounds, start_gather

@@ -1,4 +1,4 @@
-"""The part of a low-bit shard that this rank updates: some rows of its codes, and their optimizer state."""
+"""The part of a low-bit shard that this rank updates: some rows of its codes, their optimizer state, and what an update takes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from dqt_dist.kernels.low_bit_update import sum_by_matrix
 from dqt_dist.lowbit.gradient_buffer import GradientBuffer
 from dqt_dist.lowbit.matrix import LowBitMatrix
+from dqt_dist.lowbit.update import RoundingKey
 
 # Elements updated at once where the update has temporaries. An update has about a dozen of them, fp32 and int64; blocks of this size
 # keep them small beside the moments.
@@ -48,3 +49,13 @@ class OwnedRows:
             rows_at_once = max(1, self.stop - self.start)
         for low in range(0, self.stop - self.start, rows_at_once):
             yield slice(low, min(low + rows_at_once, self.stop - self.start))
+
+
+@dataclass(frozen=True)
+class UpdateSettings:
+    """What an update needs beside gradient and state."""
+
+    learning_rate: float
+    key: RoundingKey
+    clip: Tensor | None
+    """fp32 scalar on the device that gradients are multiplied with; None before the global norm is known."""

@@ -2,7 +2,7 @@
 
 Python launches some two thousand kernels for a micro-batch. Where the GPU is done with them sooner than Python is with launching,
 the GPU waits: always for models of some hundred million weights, and on a slow processor for one of a billion. A graph is launched
-as a whole, and runs the same kernels on the same addresses: results are those of `forward_backward.run_schedule`, bit for bit.
+as a whole, and runs the same kernels on the same addresses: results are those of `step.run_schedule`, bit for bit.
 
     step 1, 2    as without a graph: kernels are compiled, libraries set up
     step 3       two graphs are recorded, each of one micro-batch: the first of a step, whose gradients are written, and any other,
@@ -24,7 +24,7 @@ from dqt_dist.config import Config
 from dqt_dist.errors import UserError
 from dqt_dist.optim.engine import CombinedOptimizer
 from dqt_dist.parallel.groups import Groups
-from dqt_dist.training.forward_backward import Batch, ForwardBackward, run_schedule
+from dqt_dist.training.step import Batch, ForwardBackward, run_schedule
 
 # Steps before the recording. One would do; the second finds everything compiled, so that a mistake shows here and not in a recording.
 EAGER_STEPS = 2
@@ -56,7 +56,7 @@ class MicroBatchGraph:
         """Graph and loss of the first micro-batch of a step, and of any other where a step has more than one."""
 
     def run(self, batches: list[Batch]) -> Tensor:
-        """As `forward_backward.run_schedule` with gradients: returns this rank's mean loss."""
+        """As `step.run_schedule` with gradients: returns this rank's mean loss."""
         if self.eager_steps < EAGER_STEPS:
             self.eager_steps += 1
             return run_schedule(self.chunks, batches, self.config, self.groups, forward_only=False)

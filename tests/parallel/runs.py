@@ -28,8 +28,7 @@ from dqt_dist.lowbit.packing import unpack
 from dqt_dist.optim.engine import CombinedOptimizer, build_engine
 from dqt_dist.parallel.groups import Groups, initialize
 from dqt_dist.training.cuda_graph import choose_forward_backward
-from dqt_dist.training.forward_backward import ForwardBackward
-from dqt_dist.training.step import StepResult, mean_over_data, train_step
+from dqt_dist.training.step import ForwardBackward, StepResult, mean_over_data, train_step
 from tests.distributed import run_distributed
 from tests.small import random_batches, small_config
 

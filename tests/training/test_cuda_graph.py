@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dqt_dist.training.cost import low_bit_bytes
 from dqt_dist.training.cuda_graph import EAGER_STEPS, choose_forward_backward
-from dqt_dist.training.forward_backward import run_schedule
+from dqt_dist.training.step import run_schedule
 from tests.distributed import run_distributed
 from tests.parallel.runs import Whole, assert_equal, start, whole_state
 from tests.small import random_batches, small_config

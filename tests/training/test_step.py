@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from dqt_dist.layers.parameters import parameters
-from dqt_dist.training.forward_backward import run_schedule
+from dqt_dist.training.step import run_schedule
 from tests.distributed import run_distributed
 from tests.parallel.runs import (
     Record,
