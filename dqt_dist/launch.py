@@ -91,7 +91,8 @@ def export(launch: Launch) -> None:
 
 
 def report(error: UserError | RunError, launch: Launch | None) -> int:
-    """Print the message once: on rank 0, or on the rank that alone can see the error. Returns the exit code to leave with."""
+    """Print the message once: on rank 0, or on the rank that alone can see the error. Returns the exit code to leave
+    with."""
     exit_code = RUN_ERROR_EXIT_CODE if isinstance(error, RunError) else EXIT_CODE
     if launch is None or launch.rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from dqt_dist.config import Config, Layout, check_world, layout, load_config, to_json
+from dqt_dist.config import Config, ProcessGrid, check_world, load_config, process_grid, to_json
 from dqt_dist.errors import EXIT_CODE, UserError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,7 +77,7 @@ def test_every_shipped_config_has_a_stated_world_size() -> None:
 def test_shipped_config_fits_and_comes_back_equal(name: str, tmp_path: Path) -> None:
     config = load_config(ROOT / "configs" / f"{name}.json")
     for world_size in WORLD_SIZES[name]:
-        arrangement = layout(config, world_size)
+        arrangement = process_grid(config, world_size)
         assert arrangement.tensor * arrangement.pipeline * arrangement.data == world_size
     copy = tmp_path / "config.json"
     copy.write_text(to_json(config))
@@ -131,9 +131,9 @@ def test_a_default_follows_from_other_fields(file: Path, overrides: list[str], p
     assert getattr(getattr(load_config(file, overrides), section), field) == expected
 
 
-def test_layout_counts(file: Path) -> None:
+def test_process_grid_counts(file: Path) -> None:
     config = load_config(file, ["parallel.tensor=2", "parallel.pipeline=2", "parallel.virtual_pipeline=2"])
-    assert layout(config, 8) == Layout(
+    assert process_grid(config, 8) == ProcessGrid(
         tensor=2, pipeline=2, data=2, virtual_pipeline=2, num_microbatches=2, world_size=8
     )
 
