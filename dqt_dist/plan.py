@@ -8,8 +8,8 @@ Parameters of a block of hidden size H, feed-forward size F, heads of width d, A
     norms                 2 * H     (with sub-norms: + A*d + F)
 
 Tensor parallelism cuts the linears and the sub-norms, not the other norms. The first pipeline stage adds the embedding,
-the last one the head and the final norm. Counted is what lives as long as the step: weights, gradients, masters, moments.
-Activations and scratch come on top.
+the last one the head and the final norm. Counted is what lives as long as the step: weights, gradients, masters,
+moments. Activations and scratch come on top.
 """
 
 from __future__ import annotations
