@@ -131,8 +131,8 @@ def _from_mpi(env: Mapping[str, str]) -> Launch:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"started by mpirun, but mpi4py does not work here: {error}; make the MPI library that this mpirun belongs to "
-            f"visible to mpi4py (LD_LIBRARY_PATH, or the cluster's module), or install both: pip install 'dqt_dist[mpi]'"
+            f"started by mpirun, but mpi4py does not work here: {error}; load the module of this mpirun's MPI, "
+            f"or put its library on LD_LIBRARY_PATH; a machine without MPI gets one by pip install 'dqt_dist[mpi]'"
         ) from error
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)

@@ -11,7 +11,7 @@ from dqt_dist import MEGATRON_NOTES
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """pytest puts its own warning filters over the ones that the package sets on import, so they are given again here."""
+    """pytest replaces the warning filters that the package sets on import, so pytest gets the same filters here."""
     for note in MEGATRON_NOTES:
         config.addinivalue_line("filterwarnings", f"ignore:{note}")
 
