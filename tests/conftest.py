@@ -7,6 +7,14 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from dqt_dist import MEGATRON_NOTES
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """pytest replaces the warning filters that the package sets on import, so pytest gets the same filters here."""
+    for note in MEGATRON_NOTES:
+        config.addinivalue_line("filterwarnings", f"ignore:{note}")
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:

@@ -21,7 +21,7 @@ def held(rank: int, world_size: int, *overrides: str) -> tuple[RankBytes, RankBy
     optimizer = run.optimizer
     masters = list({id(s.master): s.master for s in optimizer.shards if s.master is not None}.values())
     parameters = {id(s.parameter.tensor) for s in optimizer.shards}
-    states = [optimizer.torch_optimizer.state[master] for master in masters]
+    states = [optimizer.high_precision.torch_optimizer.state[master] for master in masters]
     tensors = {
         "codes": [weight.codes for weight in low_bit_matrices(run.chunks)],
         "low-bit moments": [moment for rows in optimizer.low_bit.rows for moment in rows.state.values()],

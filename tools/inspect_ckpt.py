@@ -138,7 +138,7 @@ def read_matrices(reader: CheckpointReader, grid: Grid) -> list[MatrixFigures]:
     found = []
     for name in tqdm(sorted(names, key=natural), "reading codes", unit=" matrices", disable=None):
         info = reader.tensors[f"codes/{name}"]
-        # Rows fill their last byte: widths are multiples of 4 (config.py).
+        # Rows fill their last byte: widths are multiples of 4 (config.CODES_PER_GROUP).
         columns = info.shape[1] * grid.codes_per_byte
         codes = unpack(reader.read(f"codes/{name}"), grid, columns)
         counts = (codes.flatten().int() - grid.qmin).bincount(minlength=grid.qmax - grid.qmin + 1)

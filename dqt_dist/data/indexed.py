@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from dqt_dist import MEGATRON_NOTES
 from dqt_dist.data.tokenizer import Tokenizer, document_hash, load_tokenizer
 from dqt_dist.errors import UserError
 
@@ -50,14 +51,9 @@ _BATCH_CHARACTERS = 2**20  # of text handed to a worker at a time: some 0.3 s of
 
 @contextlib.contextmanager
 def quiet_megatron_import() -> Iterator[None]:
-    """Silence, by message, what `import megatron.core` says where Transformer Engine and Apex are absent (they are
-    optional)."""
+    """Silence what `import megatron.core` says, also where a caller has set other warning filters."""
     with warnings.catch_warnings():
-        for message in (
-            "Transformer Engine and Apex are not installed",
-            r"The following imports from `dynamic_context\.py`",
-            r"`torch\.jit\.script(_method)?` is deprecated",
-        ):
+        for message in MEGATRON_NOTES:
             warnings.filterwarnings("ignore", message=message)
         yield
 

@@ -187,7 +187,7 @@ def _add_metadata(writer: Any, weights: Weights, block: BlockType | None) -> Non
     writer.add_head_count(model.num_attention_heads)
     writer.add_head_count_kv(model.num_query_groups)
     writer.add_layer_norm_rms_eps(model.norm_epsilon)
-    writer.add_rope_dimension_count(model.hidden_size // model.num_attention_heads)
+    writer.add_rope_dimension_count(model.head_dim)
     writer.add_rope_freq_base(model.rope_base)
     writer.add_vocab_size(model.vocab_size)
 

@@ -44,7 +44,7 @@ def config_json(config: Config, dtype: torch.dtype, quantization: dict[str, Any]
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_attention_heads,
         "num_key_value_heads": model.num_query_groups,
-        "head_dim": model.hidden_size // model.num_attention_heads,
+        "head_dim": model.head_dim,
         "hidden_act": "silu",
         "max_position_embeddings": model.seq_length,
         "initializer_range": model.init_std,

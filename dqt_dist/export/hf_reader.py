@@ -180,15 +180,17 @@ def check_architecture(folder: HfFolder, config: Config) -> None:
             f"--from-hf {folder.folder}: architecture {architecture}; the trainer builds {' and '.join(ARCHITECTURES)}"
         )
     rope = found.get("rope_parameters") or found.get("rope_scaling") or {}
-    hidden, heads = model.hidden_size, model.num_attention_heads
     wanted = {
         "vocab_size": (found.get("vocab_size"), model.vocab_size),
-        "hidden_size": (found.get("hidden_size"), hidden),
+        "hidden_size": (found.get("hidden_size"), model.hidden_size),
         "intermediate_size": (found.get("intermediate_size"), model.ffn_hidden_size),
         "num_hidden_layers": (found.get("num_hidden_layers"), model.num_layers),
-        "num_attention_heads": (found.get("num_attention_heads"), heads),
-        "num_key_value_heads": (found.get("num_key_value_heads") or heads, model.num_query_groups),
-        "head_dim": (found.get("head_dim") or hidden // heads, hidden // heads),
+        "num_attention_heads": (found.get("num_attention_heads"), model.num_attention_heads),
+        "num_key_value_heads": (
+            found.get("num_key_value_heads") or model.num_attention_heads,
+            model.num_query_groups,
+        ),
+        "head_dim": (found.get("head_dim") or model.head_dim, model.head_dim),
         "rms_norm_eps": (found.get("rms_norm_eps"), model.norm_epsilon),
         "rope_theta": (rope.get("rope_theta", found.get("rope_theta", 10000.0)), model.rope_base),
         "rope_type": (rope.get("rope_type", rope.get("type", "default")), "default"),

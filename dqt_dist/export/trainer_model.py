@@ -27,7 +27,7 @@ Logits = Callable[[Tensor], Tensor]
 
 
 # What megatron-core's layers tell one another while one model is built and run.
-MEGATRON_NOTES = ("MLP requires ffn_hidden_size", "Warning: tp_group is None")
+BUILD_NOTES = ("MLP requires ffn_hidden_size", "Warning: tp_group is None")
 
 
 class WeightSource(Protocol):
@@ -65,7 +65,7 @@ def world_of_one(config: Config) -> Iterator[Groups]:
     groups = initialize(config, Launch(0, 1, 0, 1, "export", "", 0))
     try:
         with warnings.catch_warnings():
-            for note in MEGATRON_NOTES:
+            for note in BUILD_NOTES:
                 warnings.filterwarnings("ignore", message=note)
             yield groups
     finally:

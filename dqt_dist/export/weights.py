@@ -25,19 +25,8 @@ TERNARY = make_grid("ternary")
 
 def linear_shapes(config: Config) -> dict[str, tuple[int, int]]:
     """(rows, columns) = (out, in) of every linear of the blocks, in model order."""
-    model = config.model
-    hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    key_value = model.num_query_groups * (hidden // model.num_attention_heads)
-    of_layer = {
-        "self_attn.q_proj": (hidden, hidden),
-        "self_attn.k_proj": (key_value, hidden),
-        "self_attn.v_proj": (key_value, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (ffn, hidden),
-        "mlp.up_proj": (ffn, hidden),
-        "mlp.down_proj": (hidden, ffn),
-    }
-    return {f"layers.{i}.{part}": shape for i in range(model.num_layers) for part, shape in of_layer.items()}
+    of_block = config.model.linear_shapes()
+    return {f"layers.{i}.{part}": shape for i in range(config.model.num_layers) for part, shape in of_block.items()}
 
 
 def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dqt_dist.lowbit.coordinates import LANES
+from dqt_dist.config import CODES_PER_GROUP
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey, update_rows_reference
 
@@ -39,6 +39,6 @@ def kernel_fits(weight: LowBitMatrix) -> bool:
     """On CUDA, with columns in whole Philox groups (every shape the config allows is) and counters of one word."""
     layout = weight.layout
     assert layout is not None
-    groups_are_whole = not any(n % LANES for n in (layout.in_features, layout.column_offset, layout.columns))
+    groups_are_whole = not any(n % CODES_PER_GROUP for n in (layout.in_features, layout.column_offset, layout.columns))
     largest = max(matrix.rows * matrix.columns for matrix in layout.matrices)
-    return weight.codes.is_cuda and groups_are_whole and largest <= LANES << 32
+    return weight.codes.is_cuda and groups_are_whole and largest <= CODES_PER_GROUP << 32

@@ -35,16 +35,15 @@ def _rows_split(group: Group, *matrices: LogicalMatrix) -> ShardLayout:
     return ShardLayout(matrices, tuple(blocks), matrices[0].columns)
 
 
-def _qkv_layout(config: Config, name: str, group: Group) -> ShardLayout:
+def _linear(config: Config, layer: str, part: str) -> LogicalMatrix:
+    return LogicalMatrix(f"{layer}.{part}", *config.model.linear_shapes()[part])
+
+
+def _qkv_layout(config: Config, layer: str, group: Group) -> ShardLayout:
     """Megatron interleaves by query group: its query heads, then its key head, then its value head."""
-    model = config.model
-    head = model.hidden_size // model.num_attention_heads
+    model, head = config.model, config.model.head_dim
     queries = model.num_attention_heads // model.num_query_groups * head
-    matrices = (
-        LogicalMatrix(f"{name}.q_proj", model.hidden_size, model.hidden_size),
-        LogicalMatrix(f"{name}.k_proj", model.num_query_groups * head, model.hidden_size),
-        LogicalMatrix(f"{name}.v_proj", model.num_query_groups * head, model.hidden_size),
-    )
+    matrices = tuple(_linear(config, layer, f"self_attn.{part}_proj") for part in "qkv")
     local_groups = model.num_query_groups // group.size()
     blocks = []
     for query_group in range(group.rank() * local_groups, (group.rank() + 1) * local_groups):
@@ -56,17 +55,13 @@ def _qkv_layout(config: Config, name: str, group: Group) -> ShardLayout:
 
 def _linear_layouts(layer: TransformerLayer, config: Config, group: Group) -> Iterator[tuple[nn.Module, ShardLayout]]:
     """The four fused linears of a layer with their coordinates."""
-    hidden, ffn = config.model.hidden_size, config.model.ffn_hidden_size
     name = f"layers.{layer.layer_number - 1}"
     attention, mlp = layer.self_attention, layer.mlp
-    yield attention.linear_qkv, _qkv_layout(config, f"{name}.self_attn", group)
-    yield (
-        _inner(attention.linear_proj),
-        _columns_split(LogicalMatrix(f"{name}.self_attn.o_proj", hidden, hidden), group),
-    )
-    gate, up = (LogicalMatrix(f"{name}.mlp.{part}_proj", ffn, hidden) for part in ("gate", "up"))
+    yield attention.linear_qkv, _qkv_layout(config, name, group)
+    yield _inner(attention.linear_proj), _columns_split(_linear(config, name, "self_attn.o_proj"), group)
+    gate, up = (_linear(config, name, f"mlp.{part}_proj") for part in ("gate", "up"))
     yield mlp.linear_fc1, _rows_split(group, gate, up)
-    yield _inner(mlp.linear_fc2), _columns_split(LogicalMatrix(f"{name}.mlp.down_proj", hidden, ffn), group)
+    yield _inner(mlp.linear_fc2), _columns_split(_linear(config, name, "mlp.down_proj"), group)
 
 
 def _inner(linear: nn.Module) -> nn.Module:

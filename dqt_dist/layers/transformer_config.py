@@ -46,7 +46,7 @@ def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
         ffn_hidden_size=model.ffn_hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
-        kv_channels=model.hidden_size // model.num_attention_heads,
+        kv_channels=model.head_dim,
         layernorm_epsilon=model.norm_epsilon,
         normalization="RMSNorm",
         add_bias_linear=False,

@@ -27,10 +27,8 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
+from dqt_dist.config import CODES_PER_GROUP
 from dqt_dist.lowbit.philox import CPU_CHUNK, MASK32, philox4x32, to_unit_interval
-
-LANES = 4
-"""Words one Philox call gives; neighbouring columns share a call."""
 
 
 class Purpose(IntEnum):
@@ -116,14 +114,14 @@ def random_words(
     first_element, matrix_id = (words[start:stop, None] for words in row_words(layout, device))
     key = (seed, int(purpose))
     step_word = torch.tensor(step, device=device)
-    if layout.in_features % LANES == 0 and layout.column_offset % LANES == 0 and layout.columns % LANES == 0:
+    if not any(n % CODES_PER_GROUP for n in (layout.in_features, layout.column_offset, layout.columns)):
         # Each group of four columns is one counter: one call gives all its lanes.
-        group = torch.arange(layout.columns // LANES, device=device)
-        words = torch.empty(stop - start, layout.columns // LANES, LANES, dtype=torch.int64, device=device)
+        group = torch.arange(layout.columns // CODES_PER_GROUP, device=device)
+        words = torch.empty(stop - start, len(group), CODES_PER_GROUP, dtype=torch.int64, device=device)
         rows_at_once = max(1, CPU_CHUNK // max(1, len(group))) if device.type == "cpu" else stop - start
         for low in range(0, stop - start, rows_at_once):
             rows = slice(low, low + rows_at_once)
-            counter = first_element[rows] // LANES + group
+            counter = first_element[rows] // CODES_PER_GROUP + group
             lanes = philox4x32((counter & MASK32, counter >> 32, step_word, matrix_id[rows]), key)
             torch.stack(lanes, dim=-1, out=words[rows])
         return words.view(stop - start, layout.columns)

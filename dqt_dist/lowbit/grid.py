@@ -14,9 +14,8 @@ Qp = 2^(b-1) - 1; ternary is symmetric and is the 1.58 bit of the BitNet b1.58 p
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-Bits = Literal["ternary", 2, 3, 4, 5, 6, 7, 8]
+from dqt_dist.config import Bits
 
 
 @dataclass(frozen=True)

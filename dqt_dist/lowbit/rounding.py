@@ -12,14 +12,10 @@ where it is rounded by at most 2^-25: less than the 2^-24 step of u.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
 from dqt_dist.lowbit.grid import Grid
-
-Rounding = Literal["stochastic", "nearest"]
 
 
 def round_stochastic(wanted: Tensor, uniform: Tensor, grid: Grid) -> Tensor:

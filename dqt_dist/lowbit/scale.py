@@ -18,14 +18,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
+from dqt_dist.config import ScaleRule
 from dqt_dist.lowbit.grid import Grid
-
-ScaleRule = Literal["absmean", "sigma", "absmax", "paper"]
 
 # BitNet b1.58's floor on mean|W|, in its published weight_quant, against a matrix of zeros: of the layer that trains it and of
 # whatever derives its codes elsewhere.

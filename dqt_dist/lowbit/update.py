@@ -13,11 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dqt_dist.config import Rounding
 from dqt_dist.lowbit.coordinates import Purpose, random_words
 from dqt_dist.lowbit.grid import Grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.philox import to_unit_interval
-from dqt_dist.lowbit.rounding import Rounding, round_nearest, round_stochastic
+from dqt_dist.lowbit.rounding import round_nearest, round_stochastic
 
 
 @dataclass(frozen=True)

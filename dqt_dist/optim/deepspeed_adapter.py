@@ -33,7 +33,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dqt_dist.config import Config, layout
+from dqt_dist.config import Config, process_grid
 from dqt_dist.errors import RunError
 from dqt_dist.layers.parameters import Parameter
 from dqt_dist.parallel.groups import Group, Groups
@@ -332,7 +332,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     settings |= {
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
-        "gradient_accumulation_steps": layout(config, world_size).num_microbatches,
+        "gradient_accumulation_steps": process_grid(config, world_size).num_microbatches,
         # Megatron's schedule runs the micro-batches; engine.step() is the boundary.
         "managed_gradient_accumulation": False,
         "gradient_clipping": 0.0,
@@ -352,7 +352,7 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     if config.zero_stage in (1, 2):
         zero["overlap_comm"] = False
         zero["compute_grad_norm"] = False  # the norm is ours
-        if zero.get("offload_optimizer", {}).get("device", "none") != "none":
+        if config.offloads_optimizer:
             # DeepSpeed insists on a norm of its own there: a pass over the gradients, unused.
             del zero["compute_grad_norm"]
     return settings

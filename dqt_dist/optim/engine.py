@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dqt_dist.config import Config, layout
+from dqt_dist.config import Config, process_grid
 from dqt_dist.dtypes import TORCH_DTYPES
 from dqt_dist.layers.parameters import low_bit_matrices, parameters
 from dqt_dist.lowbit.gradient_buffer import GradientBuffer
@@ -71,7 +71,7 @@ class CombinedOptimizer:
         self, high_precision: HighPrecisionOptimizer, chunks: nn.Module, config: Config, groups: Groups
     ) -> None:
         self.config, self.groups, self.high_precision = config, groups, high_precision
-        self.reducer = GradientReducer(groups.data, layout(config, groups.world.size()).num_microbatches)
+        self.reducer = GradientReducer(groups.data, process_grid(config, groups.world.size()).num_microbatches)
         self.gradients = [self._collect(shard) for shard in high_precision.shards]
         """Of the high-precision parameters, in the order of `shards`."""
         self.low_bit = LowBitOptimizer(low_bit_matrices(chunks), config, groups, self.reducer)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.utils.deterministic
 
-from dqt_dist.config import Config
+from dqt_dist.config import Config, uses_cuda_graph
 from dqt_dist.launch import Launch
 from dqt_dist.parallel import megatron_cpu
 
@@ -87,7 +87,7 @@ def select_stream(config: Config) -> None:
     """Selects the CUDA stream that everything after it runs on. Where the config wants CUDA graphs, that is a stream of its own, because
     no graph can be recorded on the default stream. Called before the model is built: autograd adds up a parameter's gradient on the
     stream that was current when the parameter's hooks were made."""
-    torch.cuda.set_stream(torch.cuda.Stream() if config.cuda_graph else torch.cuda.default_stream())
+    torch.cuda.set_stream(torch.cuda.Stream() if uses_cuda_graph(config) else torch.cuda.default_stream())
 
 
 def _use_deterministic_kernels() -> None:

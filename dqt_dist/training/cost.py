@@ -28,9 +28,7 @@ MATMUL_SIZE, MATMUL_SECONDS = 512, 0.3
 
 def linear_weights(model: ModelConfig) -> int:
     """Weights of all block linears."""
-    hidden = model.hidden_size
-    key_value = hidden // model.num_attention_heads * model.num_query_groups
-    return model.num_layers * (2 * hidden * hidden + 2 * hidden * key_value + 3 * hidden * model.ffn_hidden_size)
+    return model.num_layers * model.linear_weights_per_block
 
 
 def flops_per_token(model: ModelConfig) -> int:

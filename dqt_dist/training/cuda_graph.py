@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from dqt_dist.config import Config
+from dqt_dist.config import Config, uses_cuda_graph
 from dqt_dist.errors import UserError
 from dqt_dist.optim.engine import CombinedOptimizer
 from dqt_dist.parallel.groups import Groups
@@ -41,7 +41,7 @@ def choose_forward_backward(
     if config.training.cuda_graph is True and not on_gpu:
         raise UserError('training.cuda_graph: true needs a CUDA device, and this run has none; use "auto" or false')
     eager = partial(run_schedule, chunks, config=config, groups=groups, forward_only=False)
-    return MicroBatchGraph(chunks, optimizer, config, groups).run if config.cuda_graph and on_gpu else eager
+    return MicroBatchGraph(chunks, optimizer, config, groups).run if uses_cuda_graph(config) and on_gpu else eager
 
 
 class MicroBatchGraph:

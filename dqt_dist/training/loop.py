@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from dqt_dist.checkpoint import store
-from dqt_dist.config import Config, Layout, layout
+from dqt_dist.config import Config, ProcessGrid, process_grid
 from dqt_dist.data.dataset import build_datasets
 from dqt_dist.data.loader import Loader
 from dqt_dist.data.tokenizer import load_tokenizer
@@ -52,7 +52,7 @@ class Trainer:
 
     def __init__(self, config: Config, groups: Groups, resume: str) -> None:
         self.config, self.groups = config, groups
-        self.layout: Layout = layout(config, groups.world.size())
+        self.process_grid: ProcessGrid = process_grid(config, groups.world.size())
         checkpoint = store.find(config, resume)
         self.progress = store.start_of(checkpoint)
         self.train_loader, self.valid_loader = build_loaders(config, groups, self.progress)
@@ -191,7 +191,7 @@ class Trainer:
         if self.config.training.replica_check_interval:
             self._check_replicas()  # what is saved must be sound
         self._stop_clock()
-        facts = {"layout": asdict(self.layout), "versions": cost.versions()}
+        facts = {"layout": asdict(self.process_grid), "versions": cost.versions()}
         store.save(self.checkpoint_writer, self.chunks, self.optimizer, self.config, self.progress, facts)
         self.saved_step = self.step
         self._start_clock()
@@ -248,7 +248,7 @@ class Trainer:
             "static_bytes_breakdown": breakdown,
             "peak_memory_bytes": cost.peak_memory_bytes(self.groups),
             "peak_flops": asdict(self.peak),
-            "layout": asdict(self.layout)
+            "layout": asdict(self.process_grid)
             | {"sequence": self.config.parallel.sequence, "zero_stage": self.config.zero_stage},
             "versions": cost.versions(),
         }

@@ -20,10 +20,6 @@ from dqt_dist.lowbit.grid import Grid
 from dqt_dist.optim.low_bit_optimizer import LowBitOptimizer
 from dqt_dist.parallel.groups import Groups
 
-PARTS = (
-    *(f"self_attn.{name}_proj" for name in "qkvo"),
-    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
-)
 FIGURES = ("flip_rate", "zero_fraction", "saturation")
 
 
@@ -42,7 +38,8 @@ class LowBitTable:
 
     def __init__(self, optimizer: LowBitOptimizer, config: Config, groups: Groups) -> None:
         self.optimizer, self.config, self.groups = optimizer, config, groups
-        self.names = tuple(f"layers.{i}.{part}" for i in range(config.model.num_layers) for part in PARTS)
+        parts = config.model.linear_shapes()
+        self.names = tuple(f"layers.{i}.{part}" for i in range(config.model.num_layers) for part in parts)
         if config.quantization.embeddings:
             self.names += ("embed_tokens", "lm_head")
         self.index = {name: row for row, name in enumerate(self.names)}

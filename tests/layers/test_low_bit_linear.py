@@ -23,12 +23,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dqt_dist.config import Config
+from dqt_dist.config import Bits, Config
 from dqt_dist.layers.low_bit_linear import ColumnParallelLowBitLinear, RowParallelLowBitLinear
 from dqt_dist.layers.transformer_config import transformer_config
 from dqt_dist.lowbit.activation import quantize_tokens, token_absmax
 from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout
-from dqt_dist.lowbit.grid import Bits, make_grid
+from dqt_dist.lowbit.grid import make_grid
 from tests.distributed import run_distributed
 from tests.small import small_config
 from tests.tolerances import UNIT_ROUNDOFF, assert_within, product_bound

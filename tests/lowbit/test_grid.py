@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from dqt_dist.lowbit.grid import Bits, make_grid
+from dqt_dist.config import Bits
+from dqt_dist.lowbit.grid import make_grid
 
 # bits, qmin, qmax, storage bits, bytes of a row of 5 codes
 TABLE: list[tuple[Bits, int, int, int, int]] = [

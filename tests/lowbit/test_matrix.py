@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dqt_dist.config import Bits
 from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout
-from dqt_dist.lowbit.grid import Bits, make_grid
+from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
 
 ALL_BITS: list[Bits] = ["ternary", 2, 3, 4, 5, 6, 7, 8]

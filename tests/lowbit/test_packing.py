@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dqt_dist.lowbit.grid import Bits, Grid, make_grid
+from dqt_dist.config import Bits
+from dqt_dist.lowbit.grid import Grid, make_grid
 from dqt_dist.lowbit.packing import pack, storage_dtype, unpack
 
 ALL_BITS: list[Bits] = ["ternary", 2, 3, 4, 5, 6, 7, 8]

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from dqt_dist.config import Bits
 from dqt_dist.lowbit.coordinates import LogicalMatrix, Purpose, RowBlock, ShardLayout, uniform
-from dqt_dist.lowbit.grid import Bits, Grid, make_grid
+from dqt_dist.lowbit.grid import Grid, make_grid
 from dqt_dist.lowbit.rounding import round_nearest, round_stochastic
 
 ALL_BITS: list[Bits] = ["ternary", 2, 3, 4, 5, 6, 7, 8]

@@ -11,9 +11,10 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
+from dqt_dist.config import Bits, ScaleRule
 from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout, normal
-from dqt_dist.lowbit.grid import Bits, make_grid
-from dqt_dist.lowbit.scale import FIXED_POINT, ScaleRule, WeightStatistics, choose_scale
+from dqt_dist.lowbit.grid import make_grid
+from dqt_dist.lowbit.scale import FIXED_POINT, WeightStatistics, choose_scale
 
 STD = 0.02
 RULES: list[ScaleRule] = ["absmean", "sigma", "absmax", "paper"]

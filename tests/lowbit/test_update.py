@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from dqt_dist.config import Bits
 from dqt_dist.kernels.low_bit_update import sum_by_matrix, update_rows
 from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout
-from dqt_dist.lowbit.grid import Bits, make_grid
+from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey
 from dqt_dist.optim.adamw import adamw_direction

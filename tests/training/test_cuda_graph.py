@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from dqt_dist.config import uses_cuda_graph
 from dqt_dist.training.cost import low_bit_bytes
 from dqt_dist.training.cuda_graph import EAGER_STEPS, choose_forward_backward
 from dqt_dist.training.step import run_schedule
@@ -28,9 +29,9 @@ def test_without_a_device_the_run_says_what_is_missing(train: Train) -> None:
 
 
 def test_auto_records_on_a_gpu_where_nothing_stands_against_it() -> None:
-    assert small_config("training.cuda_graph=auto").cuda_graph
-    assert not small_config("training.cuda_graph=auto", "training.recompute=full").cuda_graph
-    assert not small_config("training.cuda_graph=auto", "parallel.tensor=2").cuda_graph
+    assert uses_cuda_graph(small_config("training.cuda_graph=auto"))
+    assert not uses_cuda_graph(small_config("training.cuda_graph=auto", "training.recompute=full"))
+    assert not uses_cuda_graph(small_config("training.cuda_graph=auto", "parallel.tensor=2"))
     on_cpu: Any = SimpleNamespace(device=torch.device("cpu"))
     nothing: Any = None
     eager: Any = choose_forward_backward(nothing, nothing, small_config("training.cuda_graph=auto"), on_cpu)

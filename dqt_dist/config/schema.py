@@ -1,0 +1,374 @@
+"""The sections of a config: one frozen pydantic model per section, one docstring per field.
+
+A field's docstring says what the value means and, where the field may be left out, which value it then gets. A default
+that another field of the same section decides is a function here. A default that needs another section is filled in by
+load.py. Types are strict: "12" is no integer and 1 is no boolean, so a slip of the keyboard cannot change a run in
+silence.
+
+Properties are what follows from the fields: widths, shapes, ZeRO's stage. Whether two fields go together is for
+checks.py to say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+CODES_PER_GROUP = 4
+"""Neighbouring columns of a row that share a packed byte of the 2-bit format and a Philox4x32 draw, which gives 4
+words."""
+
+STATE_BLOCK = 32
+"""Neighbouring columns of a row that share the scale of their 8-bit moments."""
+
+DTYPE_BYTES = {"fp32": 4, "bf16": 2}
+"""Bytes per element of the types that fields name; dtypes.py has the torch types."""
+
+Bits = Literal["ternary", 2, 3, 4, 5, 6, 7, 8]
+Rounding = Literal["stochastic", "nearest"]
+ScaleRule = Literal["absmean", "sigma", "absmax", "paper"]
+FloatType = Literal["fp32", "bf16"]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+NonNegativeFloat = Annotated[float, Field(ge=0.0)]
+
+
+class Section(BaseModel):
+    """What all sections share: frozen, strict types, no unknown keys."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelConfig(Section):
+    """The LLaMA to train: RMSNorm, RoPE, SwiGLU, no biases."""
+
+    num_layers: PositiveInt
+    """Transformer blocks."""
+    hidden_size: PositiveInt
+    """Width of the residual stream."""
+    ffn_hidden_size: PositiveInt
+    """Width of gate_proj and up_proj."""
+    num_attention_heads: PositiveInt
+    """Query heads; the width of a head is hidden_size / num_attention_heads."""
+    num_query_groups: PositiveInt = Field(default_factory=lambda data: data["num_attention_heads"])
+    """Key/value heads (grouped-query attention). Default: num_attention_heads, which is multi-head attention."""
+    vocab_size: PositiveInt
+    """Rows of the embedding and of the head; at least the tokenizer's vocabulary."""
+    seq_length: PositiveInt
+    """Tokens of one training sample."""
+    sub_norm: bool = False
+    """Extra RMSNorm before o_proj and before down_proj, as in the architecture of the DQT authors' code."""
+    norm_epsilon: PositiveFloat = 1e-5
+    """Added to the mean square inside RMSNorm."""
+    rope_base: PositiveFloat = 10000.0
+    """Base of the rotary frequencies."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights."""
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def kv_hidden_size(self) -> int:
+        """Width of all keys, and of all values, of one token."""
+        return self.head_dim * self.num_query_groups
+
+    def linear_shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of the linears of one block, by their names in Hugging Face's LLaMA, in model order."""
+        hidden, ffn, key_value = self.hidden_size, self.ffn_hidden_size, self.kv_hidden_size
+        return {
+            "self_attn.q_proj": (hidden, hidden),
+            "self_attn.k_proj": (key_value, hidden),
+            "self_attn.v_proj": (key_value, hidden),
+            "self_attn.o_proj": (hidden, hidden),
+            "mlp.gate_proj": (ffn, hidden),
+            "mlp.up_proj": (ffn, hidden),
+            "mlp.down_proj": (hidden, ffn),
+        }
+
+    @property
+    def linear_weights_per_block(self) -> int:
+        """Weights in the linears of one block."""
+        return sum(rows * columns for rows, columns in self.linear_shapes().values())
+
+
+class QuantizationConfig(Section):
+    """How the linear layers of the blocks are stored and computed."""
+
+    method: Literal["dqt", "bitnet", "none"] = "dqt"
+    """dqt: weights are integer codes only. bitnet: b1.58, float master, straight-through. none: ordinary weights."""
+    bits: Bits = "ternary"
+    """Grid of the codes: "ternary" (-1, 0, 1) or 2..8 bits, -2^(b-1) to 2^(b-1)-1."""
+    embeddings: bool = False
+    """Store embedding and head as codes too, as the DQT authors' code does. By default both stay in high precision."""
+    compute: Literal["fp32", "bf16", "fp8", "int8"] = "bf16"
+    """Precision of the linears' matrix products. fp8: inputs, codes and output gradients in e4m3. int8: forward in
+    int8, backward in bf16. With both, everything around the linears is in bf16. fp8 and int8 are for method dqt."""
+    activation: Literal["int8", "e4m3", "none"] = Field(
+        default_factory=lambda data: (
+            "none" if data["method"] == "none" else "e4m3" if data["compute"] == "fp8" else "int8"
+        )
+    )
+    """Quantisation of a linear's input, one scale per token. Default: none for method none, else e4m3 when compute is
+    fp8 and int8 otherwise."""
+    weight_gradient: Literal["bf16", "fp8"] = "fp8"
+    """Operands of the product that gives the weights' gradients, when compute is fp8."""
+    rounding: Rounding = "stochastic"
+    """How an updated weight lands on the grid. nearest is the control that makes no progress."""
+    scale_rule: ScaleRule = Field(default_factory=lambda data: "absmean" if data["bits"] == "ternary" else "sigma")
+    """Scale at initialisation: absmean s = mean|W|; sigma s = scale_sigmas * std / Qp; absmax s = max|W| / Qp;
+    paper s = mean|W| / Qp (for parity with arXiv 2412.04787 only: this rule clips). Default: absmean for ternary, sigma
+    for n bits."""
+    scale_sigmas: PositiveFloat = Field(
+        default_factory=lambda data: 3.0 if data["bits"] == "ternary" or data["bits"] <= 4 else 6.0
+    )
+    """k of the sigma rule: the range in standard deviations. Default: 3 up to 4 bits, 6 above."""
+    scale_power_of_two: bool = True
+    """Round the scale to a power of two, so that scale * code is exact in bf16 and every export is lossless."""
+
+    @property
+    def dtype(self) -> FloatType:
+        """Type of whatever is no operand of a low-bit product: residual stream, norms, attention, embeddings, head."""
+        return "fp32" if self.compute == "fp32" else "bf16"
+
+
+class OptimizerConfig(Section):
+    """Update rule and learning-rate schedule."""
+
+    name: Literal["adamw", "adafactor"] = "adamw"
+    """Update rule of the low-bit weights. adamw: two moments per weight. adafactor: factored second moment, which saves
+    memory. Everything else keeps AdamW, since DeepSpeed's flat partitions cannot be factored."""
+    learning_rate: PositiveFloat
+    """Peak rate of embeddings, head and norms."""
+    low_bit_learning_rate: PositiveFloat = Field(default_factory=lambda data: data["learning_rate"])
+    """Peak rate of the linears of the blocks, in weight units, not codes: of the low-bit weights, or of their
+    counterparts in the methods none and bitnet. Default: learning_rate."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled weight decay of the high-precision matrices."""
+    low_bit_weight_decay: NonNegativeFloat = 0.0
+    """Decoupled weight decay of the low-bit weights."""
+    beta1: Beta | None = Field(default_factory=lambda data: 0.9 if data["name"] == "adamw" else None)
+    """Decay of the first moment. Default: 0.9 for adamw; none for adafactor, which then keeps no first moment."""
+    beta2: Beta = 0.95
+    """Decay of AdamW's second moment."""
+    epsilon: PositiveFloat = 1e-8
+    """Added to the root of AdamW's second moment."""
+    max_grad_norm: NonNegativeFloat = 1.0
+    """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Course after warm-up. wsd (warm-up, stable, decay) is constant but for the last decay_steps."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up."""
+    decay_steps: PositiveInt | None = None
+    """Length of the final decay, in steps; for wsd only. Default there: 10 % of training.steps."""
+    min_learning_rate_ratio: Fraction = 0.0
+    """Rate at the last step as a fraction of the peak."""
+    gradient_dtype: FloatType = "fp32"
+    """Type of the gradient buffers. Micro-batches are added up in this type, and gradients travel in this type. Ranks
+    are added up in fp32. bf16 halves memory and traffic of gradients."""
+    gradient_reduction: Literal["step", "micro_batch"] = "step"
+    """When gradients are summed over data-parallel ranks. step: once per step, after the micro-batches are added up.
+    micro_batch: with each micro-batch, which multiplies the traffic by the number of micro-batches. In ZeRO stages 2
+    and 3 a rank then never keeps more than its owned rows."""
+    state_bits: Literal[8, 32] = 32
+    """Bits of each of AdamW's two moments of a low-bit weight. 8: fp8 values with one scale per 32 columns, rounded
+    stochastically."""
+    fused_backward: bool = False
+    """Update each low-bit matrix as soon as the backward pass has made its gradient, so that gradients of the whole
+    model never exist at once. Needs one micro-batch per step and max_grad_norm = 0. Elements of a gradient that are not
+    finite then count as zero: the norm that would have stopped the step comes too late for the low-bit weights."""
+    adafactor_decay_rate: Annotated[float, Field(gt=0.0, le=1.0)] = 0.8
+    """Adafactor's second-moment decay is 1 - step^-adafactor_decay_rate."""
+    adafactor_clip_threshold: PositiveFloat = 1.0
+    """Root mean square above which Adafactor scales its own update down."""
+
+
+class ParallelConfig(Section):
+    """How one copy of the model is cut. The data parallel size is world size / (tensor * pipeline)."""
+
+    tensor: PositiveInt = 1
+    """Tensor parallel size: ranks that share each matrix."""
+    pipeline: PositiveInt = 1
+    """Pipeline parallel size: ranks that share the layers."""
+    virtual_pipeline: Annotated[int, Field(ge=2)] | None = None
+    """Model chunks per pipeline rank, for the interleaved schedule. Default: none, which is the plain 1F1B schedule."""
+    sequence: bool = False
+    """Sequence parallelism: norms and residuals are split over the tensor-parallel ranks by sequence position."""
+    context: PositiveInt = 1
+    """Context parallel size. Only 1: megatron-core's attention over a split sequence exists inside Transformer Engine
+    only."""
+
+    @property
+    def num_model_chunks(self) -> int:
+        """Parts that the layers are cut into, over all pipeline ranks. A pipeline rank has one part, or
+        virtual_pipeline."""
+        return self.pipeline * (self.virtual_pipeline or 1)
+
+
+class DataSource(Section):
+    """One tokenised corpus of a blend."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """Prefix of a .bin/.idx pair as tools/prepare_data.py writes it; relative to the working folder."""
+    weight: PositiveFloat = 1.0
+    """Share of the samples drawn from it, relative to the other sources' weights."""
+
+
+Blend = Annotated[tuple[DataSource, ...], Field(min_length=1)]
+
+
+class DataConfig(Section):
+    """What is read."""
+
+    train: Blend
+    """Training blend."""
+    valid: Blend | None = None
+    """Validation blend. Default: none, and valid_fraction of the training corpus is kept out for it."""
+    valid_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
+    """Part of the training corpus held out when valid is not given."""
+    tokenizer: Annotated[str, Field(min_length=1)]
+    """SentencePiece .model file."""
+    num_workers: NonNegativeInt = 2
+    """Loader processes of each rank."""
+
+
+class TrainingConfig(Section):
+    """Length, batch and seed of the run, and how a step is carried out."""
+
+    steps: PositiveInt
+    """Optimizer steps."""
+    micro_batch_size: PositiveInt
+    """Samples of one forward and backward pass on one data-parallel rank."""
+    global_batch_size: PositiveInt
+    """Samples of one optimizer step over all ranks: a multiple of data parallel size * micro_batch_size."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
+    """Key of every random draw. 32 bits, because the seed is one word of the Philox key."""
+    deterministic: bool = False
+    """Only deterministic kernels, so that a run on GPUs too gives the same bits each time and in every ZeRO stage. This
+    costs speed: the fused attention kernels are faster when their backward may add up in any order. CPU runs are always
+    deterministic."""
+    recompute: Literal["none", "mlp", "full"] = "none"
+    """Activation checkpointing: what the backward pass computes again instead of reading it from memory. mlp: the
+    feed-forward half of each block. full: whole blocks, of which only the input is kept."""
+    recompute_layers: PositiveInt | None = None
+    """Number of blocks per model chunk for which `recompute` holds. A pipeline stage is one chunk, or virtual_pipeline
+    of them. Default: all blocks."""
+    cuda_graph: bool | Literal["auto"] = False
+    """Launch forward and backward of a micro-batch as one CUDA graph, so that Python's speed does not matter. Needs
+    tensor and pipeline parallel size 1 and ZeRO stage 0 or 1. Gradients then stay allocated between steps. auto: on a
+    GPU, when no other field of the config stands against a graph."""
+    replica_check_interval: NonNegativeInt = 100
+    """Steps between comparisons of the weights that several ranks hold alike. A difference stops the run. 0 for
+    none."""
+    eval_interval: NonNegativeInt = 0
+    """Steps between validations; 0 for one at the end only."""
+    eval_batches: PositiveInt = 20
+    """Global batches of one validation."""
+    sample_prompt: str | None = None
+    """When given, the report at the end shows a continuation of this text."""
+    sample_tokens: PositiveInt = 64
+    """Tokens of that continuation."""
+
+
+class CheckpointConfig(Section):
+    """The run folder and what is kept in it."""
+
+    dir: Annotated[str, Field(min_length=1)]
+    """Run folder: config.json, metrics.jsonl, tb/, checkpoints/, summary.json."""
+    interval: NonNegativeInt = 0
+    """Steps between checkpoints; 0 for one at the end only."""
+    keep_last: PositiveInt = 2
+    """Number of newest checkpoints that stay on disk."""
+    keep_every: PositiveInt | None = None
+    """Steps between checkpoints that stay on disk for good, beside the newest. Default: none stay."""
+    async_save: bool = False
+    """Copy the state to host memory and write the copy while training goes on. false: training waits for the disk."""
+
+
+class LoggingConfig(Section):
+    """What is recorded, and how often."""
+
+    interval: PositiveInt = 10
+    """Steps between lines of metrics.jsonl."""
+    histogram_interval: PositiveInt = 100
+    """Steps between TensorBoard's per-layer histograms."""
+    tensorboard: bool = True
+    """Write TensorBoard files."""
+    peak_tflops: PositiveFloat | None = None
+    """Peak of one device in TFLOP/s, for the MFU. Default: from a table of devices, or measured."""
+
+
+@dataclass(frozen=True)
+class ZeroOptimization:
+    """deepspeed.zero_optimization, read in this one place.
+
+    The section belongs to DeepSpeed, so values stand here as the user wrote them. checks.py refuses the ones that are
+    not valid, so in a loaded config `stage` is 0 to 3 and `optimizer_device` is "none" or "cpu".
+    """
+
+    section: Any
+    """The whole object."""
+    stage: int
+    """0 when not named."""
+    optimizer_device: str | None
+    """Where masters and moments live: offload_optimizer.device, "none" (beside the weights) when not named. None when
+    offload_optimizer is no object."""
+
+    @classmethod
+    def of(cls, deepspeed: dict[str, Any]) -> ZeroOptimization:
+        section = deepspeed.get("zero_optimization", {})
+        if not isinstance(section, dict):
+            return cls(section, 0, "none")
+        offload = section.get("offload_optimizer", {})
+        device = offload.get("device", "none") if isinstance(offload, dict) else None
+        return cls(section, section.get("stage", 0), device)
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        return self.optimizer_device != "none"
+
+
+class Config(Section):
+    """One run."""
+
+    model: ModelConfig
+    quantization: QuantizationConfig = QuantizationConfig()
+    optimizer: OptimizerConfig
+    parallel: ParallelConfig = ParallelConfig()
+    data: DataConfig
+    training: TrainingConfig
+    checkpoint: CheckpointConfig
+    logging: LoggingConfig = LoggingConfig()
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Passed to deepspeed.initialize, except for the keys that follow from other sections."""
+
+    @property
+    def zero(self) -> ZeroOptimization:
+        """The deepspeed section as far as this project reads it."""
+        return ZeroOptimization.of(self.deepspeed)
+
+    @property
+    def zero_stage(self) -> int:
+        """ZeRO stage of the run; 0 when the deepspeed section names none."""
+        return self.zero.stage
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether masters and moments live in the host's memory."""
+        return self.zero.offloads_optimizer
+
+    @property
+    def layers_per_chunk(self) -> int:
+        """Blocks of a model chunk."""
+        return self.model.num_layers // self.parallel.num_model_chunks
+
+    @property
+    def recompute_layers(self) -> int:
+        """Number of blocks per model chunk for which training.recompute holds."""
+        return self.training.recompute_layers or self.layers_per_chunk

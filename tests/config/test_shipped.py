@@ -1,0 +1,54 @@
+"""The configs in configs/: each loads, fits the stated numbers of processes and comes back equal."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dqt_dist.config import load_config, process_grid, to_json
+from tests.config.files import ROOT
+
+WORLD_SIZES = {
+    "demo_cpu": (4, 8),
+    "130m_ternary": (1, 2, 4),
+    "320m_ternary": (1, 8),
+    "1b_ternary": (1, 8, 32),
+    "1b_ternary_fp8": (1, 8, 32),
+    "1b_int8": (1, 8),
+    "1b_bf16": (1, 8),
+    "1b_bitnet": (1, 8),
+}
+"""Process counts at which each shipped config must fit."""
+
+
+def test_every_shipped_config_has_a_stated_world_size() -> None:
+    assert sorted(path.stem for path in (ROOT / "configs").glob("*.json")) == sorted(WORLD_SIZES)
+
+
+@pytest.mark.parametrize("name", WORLD_SIZES)
+def test_shipped_config_fits_and_comes_back_equal(name: str, tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs" / f"{name}.json")
+    for world_size in WORLD_SIZES[name]:
+        arrangement = process_grid(config, world_size)
+        assert arrangement.tensor * arrangement.pipeline * arrangement.data == world_size
+    copy = tmp_path / "config.json"
+    copy.write_text(to_json(config))
+    assert load_config(copy) == config
+
+
+def test_shipped_1b_configs_differ_in_the_method_alone() -> None:
+    """The baselines are comparable: same model, data and batch; only quantization, learning rates and folder differ."""
+    texts = []
+    for name in ("1b_ternary", "1b_int8", "1b_bf16", "1b_bitnet"):
+        values = json.loads((ROOT / "configs" / f"{name}.json").read_text())
+        for section, key in (
+            ("optimizer", "learning_rate"),
+            ("optimizer", "low_bit_learning_rate"),
+            ("checkpoint", "dir"),
+        ):
+            values[section].pop(key, None)
+        values.pop("quantization")
+        texts.append(values)
+    assert all(values == texts[0] for values in texts)
