@@ -31,4 +31,7 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """The state of the run is bad (a loss that is not finite, replicas that differ). All ranks raise it together."""
+    """Good input, bad result: a loss that is not finite, replicas that differ, an export that is not the trained model.
+
+    In training all ranks raise it together.
+    """

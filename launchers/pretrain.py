@@ -7,10 +7,10 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
+from dqt_dist.command_line import RaisingArgumentParser, make_parser
 from dqt_dist.config import check_world, load_config
 from dqt_dist.errors import STOPPED_EXIT_CODE, RunError, UserError
 from dqt_dist.launch import discover, export, report
@@ -51,16 +51,8 @@ def main() -> int:
         return report(error, launch)
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose complaints are, like every other, printed by one rank only."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message}; --help explains")
-
-
 def parse_arguments() -> argparse.Namespace:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=style)
+    parser = make_parser(__doc__, EXAMPLES, RaisingArgumentParser)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="JSON file of the run; see configs/")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value; may be repeated")

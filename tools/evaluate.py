@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from dqt_dist.errors import EXIT_CODE, UserError
+from dqt_dist.command_line import make_parser, run_tool
 
 EXAMPLES = """\
 examples:
@@ -43,9 +43,7 @@ def positive(word: str) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="PATH", help="a run, a checkpoint, or an exported folder")
     add(
@@ -83,16 +81,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    try:
-        run(args)
-    except UserError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return EXIT_CODE
-    except KeyboardInterrupt:
-        print("evaluate: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_tool("evaluate", run, parse_arguments(argv))
 
 
 if __name__ == "__main__":

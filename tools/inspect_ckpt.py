@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from dqt_dist.errors import EXIT_CODE, UserError
+from dqt_dist.command_line import make_parser, run_tool
+from dqt_dist.errors import UserError
 
 if TYPE_CHECKING:  # the functions import what they need when they run, so that --help is quick
     from collections.abc import Callable
@@ -40,9 +41,8 @@ BARS = "".join(chr(0x2581 + height) for height in range(8))
 BINS = 16
 
 
-def main(argv: list[str] | None = None) -> int:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=style)
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("path", metavar="PATH", type=Path, help="checkpoint, run folder or checkpoints folder")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -52,18 +52,16 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument(
         "--plot", metavar="FILE.png", type=Path, help="also draw shares of codes and scales of every matrix"
     )
-    args = parser.parse_args(argv)
-    try:
-        if args.verify:
-            verify(args.path)
-        elif args.digest:
-            print_digest(args.path)
-        else:
-            show(args.path, args.plot)
-    except UserError as error:
-        print(f"inspect_ckpt: {error}", file=sys.stderr)
-        return EXIT_CODE
-    return 0
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.verify:
+        verify(args.path)
+    elif args.digest:
+        print_digest(args.path)
+    else:
+        show(args.path, args.plot)
 
 
 def verify(path: Path) -> None:
@@ -258,6 +256,10 @@ def plotter(file: Path) -> Callable[[list[MatrixFigures], Grid], None]:
         pyplot.close(figure)
 
     return draw
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_tool("inspect_ckpt", run, parse_arguments(argv))
 
 
 if __name__ == "__main__":
