@@ -26,10 +26,11 @@ examples:
 
 what is scored:
   Documents follow one another, each after an end-of-document mark, as in training; every token after the first mark is
-  predicted once. The model reads a window of tokens at a time. With --stride equal to the window (the default) windows do
-  not overlap and the figures are those of lm-eval's rolling log-likelihood; a smaller stride scores only the last STRIDE
-  tokens of each window, so that none is predicted from little: slower, and a lower loss where the model uses its context.
-  loss is in nats a token; bits per byte divides by the bytes of the text in UTF-8 and compares across tokenizers.
+  predicted once. The model reads a window of tokens at a time. With --stride equal to the window (the default) windows
+  do not overlap and the figures are those of lm-eval's rolling log-likelihood; a smaller stride scores only the last
+  STRIDE tokens of each window, so that none is predicted from little: slower, and a lower loss where the model uses its
+  context. loss is in nats a token; bits per byte divides by the bytes of the text in UTF-8 and compares across
+  tokenizers.
 
 Wrong input ends with one message and exit code 2.
 """

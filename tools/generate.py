@@ -24,8 +24,8 @@ examples:
   tools/generate.py --checkpoint runs/1b_ternary --prompt "A list is" --temperature 0.7 --top-p 0.9 --top-k 50 --seed 1
 
 Prompt and continuation go to standard output, everything else to standard error. The text ends after --max-tokens, with
-the model's context, or where the model ends the document. An empty prompt begins a new document. The same seed gives the
-same text on the same kind of device. Wrong input ends with one message and exit code 2.
+the model's context, or where the model ends the document. An empty prompt begins a new document. The same seed gives
+the same text on the same kind of device. Wrong input ends with one message and exit code 2.
 """
 
 

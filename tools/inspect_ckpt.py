@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Shows what is inside a checkpoint, checks its files, or prints the digest of its state.
 
-PATH is a checkpoint, or a run folder or its checkpoints folder: then the newest. One process, one tensor in memory at a time.
+PATH is a checkpoint, or a run folder or its checkpoints folder: then the newest. One process, one tensor in memory at a
+time.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ examples:
   tools/inspect_ckpt.py runs/demo_cpu                                  config, step, every matrix, sizes
   tools/inspect_ckpt.py runs/demo_cpu --plot codes.png                 the same, and a picture of the codes
   tools/inspect_ckpt.py runs/demo_cpu/checkpoints/step_00000300 --verify   every file against the manifest
-  tools/inspect_ckpt.py runs/demo_cpu --digest | tail -n 1             equal for equal states, whatever layout wrote them
+  tools/inspect_ckpt.py runs/demo_cpu --digest | tail -n 1            equal for equal states, whatever layout wrote them
 
 exit code: 0, or 2 when PATH is no complete checkpoint of this format or --verify finds a bad file.
 """
@@ -217,8 +218,8 @@ def sizes(reader: CheckpointReader, matrices: list[MatrixFigures]) -> str:
         weights = sum(m.rows * m.columns for m in matrices)
         codes = sum(m.disk_bytes for m in matrices)
         lines.append(
-            f"{'weights':<12}{weights:,} low-bit weights take {codes:,} bytes, {8 * codes / weights:.2f} bits each; in fp16 "
-            f"{weights * FP16_BYTES:,} bytes, {weights * FP16_BYTES / codes:.1f} times as much"
+            f"{'weights':<12}{weights:,} low-bit weights take {codes:,} bytes, {8 * codes / weights:.2f} bits each; "
+            f"in fp16 {weights * FP16_BYTES:,} bytes, {weights * FP16_BYTES / codes:.1f} times as much"
         )
     return "\n".join(lines)
 

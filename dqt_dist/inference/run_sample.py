@@ -1,7 +1,7 @@
 """The sample in the report of a finished run: a continuation of training.sample_prompt from the run's last checkpoint.
 
-One process makes the sample after all process groups are closed, with the generator of tools/generate.py. The whole model is
-loaded once more, on the GPU where there is one, else on the CPU, with fp32 products.
+One process makes the sample after all process groups are closed, with the generator of tools/generate.py. The
+whole model is loaded once more, on the GPU where there is one, else on the CPU, with fp32 products.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RunSample:
 
 
 def sample_run(config: Config, checkpoint: Path) -> RunSample:
-    """The sample of the run that wrote `checkpoint`. Never raises: the run is finished, and its exit code is settled."""
+    """The sample of the run that wrote `checkpoint`. Never raises: a finished run keeps its exit code."""
     training = config.training
     prompt = training.sample_prompt or ""
     sampling = Sampling(TEMPERATURE, TOP_P, seed=training.seed, max_tokens=training.sample_tokens)

@@ -30,7 +30,7 @@ def show_figures(summary: dict[str, Any], config: Config) -> None:
 
 
 def show_sample(text: str | None, explanation: str, prompt: str) -> None:
-    """A continuation of the prompt in a panel, where there is one, and a line about how it was made or why it was not."""
+    """A continuation of the prompt in a panel, unless `text` is None, and the line that explains it."""
     if text is not None:
         Console().print(Panel(Text(text), title="what it writes", subtitle=Text(f"prompt: {prompt}")))
     _line(explanation)
