@@ -35,8 +35,9 @@ def run_tool(
 ) -> int:
     """Calls run(args) and returns the exit code of the process.
 
-    An expected failure becomes one message on standard error that begins with the tool's `name`: 2 for wrong input, 1 for
-    work that failed on good input, 130 for Ctrl-C (whose message is `interrupted`). Other exceptions keep their traceback.
+    An expected failure becomes one message on standard error that begins with the tool's `name`: 2 for wrong input, 1
+    for work that failed on good input, 130 for Ctrl-C (whose message is `interrupted`). Other exceptions keep their
+    traceback.
     """
     try:
         run(args)

@@ -85,7 +85,7 @@ def _q5_0(codes: Codes) -> Bytes:
 
 
 def _q6_k(codes: Codes) -> Bytes:
-    """In each half of 128 codes: l and l + 64 share a byte of low bits; l, l + 32, l + 64 and l + 96 one of high bits."""
+    """In each half of 128: l and l + 64 share a byte of low bits; l, l + 32, l + 64 and l + 96 one of high bits."""
     fields = (codes + 32).astype(np.uint8).reshape(-1, 2, 4, 32)
     low, high = fields & 15, fields >> 4
     low_bytes = _side_by_side([low[:, :, :2], low[:, :, 2:]], 4)

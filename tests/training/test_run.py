@@ -114,7 +114,7 @@ def test_tensorboard_has_the_numbers_and_the_histograms(train: Train, tmp_path: 
 
 
 def test_a_resumed_run_equals_one_that_went_through(train: Train, tmp_path: Path) -> None:
-    """10 steps in one go, then again from the checkpoint of step 5: the same numbers, bit for bit, and no step twice."""
+    """10 steps in one go, then again from the checkpoint of step 5: the same bits, and no step twice."""
     assert train().returncode == 0
     run = tmp_path / "run"
     through = step_lines(run)
@@ -189,7 +189,7 @@ def test_a_longer_run_sees_the_same_samples_first(train: Train, tmp_path: Path) 
 
 
 def test_a_signal_to_one_rank_saves_and_stops_all(config_file: Path, tmp_path: Path) -> None:
-    """SIGTERM to one of two ranks: exit code 75 and a checkpoint of the running step; the same command goes on from it."""
+    """SIGTERM to one of two ranks: exit code 75 and a checkpoint of the running step; the same command resumes."""
     run = tmp_path / "run"
     steps = ("training.steps=400", "checkpoint.interval=0", "logging.interval=1")
     process = subprocess.Popen(
