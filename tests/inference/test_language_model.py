@@ -67,7 +67,7 @@ def test_a_linear_is_that_of_the_trainer(trained: Trained, overrides: tuple) -> 
     else:
         assert torch.equal(ours(x), wanted)
     assert isinstance(ours, BitNetLinear if BITNET in overrides else CodeLinear)
-    ours.activation_code = torch.int8 if ours.activation_code is None else None
+    ours.activation_dtype = torch.int8 if ours.activation_dtype is None else None
     assert not torch.allclose(ours(x), wanted, rtol=1e-5, atol=0)
 
 
