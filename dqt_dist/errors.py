@@ -2,8 +2,8 @@
 
 Code anywhere raises `UserError` when the input (a config field, a file, a command line) is wrong. The message alone
 must be enough to mend it: what is wrong, where (full field path or file), which numbers disagree, and what would be
-right. Entry points print it once and leave with `EXIT_CODE`. `RunError` says, in the same way, why a run that was started
-rightly cannot go on. Every other exception is a defect of ours and keeps its traceback.
+right. Entry points print it once and leave with `EXIT_CODE`. `RunError` says, in the same way, why a run that was
+started rightly cannot go on. Every other exception is a defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -31,4 +31,7 @@ class UserError(Exception):
 
 
 class RunError(Exception):
-    """The state of the run is bad (a loss that is not finite, replicas that differ). All ranks raise it together."""
+    """Good input, bad result: a loss that is not finite, replicas that differ, an export that is not the trained model.
+
+    In training all ranks raise it together.
+    """

@@ -7,11 +7,12 @@ import argparse
 import os
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from dqt_dist.config import check_world, load_config
+from dqt_dist.command_line import RaisingArgumentParser, make_parser
+from dqt_dist.config import Config, check_world, load_config
 from dqt_dist.errors import STOPPED_EXIT_CODE, RunError, UserError
 from dqt_dist.launch import discover, export, report
 from dqt_dist.plan import describe
@@ -46,21 +47,18 @@ def main() -> int:
         choose_accelerator()
         from dqt_dist.training.loop import train  # imports torch, DeepSpeed and Megatron: not before the checks
 
-        return 0 if train(config, launch, resume=args.resume) else STOPPED_EXIT_CODE
+        summary = train(config, launch, resume=args.resume)
+        if summary is None:
+            return STOPPED_EXIT_CODE
+        if launch.rank == 0:
+            show_report(summary, config)
+        return 0
     except (UserError, RunError) as error:
         return report(error, launch)
 
 
-class ArgumentParser(argparse.ArgumentParser):
-    """A parser whose complaints are, like every other, printed by one rank only."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message}; --help explains")
-
-
 def parse_arguments() -> argparse.Namespace:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=style)
+    parser = make_parser(__doc__, EXAMPLES, RaisingArgumentParser)
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="JSON file of the run; see configs/")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value; may be repeated")
@@ -77,6 +75,20 @@ def choose_accelerator() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def show_report(summary: dict[str, Any], config: Config) -> None:
+    """Figures, sample and what to do next, after the process groups are closed; for rank 0."""
+    from dqt_dist.training import report
+
+    report.show_figures(summary, config)
+    prompt = config.training.sample_prompt
+    if prompt is not None:
+        from dqt_dist.inference.run_sample import sample_run
+
+        sample = sample_run(config, report.last_checkpoint(summary, config))
+        report.show_sample(sample.text, sample.explanation, prompt)
+    report.show_next(config)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Imports go down only, so that each folder can be read without the ones above it.
 
-    errors < config < launch, dtypes < lowbit < plan < kernels < parallel < layers < optim < data < checkpoint
+    errors < command_line < config < launch, dtypes < lowbit < plan < kernels < parallel < layers < optim < data < checkpoint
            < training < export < inference
 
 The order is held on the source text: every import statement counts, also inside functions and under TYPE_CHECKING,
@@ -18,8 +18,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = "dqt_dist"
-ORDER = ["errors", "config", "launch", "dtypes", "lowbit", "plan", "kernels", "parallel", "layers", "optim"]
-ORDER += ["data", "checkpoint", "training", "export", "inference"]
+ORDER = ["errors", "command_line", "config", "launch", "dtypes", "lowbit", "plan", "kernels", "parallel", "layers"]
+ORDER += ["optim", "data", "checkpoint", "training", "export", "inference"]
 ON_TOP = ("launchers", "tools", "tests", "benchmarks")
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
 

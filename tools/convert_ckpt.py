@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from dqt_dist.errors import EXIT_CODE, UserError
+from dqt_dist.command_line import make_parser, run_tool
+from dqt_dist.errors import RunError
 from dqt_dist.export.errors import VerificationError
 
 EXAMPLES = """\
@@ -41,9 +42,7 @@ message and exit code 2, a result that is not the trained model with exit code 1
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -77,34 +76,25 @@ def run(args: argparse.Namespace) -> None:
         return
     from dqt_dist.export.convert import Request, convert
 
-    convert(
-        Request(
-            args.checkpoint,
-            args.output,
-            format=args.format,
-            dtype=args.dtype,
-            ternary=args.bits == "ternary",
-            verify=args.verify,
-            tokenizer=args.tokenizer,
-            gguf_type=args.gguf_type,
-        )
+    request = Request(
+        args.checkpoint,
+        args.output,
+        format=args.format,
+        dtype=args.dtype,
+        ternary=args.bits == "ternary",
+        verify=args.verify,
+        tokenizer=args.tokenizer,
+        gguf_type=args.gguf_type,
     )
+    try:
+        convert(request)
+    except VerificationError as error:
+        raise RunError(f"verification failed, nothing was written\n{error}") from error
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    try:
-        run(args)
-    except UserError as error:
-        print(f"convert_ckpt: {error}", file=sys.stderr)
-        return EXIT_CODE
-    except KeyboardInterrupt:
-        print("convert_ckpt: interrupted; nothing was left behind", file=sys.stderr)
-        return 130
-    except VerificationError as error:
-        print(f"convert_ckpt: verification failed, nothing was written\n{error}", file=sys.stderr)
-        return 1
-    return 0
+    interrupted = "interrupted; nothing was left behind"
+    return run_tool("convert_ckpt", run, parse_arguments(argv), interrupted)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from dqt_dist.errors import EXIT_CODE, UserError
+from dqt_dist.command_line import make_parser, run_tool
 
 EXAMPLES = """\
 examples:
@@ -26,10 +26,11 @@ examples:
 
 what is scored:
   Documents follow one another, each after an end-of-document mark, as in training; every token after the first mark is
-  predicted once. The model reads a window of tokens at a time. With --stride equal to the window (the default) windows do
-  not overlap and the figures are those of lm-eval's rolling log-likelihood; a smaller stride scores only the last STRIDE
-  tokens of each window, so that none is predicted from little: slower, and a lower loss where the model uses its context.
-  loss is in nats a token; bits per byte divides by the bytes of the text in UTF-8 and compares across tokenizers.
+  predicted once. The model reads a window of tokens at a time. With --stride equal to the window (the default) windows
+  do not overlap and the figures are those of lm-eval's rolling log-likelihood; a smaller stride scores only the last
+  STRIDE tokens of each window, so that none is predicted from little: slower, and a lower loss where the model uses its
+  context. loss is in nats a token; bits per byte divides by the bytes of the text in UTF-8 and compares across
+  tokenizers.
 
 Wrong input ends with one message and exit code 2.
 """
@@ -43,9 +44,7 @@ def positive(word: str) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="PATH", help="a run, a checkpoint, or an exported folder")
     add(
@@ -83,16 +82,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    try:
-        run(args)
-    except UserError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return EXIT_CODE
-    except KeyboardInterrupt:
-        print("evaluate: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_tool("evaluate", run, parse_arguments(argv))
 
 
 if __name__ == "__main__":

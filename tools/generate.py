@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from dqt_dist.errors import EXIT_CODE, UserError
+from dqt_dist.command_line import make_parser, run_tool
 
 EXAMPLES = """\
 examples:
@@ -24,8 +24,8 @@ examples:
   tools/generate.py --checkpoint runs/1b_ternary --prompt "A list is" --temperature 0.7 --top-p 0.9 --top-k 50 --seed 1
 
 Prompt and continuation go to standard output, everything else to standard error. The text ends after --max-tokens, with
-the model's context, or where the model ends the document. An empty prompt begins a new document. The same seed gives the
-same text on the same kind of device. Wrong input ends with one message and exit code 2.
+the model's context, or where the model ends the document. An empty prompt begins a new document. The same seed gives
+the same text on the same kind of device. Wrong input ends with one message and exit code 2.
 """
 
 
@@ -46,9 +46,7 @@ def number(kind: type, least: float, most: float = float("inf"), above: bool = F
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(__doc__, EXAMPLES)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="PATH", help="a run, a checkpoint, or an exported folder")
     add("--prompt", required=True, metavar="TEXT", help="text to continue")
@@ -78,7 +76,11 @@ def run(args: argparse.Namespace) -> None:
     encode_prompt(model, args.prompt)  # speaks up before the first line
     print(model.description, file=sys.stderr, flush=True)
     begin = time.perf_counter()
-    tokens = generate(model, args.prompt, sampling, show)
+    try:
+        tokens = generate(model, args.prompt, sampling, show)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)  # the message begins its own line
+        raise
     seconds = time.perf_counter() - begin
     show("\n")
     ended = " (end of the document)" if tokens[-1] == model.tokenizer.eod_id else ""
@@ -90,15 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     # Where the terminal's encoding lacks a character, a replacement is shown rather than an error.
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="replace")
-    try:
-        run(args)
-    except UserError as error:
-        print(f"generate: {error}", file=sys.stderr)
-        return EXIT_CODE
-    except KeyboardInterrupt:
-        print("\ngenerate: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_tool("generate", run, args)
 
 
 if __name__ == "__main__":

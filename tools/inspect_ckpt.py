@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Shows what is inside a checkpoint, checks its files, or prints the digest of its state.
 
-PATH is a checkpoint, or a run folder or its checkpoints folder: then the newest. One process, one tensor in memory at a time.
+PATH is a checkpoint, or a run folder or its checkpoints folder: then the newest. One process, one tensor in memory at a
+time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from dqt_dist.errors import EXIT_CODE, UserError
+from dqt_dist.command_line import make_parser, run_tool
+from dqt_dist.errors import UserError
 
 if TYPE_CHECKING:  # the functions import what they need when they run, so that --help is quick
     from collections.abc import Callable
@@ -30,7 +32,7 @@ examples:
   tools/inspect_ckpt.py runs/demo_cpu                                  config, step, every matrix, sizes
   tools/inspect_ckpt.py runs/demo_cpu --plot codes.png                 the same, and a picture of the codes
   tools/inspect_ckpt.py runs/demo_cpu/checkpoints/step_00000300 --verify   every file against the manifest
-  tools/inspect_ckpt.py runs/demo_cpu --digest | tail -n 1             equal for equal states, whatever layout wrote them
+  tools/inspect_ckpt.py runs/demo_cpu --digest | tail -n 1            equal for equal states, whatever layout wrote them
 
 exit code: 0, or 2 when PATH is no complete checkpoint of this format or --verify finds a bad file.
 """
@@ -40,9 +42,8 @@ BARS = "".join(chr(0x2581 + height) for height in range(8))
 BINS = 16
 
 
-def main(argv: list[str] | None = None) -> int:
-    style = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=style)
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument("path", metavar="PATH", type=Path, help="checkpoint, run folder or checkpoints folder")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -52,18 +53,16 @@ def main(argv: list[str] | None = None) -> int:
     what.add_argument(
         "--plot", metavar="FILE.png", type=Path, help="also draw shares of codes and scales of every matrix"
     )
-    args = parser.parse_args(argv)
-    try:
-        if args.verify:
-            verify(args.path)
-        elif args.digest:
-            print_digest(args.path)
-        else:
-            show(args.path, args.plot)
-    except UserError as error:
-        print(f"inspect_ckpt: {error}", file=sys.stderr)
-        return EXIT_CODE
-    return 0
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    if args.verify:
+        verify(args.path)
+    elif args.digest:
+        print_digest(args.path)
+    else:
+        show(args.path, args.plot)
 
 
 def verify(path: Path) -> None:
@@ -219,8 +218,8 @@ def sizes(reader: CheckpointReader, matrices: list[MatrixFigures]) -> str:
         weights = sum(m.rows * m.columns for m in matrices)
         codes = sum(m.disk_bytes for m in matrices)
         lines.append(
-            f"{'weights':<12}{weights:,} low-bit weights take {codes:,} bytes, {8 * codes / weights:.2f} bits each; in fp16 "
-            f"{weights * FP16_BYTES:,} bytes, {weights * FP16_BYTES / codes:.1f} times as much"
+            f"{'weights':<12}{weights:,} low-bit weights take {codes:,} bytes, {8 * codes / weights:.2f} bits each; "
+            f"in fp16 {weights * FP16_BYTES:,} bytes, {weights * FP16_BYTES / codes:.1f} times as much"
         )
     return "\n".join(lines)
 
@@ -258,6 +257,10 @@ def plotter(file: Path) -> Callable[[list[MatrixFigures], Grid], None]:
         pyplot.close(figure)
 
     return draw
+
+
+def main(argv: list[str] | None = None) -> int:
+    return run_tool("inspect_ckpt", run, parse_arguments(argv))
 
 
 if __name__ == "__main__":

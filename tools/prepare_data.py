@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from dqt_dist.errors import EXIT_CODE, UserError
+from dqt_dist.command_line import make_parser, run_tool
+from dqt_dist.errors import UserError
 
 if TYPE_CHECKING:  # the functions import what they need when they run, so that --help is quick
     from dqt_dist.data.indexed import EncodedBatch
@@ -60,9 +61,7 @@ characters, or is one document when it is shorter.
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = make_parser(DESCRIPTION, EXAMPLES)
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -299,16 +298,8 @@ def report(output: Path, names: list[str], seconds: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    try:
-        prepare(args)
-    except UserError as error:
-        print(f"prepare_data: {error}", file=sys.stderr)
-        return EXIT_CODE
-    except KeyboardInterrupt:
-        print("prepare_data: interrupted; run it again to start over", file=sys.stderr)
-        return 130
-    return 0
+    interrupted = "interrupted; run it again to start over"
+    return run_tool("prepare_data", prepare, parse_arguments(argv), interrupted)
 
 
 if __name__ == "__main__":

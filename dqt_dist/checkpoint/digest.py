@@ -1,4 +1,5 @@
-"""One number for the state of a run: equal if and only if every bit of it is, whatever layout or file split wrote it.
+"""One number for the state of a run. Two states have the same number if and only if every bit of them is equal. Neither
+the process grid nor the split into files changes it.
 
     tensor      SHA-256 of   a JSON line [name, dtype, [rows, columns]], then the bytes of the whole tensor, row-major,
                              little-endian; packed codes as they are stored (lowbit/packing.py)
@@ -6,9 +7,10 @@
       codes       codes/*                     scales      scale/*
       moments     low_bit.*                   parameters  parameter/* and parameter.*
       progress    one JSON line {"step": .., "tokens": .., "samples": ..} in place of tensors
-    total       SHA-256 of   the 32-byte digests of the parts in the order above: codes, scales, moments, parameters, progress
+    total       SHA-256 of   the 32-byte digests of the parts in the order above: codes, scales, moments, parameters,
+                             progress
 
-Config, versions, dates and the number of files are not state and do not enter.
+Config, versions, dates and the number of files are not state: the digest leaves them out.
 """
 
 from __future__ import annotations

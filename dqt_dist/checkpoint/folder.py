@@ -1,13 +1,13 @@
 """A checkpoint as a folder on the disk: its manifest, where a run keeps its checkpoints, whether the files are whole.
 
     RUN/checkpoints/step_00000200/
-        __0_0.distcp ...      tensors, torch.distributed.checkpoint; one file a rank that wrote
+        __0_0.distcp ...      tensors, torch.distributed.checkpoint; one file per rank that wrote
         .metadata             where each rectangle of each logical tensor lies
         manifest.json         what this is, and size and sha256 of every other file; written last
 
-A folder named `step_...` with a manifest is complete (writer.py sees to it). The manifest:
+A folder named `step_...` with a manifest is complete: writer.py renames it last. The manifest:
 
-    format     2                                   step, tokens, samples   how far the run was; samples is the data position
+    format     2                                   step, tokens, samples   progress; samples is the position in the data
     config     the complete config of the run      layout, versions        of the run that wrote it, for people
     files      {name: {"bytes": size, "sha256": hexadecimal digest}}
 
@@ -87,7 +87,7 @@ def resolve(path: Path) -> Path:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint `path`; raises UserError for a damaged or foreign one, or one of another format."""
+    """The manifest of the checkpoint `path`. Raises UserError for a damaged one, a foreign one or another format."""
     file = path / MANIFEST
     try:
         manifest = json.loads(file.read_text())

@@ -1,14 +1,15 @@
 """Tensors of the whole model, of which a rank holds some rectangles: what torch.distributed.checkpoint is given.
 
-A checkpoint knows nothing of ranks. Each entry is one tensor of the logical model, for example `codes/layers.3.mlp.up_proj`,
-and each rank says which rectangles of it lie in its memory:
+A checkpoint knows nothing of ranks. Each entry is one tensor of the logical model, for example
+`codes/layers.3.mlp.up_proj`. Each rank says which rectangles of the tensor lie in its memory:
 
     shape [rows, columns]      chunks {(row, column): view of local memory [n, w]}
 
-Writing takes every rectangle once (ranks that hold equal copies are thinned out by the planner). Loading asks for the
-rectangles of the NEW layout and the planner reads whatever parts of stored ones they overlap, straight into the views. So the
-layout may differ between save and load without any conversion. DTensor can describe a grid of equal shards; the rows of a fused
-qkv, cut once more by ZeRO, are not one, hence rectangles.
+Writing takes every rectangle once: where several ranks hold equal copies, the planner picks one of them. Loading asks
+for the rectangles of the NEW process grid. The planner finds the stored rectangles that overlap with these and reads
+the common parts straight into the views. So the process grid may differ between save and load, and nothing is
+converted. DTensor describes a grid of equal shards only. ZeRO cuts the rows of a fused qkv into unequal shards, hence
+rectangles.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@
     reader.tensors["codes/layers.0.mlp.up_proj"]  shape, dtype and sizes, without reading it
     reader.read("codes/layers.0.mlp.up_proj")     the whole matrix, put together from the rectangles of all ranks
 
-Names and meaning of the tensors are those of state.py. Memory is bounded by the largest tensor, whatever the size of the model.
+Names and meaning of the tensors are those of state.py. The largest tensor bounds the memory, whatever the size of the
+model.
 """
 
 from __future__ import annotations
@@ -42,8 +43,8 @@ class TensorInfo:
 class CheckpointReader:
     """A complete checkpoint, open for reading.
 
-    Raises UserError for a path without one, another format version, a damaged manifest or metadata, a missing file or one of
-    another size, here and while reading.
+    Raises UserError for a path without one, another format version, a damaged manifest or metadata, a missing file or
+    one of another size, here and while reading.
     """
 
     def __init__(self, path: str | Path) -> None:

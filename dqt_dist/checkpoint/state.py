@@ -2,8 +2,9 @@
 
     codes/<matrix>                 packed codes          uint8 or int8 [rows, packed columns]
     scale/<matrix>                 scale                 fp32 [1, 1]
-    low_bit.<moment>/<matrix>      optimizer state       fp32 or uint8, exp_avg and exp_avg_sq [rows, columns]; of 8-bit moments
-                                                         also exponents of blocks, *_scale [rows, columns / 32]
+    low_bit.<moment>/<matrix>      optimizer state       fp32 or uint8, exp_avg and exp_avg_sq [rows, columns]; with
+                                                         8-bit moments also the exponents of blocks,
+                                                         *_scale [rows, columns / 32]
     parameter/<name>               master value          fp32 [rows, columns]
     parameter.<moment>/<name>      optimizer state       fp32 [rows, columns]
 
@@ -48,8 +49,8 @@ def _add(state: LogicalState, name: str, shape: tuple[int, int], offset: tuple[i
 
 
 def _add_low_bit_moments(state: LogicalState, rows: OwnedRows) -> None:
-    """AdamW's moments have a value a column, or one a block of columns; Adafactor's are a column [rows, 1] and a row [1, columns] a
-    matrix."""
+    """AdamW's moments have a value per column, or one per block of columns. Adafactor's are a column [rows, 1] and a
+    row [1, columns] per matrix."""
     layout = rows.weight.layout
     assert layout is not None
     for name, tensor in rows.state.items():

@@ -1,7 +1,7 @@
 """Saving and resuming a run: from model and optimizer to checkpoint folders and back.
 
-What is saved is in state.py, how it is written in writer.py, what a folder holds in folder.py. Loading restores every tensor
-in place, whatever layout wrote it, and refuses whatever is not the same model.
+state.py says what is saved, writer.py how, folder.py what a folder holds. Loading restores every tensor in place,
+whatever process grid wrote it, and refuses a checkpoint of another model.
 """
 
 from __future__ import annotations
@@ -82,7 +82,8 @@ def find(config: Config, resume: str) -> Path | None:
 
 
 def set_aside_newer(config: Config, checkpoint: Path) -> list[Path]:
-    """Renames what the run folder holds of steps after `checkpoint`: a run that goes back behind them leaves their course.
+    """Renames the run folder's checkpoints of later steps than `checkpoint`, because the run will compute these steps
+    anew.
 
     Otherwise --resume auto would take them up again after the next interruption. Nothing is deleted: `step_N` becomes
     `left_step_N`. Returns the new names; on the first rank, before anything is written. A collective call.
@@ -100,7 +101,10 @@ def set_aside_newer(config: Config, checkpoint: Path) -> list[Path]:
 
 
 def start_of(checkpoint: Path | None) -> Progress:
-    """Where a run that resumes from `checkpoint` begins; a run from scratch at nothing. Raises UserError as `load` does."""
+    """The progress at which a run begins: that of `checkpoint`, or zero without one.
+
+    Raises UserError as `load` does.
+    """
     return Progress(0, 0, 0) if checkpoint is None else progress_of(read_manifest(checkpoint))
 
 

@@ -1,12 +1,14 @@
 """Writes a checkpoint folder: whole or not at all, while training waits or goes on.
 
-    stage    the state is copied to host memory: what is written is the state of this moment     only when asynchronous
-    write    tensors, sizes and hashes, manifest, rename, retention                              here, or in one thread
+    stage    copy the state of this moment to host memory                 only when asynchronous
+    write    tensors, sizes and hashes, manifest, rename, retention       in the call, or in one thread
 
-A save goes to `.partial_step_...`; only when every rank has written, the manifest stands and everything is on the disk is the
-folder renamed. A folder named `step_...` is therefore complete, and an interrupted save leaves the older ones as they were.
+A save goes to `.partial_step_...`. The folder is renamed only when every rank has written, the manifest is complete and
+everything is on the disk. A folder named `step_...` is therefore complete, and an interrupted save leaves the older
+checkpoints as they were.
 
-The ranks talk through a group of gloo that is this writer's own: collectives of a thread must never mix with those of training.
+The ranks talk through a gloo group of this writer alone: collectives of its thread must never mix with those of
+training.
 """
 
 from __future__ import annotations
@@ -118,8 +120,9 @@ class SaveFigures:
 class CheckpointWriter:
     """Writes logical states of all ranks below one folder. Every method is a collective call.
 
-    A failure on any rank is raised on all: by `save` itself or, asynchronous, by the next `save`, `wait` or `close`. What the
-    disk refused is a RunError, a folder that not all nodes share a UserError. The checkpoints before it stay as they are.
+    A failure on any rank is raised on all: by `save` itself or, asynchronous, by the next `save`, `wait` or `close`.
+    What the disk refused is a RunError, a folder that not all nodes share a UserError. The checkpoints before it stay
+    as they are.
     """
 
     def __init__(self, directory: Path, retention: Retention, asynchronous: bool) -> None:
@@ -134,7 +137,10 @@ class CheckpointWriter:
         self.finished: list[SaveFigures] = []
 
     def save(self, state: LogicalState, progress: Progress, facts: dict[str, Any]) -> None:
-        """Writes `state`; `facts` (config, layout, versions) go into the manifest. Returns when training may change it."""
+        """Writes `state`; `facts` (config, layout, versions) go into the manifest.
+
+        Returns when training may change it.
+        """
         self.wait()
         start = time.perf_counter()
         if self.thread is None:
@@ -158,7 +164,7 @@ class CheckpointWriter:
         self.finished.append(figures)
 
     def take_finished(self) -> list[SaveFigures]:
-        """Figures of the saves that were completed since the last call. Never waits; the one that is no collective call."""
+        """Figures of the saves completed since the last call. Never waits. The only call that is not collective."""
         if self.pending is not None and self.pending.done() and self.pending.exception() is None:
             self.finished.append(self.pending.result())
             self.pending = None
@@ -205,7 +211,8 @@ class CheckpointWriter:
 
     def _disk_error(self, rank: int, error: object) -> RunError:
         return RunError(
-            f"{self.directory}: a checkpoint could not be written by rank {rank}: {error}; the ones before it are as they were"
+            f"{self.directory}: a checkpoint could not be written by rank {rank}: {error}; "
+            "the ones before it are as they were"
         )
 
     def _own_files(self, partial: Path) -> dict[str, dict[str, Any]]:

@@ -16,9 +16,9 @@ replaced (`EpochDataset`); reading stays Megatron's. For a stream of T tokens an
 All three are functions of (seed, e) alone: a longer run has the same samples and then more. A blend takes the next
 sample of the source that is furthest behind its weight (Megatron's BlendedDataset), which does not look ahead either.
 
-The index of a source is written once into `cache_dir` by one process a node and then mapped by all: int32 [documents of
-all epochs], int32 [samples + 1, 2], uint32 [samples]. It appears there by one rename. That of a blend, 10 bytes a
-sample, is recomputed in memory by each process, in about 0.03 s a million.
+The index of a source is written once into `cache_dir` by one process per node and then mapped by all: int32 [documents
+of all epochs], int32 [samples + 1, 2], uint32 [samples]. It appears there by one rename. That of a blend, 10 bytes per
+sample, is recomputed in memory by each process, in about 0.03 s per million samples.
 """
 
 from __future__ import annotations

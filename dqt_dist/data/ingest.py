@@ -3,7 +3,7 @@
 Hugging Face `datasets` reads and decompresses everything, in streaming mode: nothing is copied to its cache, memory
 stays bounded, and documents come in the order of the files and of the lines in them. What a document is:
 
-    .jsonl    one JSON object a line; the document is its `text_key` field
+    .jsonl    one JSON object per line; the document is its `text_key` field
     .parquet  one row; the document is its `text_key` column
     .txt      the file is cut at empty lines into documents of at least TEXT_DOCUMENT_CHARACTERS. A short file is one
               document; a book becomes several, so that shuffling and a validation split have something to work on,

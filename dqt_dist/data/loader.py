@@ -1,15 +1,15 @@
 """Samples to micro-batches: which rank reads which sample at which step.
 
-Nothing here has a state. A step takes the next G samples of the dataset, G the global batch size; s is the first of them.
-With D data-parallel ranks and micro-batches of B samples, micro-batch m of rank r is B consecutive ones of them:
+Nothing here has a state. A step takes the next G samples of the dataset, where G is the global batch size and s the
+first of these samples. There are D data-parallel ranks. Micro-batch m of rank r is B consecutive samples:
 
     first sample = s + m*(D*B) + r*B            m = 0 .. G/(D*B) - 1
 
-so the set of samples of a step does not depend on D, and the number of samples consumed so far is all that resuming takes,
-also with another G. Ranks that share a data-parallel rank (tensor and pipeline parallel) read the same.
+So the samples of a step do not depend on D. Resuming needs only the number of samples consumed so far, even when G
+changes. Ranks that share a data-parallel rank (tensor and pipeline parallel) read the same samples.
 
-With `num_workers` > 0, PyTorch's DataLoader reads in that many processes, two steps ahead each, and `pin_memory` puts
-the result where an asynchronous copy to the GPU can start; with 0 everything happens in the call. No global random
+With `num_workers` > 0, PyTorch's DataLoader reads in that many processes, each two steps ahead. `pin_memory` puts the
+result where an asynchronous copy to the GPU can start. With 0 workers everything happens in the call. No global random
 state is read or moved.
 """
 
@@ -64,7 +64,8 @@ class Loader:
         self._num_samples = len(dataset)  # type: ignore[arg-type]
         if len(self) == 0:
             raise UserError(
-                f"training.global_batch_size: {global_batch_size} is more than the dataset's {self._num_samples} samples"
+                f"training.global_batch_size: {global_batch_size} is more than the dataset's "
+                f"{self._num_samples} samples"
             )
         self._num_workers = num_workers
         self._pin_memory = pin_memory
@@ -73,15 +74,16 @@ class Loader:
         return self._num_samples // self._global_batch_size
 
     def iterate(self, first_sample: int = 0) -> Iterator[list[MicroBatch]]:
-        """Yield one list of micro-batches a step, from the step that begins with `first_sample` to the end of the dataset.
+        """Yield one list of micro-batches per step, from the step that begins with `first_sample` to the end of the
+        data.
 
         Each micro-batch is {"tokens": int64 [B, S], "labels": int64 [B, S], "loss_mask": float32 [B, S]} on the CPU.
         """
         processes = None
         if self._num_workers:
-            # Not "fork": a rank has threads of gloo, NCCL and OpenMP by now, and a child that is forked while one of them holds a
-            # lock waits for it for ever. The server is a fresh process that does nothing but fork workers, and imports what they
-            # need, PyTorch above all, once and not each of them.
+            # Not "fork": a rank has threads of gloo, NCCL and OpenMP by now. A child that is forked while a thread
+            # holds a lock waits for the lock for ever. The server is a fresh process that does nothing but fork
+            # workers, and imports what they need, PyTorch above all, once and not each of them.
             processes = multiprocessing.get_context("forkserver")
             processes.set_forkserver_preload([__name__, type(self._steps.dataset).__module__])
         loader = DataLoader(
@@ -103,8 +105,8 @@ class Loader:
 
 
 def _end_with(process: int, _worker: int) -> None:
-    """Has this worker end when `process` is gone, however it went. PyTorch's worker looks at its parent for that, which is the server
-    that forked it; and the server lives as long as a worker does."""
+    """Ends this worker when `process` is gone, for whatever reason. PyTorch's worker looks at its parent, which here is
+    the server that forked it; and the server lives as long as a worker does."""
     exited = os.pidfd_open(process)
 
     def wait() -> None:
@@ -118,8 +120,8 @@ def _end_with(process: int, _worker: int) -> None:
 def _stop_signals_held() -> Iterator[None]:
     """What is started inside never sees the signals that ask a run to stop; this process sees them afterwards.
 
-    A launcher may send them to every process of a job. A worker that died of one would take the step with it that is still to be
-    finished and saved. Masks are inherited, also by the server that forks the workers.
+    A launcher may send them to every process of a job. A worker that died of one would take the step with it that is
+    still to be finished and saved. Masks are inherited, also by the server that forks the workers.
     """
     resource_tracker.ensure_running()  # multiprocessing would start it inside, and unblock signals when it has
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))

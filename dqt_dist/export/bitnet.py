@@ -1,12 +1,13 @@
 """Format `hf-bitnet`: ternary codes at 2 bits, for transformers' `quant_method: bitnet`.
 
-    weight        uint8 [out / 4, in]   row r of the matrix lies in packed row r mod (out / 4), at bits 2 * (r div (out / 4)):
-                                        blocks of rows, not four neighbours; stored value code + 1
+    weight        uint8 [out / 4, in]   row r of the matrix lies in packed row r mod (out / 4), at bits
+                                        2 * (r div (out / 4)): blocks of rows, not four neighbours;
+                                        stored value code + 1
     weight_scale  fp32 [1]              1 / s: the engine's BitLinear DIVIDES by it
 
-Activations are rounded to 8 bits a token as in training: scale 127 / max|x|, floor 1e-5 on the maximum. The engine cannot
-switch that off, so a model trained without it is refused. The linear class `bitlinear` keeps the packed bytes in memory and
-is what llama.cpp's converter reads too (`autobitlinear` multiplies by its scale: another file).
+Activations are rounded to 8 bits per token, as in training: scale 127 / max|x|, floor 1e-5 on the maximum. The engine
+cannot switch that off, so a model trained without it is refused. The linear class `bitlinear` keeps the packed bytes in
+memory and is what llama.cpp's converter reads too (`autobitlinear` multiplies by its scale: another file).
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def entries(weights: Weights) -> list[Entry]:
 
 
 def quantization_config() -> dict[str, Any]:
-    """The entry of config.json. modules_to_not_convert is null: an explicit list would turn the head into a BitLinear."""
+    """The entry of config.json. An explicit modules_to_not_convert would turn the head into a BitLinear: it is null."""
     return {
         "quant_method": "bitnet",
         "linear_class": "bitlinear",

@@ -6,8 +6,8 @@
     8 bits, int-quantized       weight         int8 [out, in]
     both                        weight_scale   fp32 [out, 1]                    W = weight_scale * code
 
-Ternary codes take 2 bits. The scale is one number a matrix; it is written once a row because vLLM's packed kernels want
-one a channel. Each config group names its format: without that transformers infers the wrong one.
+Ternary codes take 2 bits. The scale is one number per matrix. The file repeats the number for every row, because vLLM's
+packed kernels want one per channel. Each config group names its format: without that transformers infers the wrong one.
 """
 
 from __future__ import annotations

@@ -117,7 +117,11 @@ def _check_ternary(request: Request, weights: Weights) -> None:
 
 
 def find_tokenizer(given: Path | None, reader: CheckpointReader) -> Tokenizer:
-    """`given` by --tokenizer, tokenizer.model in the run folder (of imported models), or the file of the config. Raises UserError for none or another one."""
+    """The tokenizer of a run: `given` by --tokenizer, tokenizer.model in the run folder, or the file that the config
+    names.
+
+    Imported models have the file in the run folder. Raises UserError when there is none, or one of another model.
+    """
     run = reader.path.parent.parent
     configured = Path(reader.config.data.tokenizer)
     candidates = [given] if given else [run / "tokenizer.model", configured]
@@ -142,7 +146,7 @@ def check_pieces(tokenizer: Tokenizer, rows: int) -> None:
 
 
 def _plan(weights: Weights, export_format: str) -> tuple[list[Entry], dict[str, Any] | None, int]:
-    """Entries, quantization_config and bits a weight of the linears."""
+    """Entries, quantization_config and bits per weight of the linears."""
     if export_format == "hf-bitnet":
         bitnet.check(weights)
         return bitnet.entries(weights), bitnet.quantization_config(), 2
@@ -184,7 +188,8 @@ def _verify_hf(folder: Path, weights: Weights, tokenizer: Tokenizer, export_form
     else:
         compare(floats, verify.FLOAT, "none", verify.without_activations(folder))
     if export_format != "hf" and weights.config.quantization.activation != "none":
-        # The engine as it is: 8-bit activations are int8 there, also those of a run with e4m3. compressed-tensors scales 8-bit activations by max/127.5 where training has max/127.
+        # The engine unchanged. Its 8-bit activations are int8, even for a run with e4m3. compressed-tensors scales
+        # activations by max/127.5 where training has max/127.
         with trainer_model(weights, "int8") as trainer:
             rounded = trainer(tokens)
         compare(rounded, verify.eight_bit_bound(rounded, floats), "int8", None)

@@ -1,6 +1,6 @@
-"""Blocks of llama.cpp: integer codes and one fp16 scale d a block, W = d * code. Blocks run along the row.
+"""Blocks of llama.cpp: integer codes and one fp16 scale d per block, W = d * code. Blocks run along the row.
 
-    type   codes a block   bytes   codes held    layout
+    type   codes/block     bytes   codes held    layout
     TQ2_0  256             66      -1 .. 1       64 bytes of four 2-bit fields, d
     TQ1_0  256             54      -1 .. 1       48 + 4 bytes of five (four) base-3 digits, d
     Q4_0    32             18      -8 .. 7       d, 16 bytes of two 4-bit fields
@@ -8,8 +8,8 @@
     Q6_K   256             210     -32 .. 31     128 bytes low 4 bits, 64 bytes high 2 bits, 16 int8 scales (all 1), d
     Q8_0    32             34      -127 .. 127   d, 32 int8 (llama.cpp reads -128 as well)
 
-The scale of a matrix is repeated in each of its blocks, which every llama.cpp reads; it is exact when it is an fp16 number, as
-powers of two down to 2^-24 are. The layouts are checked against the `gguf` package, which unpacks all of them.
+Every block of a matrix repeats its scale, so that every llama.cpp reads the file. The scale is exact when it is an fp16
+number; powers of two down to 2^-24 are. The layouts are checked against the `gguf` package, which unpacks all of them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Codes = NDArray[np.int8]
-"""[blocks, codes a block]."""
+"""[blocks, codes per block]."""
 Bytes = NDArray[np.uint8]
 
 
@@ -31,7 +31,7 @@ class BlockType:
 
     name: str
     size: int
-    """Codes a block."""
+    """Codes per block."""
     num_bytes: int
     qmin: int
     qmax: int
@@ -56,7 +56,7 @@ def _tq2_0(codes: Codes) -> Bytes:
 
 
 def _base_3(digits: NDArray[np.uint8]) -> Bytes:
-    """digits [blocks, 5, bytes], most significant first -> ceil(value * 256 / 243): digits come back by multiplying with 3."""
+    """digits [blocks, 5, bytes], most significant first -> ceil(value * 256 / 243). Times 3 yields the digits."""
     value = np.zeros((digits.shape[0], digits.shape[2]), dtype=np.uint16)
     for position in range(5):
         value = value * 3 + digits[:, position]
@@ -85,7 +85,7 @@ def _q5_0(codes: Codes) -> Bytes:
 
 
 def _q6_k(codes: Codes) -> Bytes:
-    """In each half of 128: elements l and l + 64 share a byte of low bits, l, l + 32, l + 64, l + 96 one of high bits."""
+    """In each half of 128: l and l + 64 share a byte of low bits; l, l + 32, l + 64 and l + 96 one of high bits."""
     fields = (codes + 32).astype(np.uint8).reshape(-1, 2, 4, 32)
     low, high = fields & 15, fields >> 4
     low_bytes = _side_by_side([low[:, :, :2], low[:, :, 2:]], 4)
@@ -114,7 +114,7 @@ TYPES = {
 
 
 def pack(codes: NDArray[np.int8], scale: float, block: BlockType) -> Bytes:
-    """int8 codes [rows, columns], columns a multiple of block.size -> bytes [rows, columns / block.size * block.num_bytes]."""
+    """int8 codes [rows, columns] -> bytes [rows, columns / block.size * block.num_bytes]; block.size divides them."""
     rows, columns = codes.shape
     packed = block.pack(np.ascontiguousarray(codes).reshape(-1, block.size))
     halves = np.full((len(packed), 1), scale, dtype="<f2").view(np.uint8)

@@ -2,9 +2,10 @@
 
     model.gguf    token_embd, output_norm, output, blk.N.{attn_norm, attn_q, ..., ffn_down}.weight, metadata, tokenizer
 
-Linears are blocks of integer codes (gguf_blocks.py), embedding and head F16 or F32, norms F32. llama.cpp turns neighbouring
-pairs in its rotary embedding where Hugging Face turns halves, so rows of q_proj and k_proj change places. A feed-forward size
-that fills no whole block is padded with zero rows of gate and up and zero columns of down, which change nothing.
+Linears are blocks of integer codes (gguf_blocks.py), embedding and head F16 or F32, norms F32. The rotary embedding of
+llama.cpp turns neighbouring pairs, that of Hugging Face turns halves: rows of q_proj and k_proj change places. A
+feed-forward size that fills no whole block is padded by zero rows of gate and up and zero columns of down. The padding
+does not change the result.
 """
 
 from __future__ import annotations
@@ -58,11 +59,12 @@ def key(name: str) -> str:
 
 
 def choose_block(weights: Weights, wanted: str | None) -> BlockType | None:
-    """The block type of the linears; None for float weights. Raises UserError for a model that the format cannot hold."""
+    """The block type of the linears, None for float weights. Raises UserError for a model the format cannot hold."""
     model = weights.config.model
     if model.sub_norm:
         raise UserError(
-            "--format gguf: llama.cpp's LLaMA has no norms before o_proj and down_proj (model.sub_norm); use hf-bitnet, "
+            "--format gguf: llama.cpp's LLaMA has no norms before o_proj and down_proj (model.sub_norm); use "
+            "hf-bitnet, "
             "hf-compressed or hf"
         )
     if not weights.has_codes:

@@ -1,7 +1,7 @@
 """Reads a Hugging Face folder, plain LLaMA or one of our exports, as the weights of a run: one tensor at a time.
 
     codes in the folder, of the run's bits     taken as they are
-    floats, or codes of other bits             quantised with the run's scale rule, or with the scale that dqt_dist.json keeps
+    floats, or codes of other bits             quantised with the run's scale rule, or with the scale in dqt_dist.json
 
 What is not the LLaMA that the trainer builds is refused: biases, other activation functions, scaled rotary embedding.
 """
@@ -166,7 +166,8 @@ def _packing(folder: HfFolder) -> str | None:
     if method == "compressed-tensors" and quantization.get("format") in ("pack-quantized", "int-quantized"):
         return quantization["format"]
     raise UserError(
-        f"--from-hf {folder.folder}: quantization_config {method!r} is not read; use a folder of floats, or an export of "
+        f"--from-hf {folder.folder}: quantization_config {method!r} is not read; use a folder of floats, or an "
+        "export of "
         "this project"
     )
 

@@ -1,8 +1,8 @@
 """From a Hugging Face folder to a training checkpoint: the way back of `convert`.
 
-Codes, scales and parameters come from the folder, moments start at zero. An export of this project brings its configuration
-and its progress along, so training goes on with the next batch; any other model needs the configuration of the run and
-starts at step 0.
+Codes, scales and parameters come from the folder, moments start at zero. An export of this project holds its
+configuration and progress, so training continues with the next batch. Any other model needs the configuration of the
+run and starts at step 0.
 """
 
 from __future__ import annotations

@@ -20,9 +20,11 @@ NOTES = {
     "hf": "All weights are floats, scale times code. Activations are not rounded to 8 bits, as training may have done.",
     "hf-bitnet": "Linears are packed ternary codes, 2 bits a weight (`quant_method: bitnet`, needs `accelerate`). "
     "Activations are rounded to 8 bits a token, as in training (int8; training with fp8 products rounds them to e4m3).",
-    "hf-compressed": "Linears are packed integer codes (`compressed-tensors`), opened by transformers and vLLM. transformers "
+    "hf-compressed": "Linears are packed integer codes (`compressed-tensors`), opened by transformers and vLLM. "
+    "transformers "
     "unpacks them at the first forward and scales 8-bit activations by max/127.5 where training has max/127.",
-    "gguf": "Linears are packed integer codes with one scale a matrix, repeated in every block as fp16. llama.cpp rounds "
+    "gguf": "Linears are packed integer codes with one scale a matrix, repeated in every block as fp16. "
+    "llama.cpp rounds "
     "activations to 8 bits in blocks of its own, so its logits are within that rounding of the trained model's.",
 }
 

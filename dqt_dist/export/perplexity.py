@@ -1,7 +1,8 @@
 """Perplexity of the exported weights beside that of the trained ones, for `--bits ternary`.
 
-Measured in the trainer's own model on windows of the run's validation data, or on a short built-in text where these files
-are not at hand. A figure to see what the rounding costs; tools/evaluate.py measures properly, with a sliding window.
+The trainer's own model is measured on windows of the run's validation data, or on a short built-in text where these
+files are missing. The figure shows roughly what the rounding costs. tools/evaluate.py measures exactly, with a sliding
+window.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def held_out_windows(config: Config, tokenizer: Tokenizer) -> tuple[Tensor, str]
 
 
 def perplexity(weights: Weights, windows: Tensor) -> float:
-    """exp of the mean loss a token, in fp32 and with the activations of the run."""
+    """exp of the mean loss per token, in fp32 and with the activations of the run."""
     with trainer_model(weights, weights.config.quantization.activation) as trainer:
         losses = [
             torch.nn.functional.cross_entropy(trainer(window[None, :-1])[0], window[1:], reduction="none")

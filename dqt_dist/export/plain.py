@@ -1,7 +1,7 @@
 """Format `hf`: every weight as floats, for whatever reads a LLaMA from Hugging Face.
 
-W = scale * codes is exact in bf16 when the scale is a power of two. Input of the linears is not quantised by the engines
-that read this format: the weights are the trained ones, the 8-bit rounding of activations is left out.
+W = scale * codes is exact in bf16 when the scale is a power of two. The weights are the trained ones.
+Engines that read this format do not round activations to 8 bits.
 """
 
 from __future__ import annotations

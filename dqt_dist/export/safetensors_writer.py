@@ -1,11 +1,12 @@
 """safetensors files, written one tensor at a time and cut into shards.
 
     file     8 bytes little-endian length of the header | header, JSON, padded with spaces | tensors without gaps
-    header   {"__metadata__": {"format": "pt"}, name: {"dtype": "BF16", "shape": [..], "data_offsets": [begin, end]}, ..}
+    header   {"__metadata__": {"format": "pt"}, name: {"dtype": "BF16", "shape": [..],
+             "data_offsets": [begin, end]}, ..}
 
-The library writes a whole dictionary of tensors that lie in memory. An `Entry` knows shape and dtype before its tensor exists,
-so the header can come first and each tensor is made, written and dropped. Above `shard_bytes` the names of the files and
-the index are those of transformers.
+The safetensors library writes a whole dictionary of tensors in memory. An `Entry` knows shape and dtype before its
+tensor exists: the header comes first, then each tensor is made, written and dropped. Above `shard_bytes` the names of
+the files and the index are those of transformers.
 """
 
 from __future__ import annotations

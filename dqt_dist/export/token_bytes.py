@@ -1,11 +1,11 @@
-"""The bytes of UTF-8 text that each token id stands for: for figures a byte, and for text that is shown as it is made.
+"""The bytes of UTF-8 text that each token id stands for: for figures per byte, and for text that is shown at once.
 
     piece          bytes
     U+2581 t h e   " the"       SentencePiece writes a space as U+2581
-    <0xE6>         E6           byte fallback: a character outside the vocabulary is one piece a byte
+    <0xE6>         E6           byte fallback: a character outside the vocabulary is one piece per byte
     <s> </s>       none
 
-SentencePiece puts one space before a text, which is not of it: the first piece of a document has one byte too many.
+SentencePiece puts one space before a text. The space is no part of the text: each document has one byte too many.
 """
 
 from __future__ import annotations

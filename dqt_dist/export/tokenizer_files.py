@@ -4,8 +4,8 @@
     tokenizer.json           its pieces and merges, for the `tokenizers` library
     tokenizer_config.json    class and special tokens; no <s> is added, since training adds none
 
-A BPE model of SentencePiece merges the pair whose result has the highest score. The list of merges that `tokenizers` wants is
-therefore every way to cut a piece into two pieces, in the order of the ids of the results.
+A BPE model of SentencePiece merges the pair whose result has the highest score. The merges of `tokenizers` are
+therefore all ways to cut a piece into two pieces, in the order of the ids of the results.
 """
 
 from __future__ import annotations

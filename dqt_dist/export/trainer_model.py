@@ -1,6 +1,7 @@
 """The trainer's own model in one process, filled from a checkpoint: what exported models are compared with.
 
-It is the model that training runs (megatron-core's GPTModel from our layer spec) in fp32, with world size 1 and no optimizer.
+The model is the one that training runs (megatron-core's GPTModel from our layer spec), in fp32, with world size 1 and
+no optimizer.
 """
 
 from __future__ import annotations

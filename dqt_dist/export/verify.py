@@ -5,11 +5,12 @@
     size        the files hold the bytes that the bits of the weights make
     logits      engine against the trainer's own model (fp32, CPU)
 
-Logits are compared where both compute the same function. Then only the order of fp32 sums differs and the bound is tight
-(FLOAT). An engine that rounds activations to 8 bits is within fp32 noise of the trainer too, but for values beside the border
-of two codes: one such value takes the other code, which is 1/127 of its token's maximum, and layer after layer more follow, until
-the two are as far apart as two independent roundings. How far that is the trainer's model tells, run with and without rounding
-(`eight_bit_bound`); what such a bound would hide is looked for in the weights themselves.
+Logits are compared where engine and trainer compute the same function. Only the order of fp32 sums differs then, and
+the bound is tight (FLOAT). With activations rounded to 8 bits, most values also agree up to fp32 noise. A value near
+the border of two codes may take the other code, a difference of 1/127 of its token's maximum. Such differences grow
+from layer to layer, until the two models are as far apart as two independent roundings. `eight_bit_bound` measures this
+distance: the trainer's model runs with and without rounding. Errors that such a bound would hide are looked for in the
+weights themselves (`check_bitnet_linears`).
 """
 
 from __future__ import annotations
@@ -95,9 +96,9 @@ def sample_tokens(tokenizer: Tokenizer, sequence_length: int) -> Tensor:
 
 
 def check_size(folder: Path, weights: Weights, bits: int) -> None:
-    """Raises VerificationError when the safetensors files hold another number of bytes than `bits` a weight make.
+    """Raises VerificationError when the safetensors files do not hold `bits` per weight.
 
-    A linear may have beside its codes a scale and the padding of the last word a row, and its shape.
+    Beside its codes a linear may have its shape and, per row, a scale and the padding of the last word.
     """
     of_codes = sum(rows * columns for rows, columns in weights.linears.values()) * bits / 8
     beside = sum(8 * rows + 16 for rows, _ in weights.linears.values())
@@ -105,7 +106,8 @@ def check_size(folder: Path, weights: Weights, bits: int) -> None:
     found, least = tensor_bytes(folder), of_codes + of_parameters
     if not least <= found <= least + beside:
         raise VerificationError(
-            f"the files hold {found:,} bytes of tensors; {bits} bits a weight make {least:,.0f}, and at most {beside:,} "
+            f"the files hold {found:,} bytes of tensors; {bits} bits a weight make {least:,.0f}, and at most "
+            f"{beside:,} "
             "for scales"
         )
 
@@ -174,7 +176,7 @@ def transformers_logits(
 
 @torch.no_grad()
 def check_bitnet_linears(folder: Path, weights: Weights) -> None:
-    """Each packed linear of the loaded model against scale * codes, on inputs that its 8-bit rounding leaves as they are.
+    """Each packed linear of the loaded model against scale * codes, on inputs that 8-bit rounding does not change.
 
     Integers with a maximum of 127 are their own codes: no rounding hides a difference here, as it may in logits.
     """

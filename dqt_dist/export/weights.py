@@ -4,8 +4,8 @@
     matrix(name)     the same weight as floats, for formats without codes
     parameter(name)  embedding, head, norms, in the precision that the export stores
 
-Nothing is kept: a model of any size passes through with the memory of its largest matrix. What `method` trained decides where
-codes come from: dqt stores them, bitnet derives them from its float master as its own forward does, none has none.
+Nothing is kept: the largest matrix bounds the memory, whatever the size of the model. The codes depend on the method of
+training: dqt stores codes, bitnet derives codes from the float master as its own forward does, none has no codes.
 """
 
 from __future__ import annotations

@@ -4,12 +4,12 @@ The text is one stream of token ids in which every document follows an end-of-do
 
     </s> d o c u m e n t </s> d o c u m e n t          every token after the first is scored, exactly once
 
-A window is a sequence of at most `length` tokens that the model reads. The first one scores all of its predictions; each next one
-ends `stride` tokens later and scores the last `stride` of them, so that they are predicted from at least length - stride + 1
-tokens. stride = length, the default, reads every token once and is what lm-eval's rolling windows do; a smaller stride costs
-length / stride times as much and measures a model that has always read something before.
+A window is a sequence of at most `length` tokens that the model reads. The first window scores all of its predictions.
+Each next window ends `stride` tokens later and scores its last `stride` predictions, each made from at least length -
+stride + 1 tokens. The default, stride = length, reads every token once, as lm-eval's rolling windows do. A smaller
+stride costs length / stride times as much, and no prediction after the first window is made from few tokens.
 
-    loss            mean of -ln p(token), in nats a token            perplexity = exp(loss)
+    loss            mean of -ln p(token), in nats per token          perplexity = exp(loss)
     bits_per_byte   sum of -log2 p(token) / bytes of the text in UTF-8: comparable between tokenizers
 """
 
@@ -42,7 +42,7 @@ class Figures:
     """What an evaluation finds."""
 
     loss: float
-    """Nats a token."""
+    """Nats per token."""
     perplexity: float
     bits_per_byte: float
     tokens: int
@@ -55,7 +55,10 @@ class Figures:
 
 @dataclass(frozen=True)
 class Window:
-    """Reads stream[start:stop] and scores its last `scored` predictions, those of stream[stop - scored + 1 : stop + 1]."""
+    """Reads stream[start:stop] and scores its last `scored` predictions.
+
+    The scored tokens are stream[stop - scored + 1 : stop + 1].
+    """
 
     start: int
     stop: int

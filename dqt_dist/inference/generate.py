@@ -1,7 +1,7 @@
 """Continues a prompt token by token, with a KV cache, and hands out the text as it comes.
 
-transformers' `generate` does the work: temperature, then top-k, then top-p (arXiv 1904.09751), one draw a token. The same seed
-gives the same text on the same kind of device; temperature 0 takes the best token and draws nothing.
+transformers' `generate` does the work: temperature, then top-k, then top-p (arXiv 1904.09751), one draw per token.
+The same seed gives the same text on the same kind of device. Temperature 0 takes the best token and draws nothing.
 """
 
 from __future__ import annotations
@@ -48,20 +48,26 @@ class _Listener:
 
 
 def encode_prompt(language_model: LanguageModel, prompt: str) -> list[int]:
-    """Ids of the prompt; for an empty one the mark after which a document begins. Raises UserError for one without room."""
+    """Ids of the prompt, or the end-of-document mark for an empty one.
+
+    Raises UserError when the prompt fills the context.
+    """
     tokenizer = language_model.tokenizer
     ids = tokenizer.encode(prompt.encode("utf-8", "replace").decode("utf-8")) or [tokenizer.eod_id]
     if len(ids) >= language_model.context_length:
         raise UserError(
-            f"--prompt: {len(ids)} tokens, the model's context has {language_model.context_length}; nothing can follow, "
-            "shorten it"
+            f"--prompt: {len(ids)} tokens, the model's context has {language_model.context_length}; "
+            "nothing can follow, shorten it"
         )
     return ids
 
 
 @torch.no_grad()
 def generate(language_model: LanguageModel, prompt: str, sampling: Sampling, write: Callable[[str], None]) -> list[int]:
-    """Ids of the continuation, </s> included if it came. `write` gets the text of prompt and continuation, piece by piece."""
+    """Ids of the continuation, with </s> if the model ended the document.
+
+    `write` gets the text of prompt and continuation, piece by piece.
+    """
     ids = encode_prompt(language_model, prompt)
     draw: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:

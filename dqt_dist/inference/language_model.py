@@ -1,12 +1,13 @@
-"""A model to evaluate or to generate with, from a checkpoint or from an exported folder, as a model of transformers.
+"""A model to evaluate or to generate with, of a checkpoint or an exported folder, as a model of transformers.
 
-    checkpoint (any layout)    transformers' own LLaMA, built in memory: embedding, norms and head as they are stored, each linear
-                               of a block one that computes what the trainer's does, operation by operation
+    checkpoint (any layout)    transformers' own LLaMA, built in memory: embedding, norms and head as they are stored;
+                               each linear of a block repeats the trainer's operations
     hf, hf-bitnet,             from_pretrained, with the arithmetic of that format's engine
     hf-compressed
 
-transformers brings the KV cache and the sampling. Megatron's own inference context would need an attention that knows how much
-of a sequence is cached, and could not open an export; the tests hold the logits equal to those of the trainer's GPTModel.
+transformers brings the KV cache and the sampling. Megatron's own inference context would need an attention that knows
+how much of a sequence is cached, and could not open an export. The tests hold the logits equal to those of the
+trainer's GPTModel.
 """
 
 from __future__ import annotations
@@ -57,15 +58,15 @@ class BitNetLinear(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, weight: Tensor, activation_code: torch.dtype | None) -> None:
+    def __init__(self, weight: Tensor, activation_dtype: torch.dtype | None) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
-        self.activation_code = activation_code
+        self.activation_dtype = activation_dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], of x's dtype."""
-        if self.activation_code is not None:
-            codes, scale = quantize_tokens(x, token_absmax(x), self.activation_code)
+        if self.activation_dtype is not None:
+            codes, scale = quantize_tokens(x, token_absmax(x), self.activation_dtype)
             x = (codes.float() * scale).to(x.dtype)
         return functional.linear(x, self.weight)
 
@@ -73,23 +74,23 @@ class BitNetLinear(nn.Module):
 class CodeLinear(nn.Module):
     """The forward of the low-bit linear, y = (x_q @ C^T) * s_x * s.
 
-    The codes are kept as floats in the type of the product, which holds them exactly: nothing is unpacked for each token.
+    The codes are kept as floats in the dtype of the product, which holds codes exactly: no token waits for unpacking.
     """
 
     codes: Tensor
     scale: Tensor
 
-    def __init__(self, codes: Tensor, scale: Tensor, activation_code: torch.dtype | None) -> None:
+    def __init__(self, codes: Tensor, scale: Tensor, activation_dtype: torch.dtype | None) -> None:
         super().__init__()
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
-        self.activation_code = activation_code
+        self.activation_dtype = activation_dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], of x's dtype."""
-        if self.activation_code is None:
+        if self.activation_dtype is None:
             return (functional.linear(x, self.codes).float() * self.scale).to(x.dtype)
-        x_q, x_scale = quantize_tokens(x, token_absmax(x), self.activation_code)
+        x_q, x_scale = quantize_tokens(x, token_absmax(x), self.activation_dtype)
         y = functional.linear(x_q.to(self.codes.dtype), self.codes).float()
         return (y * x_scale * self.scale).to(x.dtype)
 
@@ -97,7 +98,7 @@ class CodeLinear(nn.Module):
 def open_model(path: Path, tokenizer: Path | None = None, device: str = "auto", dtype: str = "fp32") -> LanguageModel:
     """Opens a run, a checkpoint or an exported folder.
 
-    device: auto (CUDA where there is one), cpu or cuda. dtype: fp32 or bf16, of the products and of the weights that are floats.
+    device: auto (CUDA where there is one), cpu or cuda. dtype: fp32 or bf16, of the products and of the float weights.
     Raises UserError for what is none of these, is damaged, or has no tokenizer.
     """
     require_packages("hf", verified=True)
@@ -133,9 +134,9 @@ def _open_checkpoint(path: Path, tokenizer: Path | None, device: torch.device, d
 
 
 def from_weights(weights: Weights, device: torch.device, dtype: torch.dtype) -> Any:
-    """transformers' LLaMA with these weights, taken a matrix at a time."""
+    """transformers' LLaMA with these weights, loaded one matrix at a time."""
     model = _empty_model(weights)
-    code = ACTIVATION_CODES[weights.config.quantization.activation]
+    activation_dtype = ACTIVATION_CODES[weights.config.quantization.activation]
     coded = set(weights.linears) if weights.has_codes else set()
     if weights.config.quantization.embeddings:
         coded.add("lm_head")  # in training a low-bit linear as well; the embedding is only looked up
@@ -146,9 +147,9 @@ def from_weights(weights: Weights, device: torch.device, dtype: torch.dtype) -> 
         if name in coded:
             codes, scale = weights.codes(name)
             if weights.method == "bitnet":
-                linear = BitNetLinear((codes * scale).to(device, dtype), code)
+                linear = BitNetLinear((codes * scale).to(device, dtype), activation_dtype)
             else:
-                linear = CodeLinear(codes.to(device, dtype), scale.to(device), code)
+                linear = CodeLinear(codes.to(device, dtype), scale.to(device), activation_dtype)
             model.set_submodule(module, linear)
         else:
             value = weights.parameter(name).to(device, dtype)

@@ -18,27 +18,25 @@ from dqt_dist.checkpoint import store
 from dqt_dist.config import Config, ProcessGrid, process_grid
 from dqt_dist.data.dataset import build_datasets
 from dqt_dist.data.loader import Loader
-from dqt_dist.data.tokenizer import load_tokenizer
 from dqt_dist.errors import RunError
 from dqt_dist.launch import Launch
 from dqt_dist.layers.build import build_model
 from dqt_dist.optim.engine import build_engine
 from dqt_dist.parallel.groups import Groups, finalize, initialize
-from dqt_dist.training import cost, report
+from dqt_dist.training import cost
 from dqt_dist.training.cuda_graph import choose_forward_backward
 from dqt_dist.training.low_bit_figures import LowBitTable
 from dqt_dist.training.recorder import Recorder
 from dqt_dist.training.replica_check import check_replicas
-from dqt_dist.training.sample import generate
 from dqt_dist.training.step import StepResult, evaluate, mean_over_data, train_step
 from dqt_dist.training.stop import StopSignal
 
 
-def train(config: Config, launch: Launch, resume: str) -> bool:
+def train(config: Config, launch: Launch, resume: str) -> dict[str, Any] | None:
     """Trains as the config says, on this rank. `resume` is "auto", "none" or a path.
 
-    Returns whether the run is finished; False when a signal stopped it, with its state saved. Raises UserError for wrong
-    data or checkpoints.
+    Returns the summary of a finished run (rank 0's is the one to show), or None when a signal stopped the run, with its
+    state saved. Raises UserError for wrong data or checkpoints.
     """
     groups = initialize(config, launch)
     try:
@@ -83,8 +81,8 @@ class Trainer:
     def tokens_per_step(self) -> int:
         return self.config.training.global_batch_size * self.config.model.seq_length
 
-    def run(self) -> bool:
-        """From the current step to the last one, then validation, checkpoint, summary and report; whether it got there."""
+    def run(self) -> dict[str, Any] | None:
+        """From the current step to the last one, then validation, checkpoint and summary, which is returned."""
         training = self.config.training
         stop = StopSignal()
         # Modules and optimizer stay: the collector need not walk them again and again, 15 ms of each step of a 1.36 B model.
@@ -101,10 +99,10 @@ class Trainer:
                     self._wait_for_save()
                     stop.ignore()
                     self.recorder.say(f"stopped by a signal after step {self.step}; --resume auto goes on from there")
-                    return False
-            self._finish()
+                    return None
+            summary = self._finish()
             stop.restore()
-            return True
+            return summary
         finally:
             gc.unfreeze()
             # A write that is under way is finished even when the step after it failed.
@@ -212,19 +210,13 @@ class Trainer:
                 f"step {saved.step}: saved {saved.path}, {took}, training waited {saved.save_blocked_seconds:.1f} s"
             )
 
-    def _finish(self) -> None:
+    def _finish(self) -> dict[str, Any]:
         self._validate()
         self._save()
         self._wait_for_save()
         summary = self._summary()
         self.recorder.write_summary(summary)
-        prompt = self.config.training.sample_prompt
-        sample = None
-        if prompt is not None:
-            sample = generate(self.chunks, load_tokenizer(self.config.data.tokenizer), self.config, self.groups)
-        self.recorder.close()
-        if self.groups.world.rank() == 0:
-            report.show(summary, sample, self.config)
+        return summary
 
     def _summary(self) -> dict[str, Any]:
         """summary.json; a collective call."""

@@ -1,4 +1,7 @@
-"""The report at the end of a run: what was learned, what it took, where things are, what to do next."""
+"""The report at the end of a run: what was learned, what it took, where things are, what to do next.
+
+launchers/pretrain.py shows the parts in order: figures, sample, next.
+"""
 
 from __future__ import annotations
 
@@ -13,20 +16,36 @@ from rich.text import Text
 from dqt_dist.config import Config
 
 
-def show(summary: dict[str, Any], sample: str | None, config: Config) -> None:
-    """Prints the report of a finished run."""
-    console = Console()
-    folder = Path(config.checkpoint.dir)
+def last_checkpoint(summary: dict[str, Any], config: Config) -> Path:
+    """The checkpoint that a finished run leaves."""
+    return Path(config.checkpoint.dir) / "checkpoints" / f"step_{summary['steps']:08d}"
+
+
+def show_figures(summary: dict[str, Any], config: Config) -> None:
+    """The table of a finished run."""
     table = Table(title=f"{summary['parameters']:,} weights after {summary['tokens']:,} tokens", show_header=False)
-    for name, value in _rows(summary, folder):
+    for name, value in _rows(summary, config):
         table.add_row(name, value)
-    console.print(table)
-    if sample is not None:
-        console.print(Panel(Text(sample), title="what it writes", subtitle=f"prompt: {config.training.sample_prompt}"))
-    console.print(f"next: tensorboard --logdir {folder / 'tb'}", highlight=False, soft_wrap=True)
+    Console().print(table)
 
 
-def _rows(summary: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
+def show_sample(text: str | None, explanation: str, prompt: str) -> None:
+    """A continuation of the prompt in a panel, unless `text` is None, and the line that explains it."""
+    if text is not None:
+        Console().print(Panel(Text(text), title="what it writes", subtitle=Text(f"prompt: {prompt}")))
+    _line(explanation)
+
+
+def show_next(config: Config) -> None:
+    _line(f"next: tensorboard --logdir {Path(config.checkpoint.dir) / 'tb'}")
+
+
+def _line(text: str) -> None:
+    """One line, whatever the width of the terminal; brackets in it are text."""
+    Console().print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _rows(summary: dict[str, Any], config: Config) -> list[tuple[str, str]]:
     layout = summary["layout"]
     rows = [
         ("loss, first to last step", f"{summary['first_loss']:.3f} -> {summary['last_loss']:.3f} nats a token"),
@@ -39,6 +58,6 @@ def _rows(summary: dict[str, Any], folder: Path) -> list[tuple[str, str]]:
         parts = ", ".join(f"{kind} {value:.3f}" for kind, value in breakdown.items() if value)
         rows.append(("low-bit weights", f"{summary['low_bit_parameters']:,}"))
         rows.append(("bytes a low-bit weight", f"{summary['static_bytes_per_low_bit_weight']:.3f} ({parts}), measured"))
-    rows.append(("TensorBoard files", str(folder / "tb")))
-    rows.append(("checkpoint", str(folder / "checkpoints" / f"step_{summary['steps']:08d}")))
+    rows.append(("TensorBoard files", str(Path(config.checkpoint.dir) / "tb")))
+    rows.append(("checkpoint", str(last_checkpoint(summary, config))))
     return rows

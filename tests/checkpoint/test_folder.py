@@ -1,4 +1,4 @@
-"""What a checkpoint folder is: found by any path to it, refused when it is not one, its files held against the manifest."""
+"""What a checkpoint folder is: any path to it finds it, others are refused, its files agree with the manifest."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Every layout loads what every other layout wrote: the same digest, and the next step goes on from it.
 
-Seven layouts of (tensor, pipeline, data), data-parallel ones under ZeRO 1; 7 saves and 42 loads. One engine a reading layout
-loads the six checkpoints of the others one after the other, each over a state that has been trained away from it.
+Seven layouts of (tensor, pipeline, data), data-parallel ones under ZeRO 1; 7 saves and 42 loads. One engine a reading
+layout loads the six checkpoints of the others one after the other, each over a state that has been trained away from
+it.
 """
 
 from __future__ import annotations

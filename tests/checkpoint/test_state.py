@@ -1,4 +1,4 @@
-"""A range of a flattened shard, cut anywhere as ZeRO cuts it, becomes rectangles of logical matrices that cover it exactly."""
+"""A range of a flattened shard, cut as by ZeRO, becomes rectangles of logical matrices that cover it exactly."""
 
 from __future__ import annotations
 

@@ -80,7 +80,10 @@ def train_and_save(rank: int, world_size: int, folder: str, *overrides: str) -> 
 
 
 def load_and_train(rank: int, world_size: int, path: str, *overrides: str) -> tuple[Whole, Whole, float, Progress]:
-    """State as loaded, state and loss after the next step. One step on other data comes first, so that nothing is as saved."""
+    """State as loaded, state and loss after the next step.
+
+    One step on other data comes first, so that nothing is as saved.
+    """
     run = start(*overrides)
     run.step(77)
     progress = store.load(Path(path), run.chunks, run.optimizer, run.config)
@@ -188,7 +191,7 @@ def test_codes_are_stored_at_their_width(saved_at: Any, bits: str | int, stored_
 
 
 def test_the_files_shrink_with_the_codes(saved_at: Any) -> None:
-    """On the disk, byte for byte: all else is the same, and every block of codes here is a multiple of torch's 64-byte padding."""
+    """On the disk, byte for byte: all else is equal, and every block of codes fills torch's 64-byte padding exactly."""
 
     def tensor_bytes(bits: str | int) -> int:
         folder = saved_at((1, f"quantization.bits={bits}")).folder
@@ -246,7 +249,7 @@ MOMENTS = {"in a tensor file": 1, "before the rename": 1, "before old ones go": 
 
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_save_leaves_the_last_good_checkpoint_and_the_next_save_works(moment: str, tmp_path: Path) -> None:
-    """kill -9 at each moment of a save; afterwards auto finds the newest checkpoint that is whole, and that one loads."""
+    """kill -9 at each moment of a save. Afterwards auto finds the newest complete checkpoint, which loads."""
     script = tmp_path / "script.py"
     script.write_text(DYING_SAVE)
     environment = os.environ | {

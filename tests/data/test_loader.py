@@ -330,7 +330,8 @@ class Numbers(torch.utils.data.Dataset):
 if __name__ == "__main__":
     caught = []
     signal.signal(signal.SIGTERM, lambda *_: caught.append(1))
-    loader = Loader(Numbers(), micro_batch_size=1, global_batch_size=1, data_parallel_rank=0, data_parallel_size=1, num_workers=2)
+    loader = Loader(Numbers(), micro_batch_size=1, global_batch_size=1, data_parallel_rank=0, data_parallel_size=1,
+                    num_workers=2)
     steps = loader.iterate()
     seen = [float(next(steps)[0]["tokens"][0, 0])]
     children = psutil.Process().children(recursive=True)
@@ -355,7 +356,8 @@ KILLED = (
     SIGNALLED[: SIGNALLED.index("if __name__")]
     + """
 if __name__ == "__main__":
-    loader = Loader(Numbers(), micro_batch_size=1, global_batch_size=1, data_parallel_rank=0, data_parallel_size=1, num_workers=2)
+    loader = Loader(Numbers(), micro_batch_size=1, global_batch_size=1, data_parallel_rank=0, data_parallel_size=1,
+                    num_workers=2)
     steps = loader.iterate()
     next(steps)
     print(*(process.pid for process in psutil.Process().children(recursive=True)), flush=True)

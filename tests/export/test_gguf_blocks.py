@@ -37,7 +37,7 @@ def test_sizes_are_those_of_gguf(name: str) -> None:
 
 @pytest.mark.parametrize("name", QUANTISED_BY_GGUF)
 def test_bytes_are_those_of_gguf_own_quantiser(name: str) -> None:
-    """gguf takes the largest weight of a block (over 127 in Q8_0) for the scale: each block gets one of the largest code."""
+    """gguf scales by the largest weight of a block (over 127 in Q8_0): each block gets one of the largest code."""
     block = TYPES[name]
     codes = np.maximum(codes_of(block), -127)
     codes[:, :: block.size] = min(block.qmax, 127)

@@ -1,6 +1,8 @@
-"""Exports for transformers, loaded by transformers: the trainer's logits, whatever method, bits and layout trained them.
+"""Exports for transformers, loaded by transformers: the trainer's logits, whatever method, bits and layout trained
+them.
 
-The comparison is made here with transformers' own calls; that the tool's verification finds wrong exports is in test_verify.py.
+The comparison is made here with transformers' own calls; that the tool's verification finds wrong exports is in
+test_verify.py.
 """
 
 from __future__ import annotations
@@ -186,7 +188,10 @@ MARKS = ("<unk>", "<s>", "</s>")
     )
 )
 def test_any_text_has_the_ids_of_sentencepiece(exported: Exported, tokenizer_file: Path, text: str) -> None:
-    """But for the marks themselves, which Hugging Face reads as marks. NUL ends a text for SentencePiece's Python package."""
+    """But for the marks themselves, which Hugging Face reads as marks.
+
+    NUL ends a text for SentencePiece's Python package.
+    """
     if "\0" in text or any(mark in text for mark in MARKS):
         return
     tokenizer, exported_tokenizer = _tokenizers(exported("hf"), tokenizer_file)

@@ -1,14 +1,16 @@
-"""GGUF exports run by llama.cpp itself (`make test-gguf` builds it): the logits of a reference that computes as it does.
+"""GGUF exports run by llama.cpp itself (`make test-gguf` builds it): the logits of a reference that computes as it
+does.
 
 llama.cpp multiplies codes by codes: it rounds the input of every linear of codes to 8 bits, in blocks along the row.
 
     Q8_K  blocks of 256, scale fp32: signed maximum -> -127       for TQ2_0, TQ1_0, Q6_K
     Q8_0  blocks of  32, scale fp16: largest magnitude -> 127     for Q4_0, Q5_0, Q8_0
 
-The reference is transformers' fp32 model of the `hf` export with that rounding before its linears. Both then differ by the
-order of fp32 sums only, unless a value lies so near the border of two codes that this order decides which it becomes: one
-such value moves logits by a few hundredths. The compared windows of text are therefore those whose values stay farthest from
-borders in the reference, and most of them, the median, have to agree: a wrong file or a wrong rounding is wrong in all.
+The reference is transformers' fp32 model of the `hf` export with that rounding before its linears. Both then differ by
+the order of fp32 sums only, unless a value lies so near the border of two codes that this order decides which it
+becomes: one such value moves logits by a few hundredths. The compared windows of text are therefore those whose values
+stay farthest from borders in the reference, and most of them, the median, have to agree: a wrong file or a wrong
+rounding is wrong in all.
 """
 
 from __future__ import annotations
@@ -49,8 +51,8 @@ TWO_LAYERS = "model.num_layers=2"
 LLAMA_F32 = 0  # GGML_TYPE_F32
 
 Rounding = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""x [windows, tokens, columns] -> x as llama.cpp rounds it, and for each window the smallest distance of a value from where it
-would be rounded to another one, in codes (1/127 of a block's maximum)."""
+"""x [windows, tokens, columns] -> x as llama.cpp rounds it, and for each window the smallest distance of a value from
+where it would be rounded to another one, in codes (1/127 of a block's maximum)."""
 
 
 # ---- how llama.cpp rounds ----
@@ -120,12 +122,13 @@ def reference(
 
 @contextmanager
 def llama_cpp_model(file: Path) -> Iterator[Any]:
-    """The file in llama.cpp with the arithmetic of the reference; logits of all positions, cache of keys and values in F32."""
+    """The file in llama.cpp with the arithmetic of the reference; logits of all positions, KV cache in F32."""
     import llama_cpp
 
     with pytest.MonkeyPatch.context() as patch:
         parameters = llama_cpp.llama_model_default_params()
-        # Matrices re-packed for AMX: Q8_0, Q4_0 and Q6_K ended the process on one CPU that has it (llama.cpp 0c1e570, g++ 12).
+        # Matrices re-packed for AMX: Q8_0, Q4_0 and Q6_K ended the process on one CPU that has it (llama.cpp 0c1e570,
+        # g++ 12).
         parameters.use_extra_bufts = False
         patch.setattr(llama_cpp.llama_cpp, "llama_model_default_params", lambda: parameters)
         model = llama_cpp.Llama(
@@ -206,7 +209,8 @@ def test_head_and_embedding_in_bf16(exported: Exported, windows: Tensor) -> None
     windows = windows.view(-1, 8)
     tokens = windows[reference(folder, windows, q8_k)[1].topk(NUM_COMPARED).indices]
     found = differences(file, tokens, reference(folder, tokens, q8_k, bf16_head=True)[0])
-    # A value beside the border of two bf16 numbers may take the other one, 2^-8 away, times a weight: up to 8e-4 was measured.
+    # A value beside the border of two bf16 numbers may take the other one, 2^-8 away, times a weight: up to 8e-4 was
+    # measured.
     assert found.median() <= 1e-3, found
     assert differences(file, tokens, reference(folder, tokens, q8_k)[0]).min() > 1e-3
 

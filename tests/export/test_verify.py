@@ -1,4 +1,4 @@
-"""The tool's own verification: a right export passes, and each way of being wrong that is known is found and told in numbers."""
+"""The tool's own verification: a right export passes, each known way of being wrong is found and told in numbers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_a_right_export_passes_and_tells_its_numbers(
 def test_products_are_bit_equal_with_power_of_two_scales(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No tolerance at all for the packed linears of transformers; with free scales, the control, the last bit may differ."""
+    """No tolerance for the packed linears of transformers. With free scales, the control, the last bit may differ."""
     monkeypatch.setattr(verify, "LINEAR_BOUND", 0.0)
     assert convert("--checkpoint", trained(), "--output", tmp_path / "out", "--format", "hf-bitnet") == 0
     free = ("--checkpoint", trained(FREE_SCALE), "--output", tmp_path / "free", "--format", "hf-bitnet")
@@ -152,7 +152,7 @@ def test_compare_is_loud(difference: float) -> None:
 
 
 def test_the_bound_of_eight_bits_is_the_size_of_the_rounding() -> None:
-    """Two independent roundings of one function pass; an error three times as large does not, nor does none at all pass for free."""
+    """Two independent roundings of one function pass; three times as large an error fails, and no error is not free."""
     exact = torch.randn(1, 200, 50)
     first, second = (exact + 0.01 * torch.randn(exact.shape) for _ in range(2))
     bound = eight_bit_bound(first, exact)

@@ -1,4 +1,4 @@
-"""The model that is evaluated and generates: the trainer's own logits, from a checkpoint of any method, bits and layout."""
+"""The model that is evaluated and generates: the trainer's own logits, for any method, bits and layout."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ def activation_of(run: Path) -> str:
 @torch.no_grad()
 @pytest.mark.parametrize("overrides", CASES, ids=str)
 def test_logits_are_those_of_the_trainer(trained: Trained, trainer_logits: TrainerLogits, overrides: tuple) -> None:
-    """Equal to the last bit where this was written; on another CPU sums may be taken in another order (the tolerances)."""
+    """Equal to the last bit on one CPU. Another CPU may add in another order, hence the tolerances."""
     run = trained(*overrides)
     opened = open_model(run)
     if EMBEDDINGS in overrides:
-        # In training the head rounds its input; trainer_model leaves that out, for comparison with exports, which cannot.
-        assert opened.model.lm_head.activation_code is not None
-        opened.model.lm_head.activation_code = None
+        # In training the head rounds its input; trainer_model leaves that out, for comparison with exports, which
+        # cannot.
+        assert opened.model.lm_head.activation_dtype is not None
+        opened.model.lm_head.activation_dtype = None
     activation = activation_of(run)
     tolerance = FP32 if activation == "none" else INT8
     tolerance.assert_close(opened.model(TOKENS).logits, trainer_logits(activation, *overrides))
@@ -43,7 +44,8 @@ def test_logits_are_those_of_the_trainer(trained: Trained, trainer_logits: Train
 @torch.no_grad()
 @pytest.mark.parametrize("overrides", [(), (bits(4),), (bits(8),), (FLOATS,), (BITNET,)], ids=str)
 def test_a_linear_is_that_of_the_trainer(trained: Trained, overrides: tuple) -> None:
-    """On equal inputs, so that no rounding hides a difference. Integer sums below 2^24 are exact in fp32: equal on any machine.
+    """On equal inputs, so that no rounding hides a difference. Integer sums below 2^24 are exact in fp32: equal on any
+    machine.
 
     The control, the activation rounding the other way round, is not equal.
     """
@@ -65,7 +67,7 @@ def test_a_linear_is_that_of_the_trainer(trained: Trained, overrides: tuple) -> 
     else:
         assert torch.equal(ours(x), wanted)
     assert isinstance(ours, BitNetLinear if BITNET in overrides else CodeLinear)
-    ours.activation_code = torch.int8 if ours.activation_code is None else None
+    ours.activation_dtype = torch.int8 if ours.activation_dtype is None else None
     assert not torch.allclose(ours(x), wanted, rtol=1e-5, atol=0)
 
 

@@ -119,7 +119,7 @@ def test_the_loss_is_the_trainers_own(
     overrides: tuple[str, ...],
     processes: int,
 ) -> None:
-    """That of megatron-core's model with the training layers, one token at a time, whatever layout wrote the checkpoint."""
+    """That of megatron-core's model with the training layers, token by token, whatever layout wrote the checkpoint."""
     run, stride = trained(*overrides, processes=processes), 40
     arguments = ("--checkpoint", run, "--data", text, "--max-tokens", 230, "--batch-size", 3)
     found = figures(capsys, *arguments, "--stride", stride)

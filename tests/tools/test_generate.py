@@ -1,4 +1,4 @@
-"""tools/generate.py: with the cache what the trainer's model would say without one, draws that a seed fixes, text as it comes."""
+"""tools/generate.py: the cache changes no token, a seed fixes the draws, text comes token by token."""
 
 from __future__ import annotations
 

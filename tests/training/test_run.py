@@ -74,7 +74,25 @@ def test_a_run_folder_holds_everything(train: Train, config_file: Path, tmp_path
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step_00000005", "step_00000010"]
     assert_saves(lines, run, [5, 10])
     assert all(line["save_blocked_seconds"] == line["save_seconds"] for line in lines if "save_seconds" in line)
-    assert "what it writes" in done.stdout and str(run / "tb") in done.stdout.replace("\n", "")
+    # The report: once, by rank 0, in this order.
+    parts = ["weights after", "what it writes", "sampled in fp32 on cpu", "next: tensorboard"]
+    assert [done.stdout.count(part) for part in parts] == [1] * len(parts)
+    assert sorted(parts, key=done.stdout.index) == parts
+    assert str(run / "tb") in done.stdout.replace("\n", "")
+
+
+def test_a_run_without_a_prompt_has_no_sample(train: Train) -> None:
+    done = train("training.steps=1", "training.sample_prompt=null")
+    assert done.returncode == 0 and "next: tensorboard" in done.stdout, done.stderr
+    assert "what it writes" not in done.stdout and "sample" not in done.stdout
+
+
+def test_a_sample_that_fails_is_one_line_of_a_run_that_succeeds(train: Train) -> None:
+    """A prompt of more tokens than the context, under two ranks."""
+    done = train("training.steps=1", f"training.sample_prompt={'word ' * 40}", "parallel.tensor=2", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("no sample: ") == done.stdout.count("this makes one: tools/generate.py ") == 1
+    assert "the model's context has 32" in done.stdout and "next: tensorboard" in done.stdout
 
 
 def test_tensorboard_has_the_numbers_and_the_histograms(train: Train, tmp_path: Path) -> None:
@@ -96,7 +114,7 @@ def test_tensorboard_has_the_numbers_and_the_histograms(train: Train, tmp_path: 
 
 
 def test_a_resumed_run_equals_one_that_went_through(train: Train, tmp_path: Path) -> None:
-    """10 steps in one go, then again from the checkpoint of step 5: the same numbers, bit for bit, and no step twice."""
+    """10 steps in one go, then again from the checkpoint of step 5: the same bits, and no step twice."""
     assert train().returncode == 0
     run = tmp_path / "run"
     through = step_lines(run)
@@ -171,7 +189,7 @@ def test_a_longer_run_sees_the_same_samples_first(train: Train, tmp_path: Path) 
 
 
 def test_a_signal_to_one_rank_saves_and_stops_all(config_file: Path, tmp_path: Path) -> None:
-    """SIGTERM to one of two ranks: exit code 75 and a checkpoint of the running step; the same command goes on from it."""
+    """SIGTERM to one of two ranks: exit code 75 and a checkpoint of the running step; the same command resumes."""
     run = tmp_path / "run"
     steps = ("training.steps=400", "checkpoint.interval=0", "logging.interval=1")
     process = subprocess.Popen(

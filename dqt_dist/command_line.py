@@ -1,0 +1,55 @@
+"""What the commands of tools/ and launchers/ share: parsers whose help shows examples, and the end of a tool.
+
+Nothing here imports torch, so that --help answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE, RunError, UserError
+
+INTERRUPTED_EXIT_CODE = 130
+"""What a shell reports for a command that SIGINT ended: 128 + 2."""
+
+
+class RaisingArgumentParser(argparse.ArgumentParser):
+    """Raises UserError for a bad command line, so that one rank of many can print the message."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"command line: {message}; --help explains")
+
+
+def make_parser(
+    description: str | None, examples: str, parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser
+) -> argparse.ArgumentParser:
+    """A parser whose help keeps the line breaks of `description` and `examples`."""
+    return parser_class(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def run_tool(
+    name: str, run: Callable[[argparse.Namespace], None], args: argparse.Namespace, interrupted: str = "interrupted"
+) -> int:
+    """Calls run(args) and returns the exit code of the process.
+
+    An expected failure becomes one message on standard error that begins with the tool's `name`: 2 for wrong input, 1
+    for work that failed on good input, 130 for Ctrl-C (whose message is `interrupted`). Other exceptions keep their
+    traceback.
+    """
+    try:
+        run(args)
+    except UserError as error:
+        return _fail(name, error, EXIT_CODE)
+    except RunError as error:
+        return _fail(name, error, RUN_ERROR_EXIT_CODE)
+    except KeyboardInterrupt:
+        return _fail(name, interrupted, INTERRUPTED_EXIT_CODE)
+    return 0
+
+
+def _fail(name: str, message: object, exit_code: int) -> int:
+    print(f"{name}: {message}", file=sys.stderr)
+    return exit_code

@@ -1,0 +1,60 @@
+"""The end of every tool: one message and an exit code for what may be expected, a traceback for a defect."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+from pathlib import Path
+
+import pytest
+
+from dqt_dist.command_line import RaisingArgumentParser, make_parser, run_tool
+from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE, RunError, UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def end_with(error: BaseException | None) -> int:
+    def run(_: argparse.Namespace) -> None:
+        if error is not None:
+            raise error
+
+    return run_tool("tool", run, argparse.Namespace(), interrupted="interrupted; nothing is left")
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "message"),
+    [
+        (None, 0, ""),
+        (UserError("no such file"), EXIT_CODE, "tool: no such file\n"),
+        (RunError("the loss is nan"), RUN_ERROR_EXIT_CODE, "tool: the loss is nan\n"),
+        (KeyboardInterrupt(), 130, "tool: interrupted; nothing is left\n"),
+    ],
+    ids=str,
+)
+def test_an_expected_end_is_one_message_and_an_exit_code(
+    error: BaseException | None, exit_code: int, message: str, capsys: pytest.CaptureFixture
+) -> None:
+    assert end_with(error) == exit_code
+    assert capsys.readouterr() == ("", message)
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    with pytest.raises(ZeroDivisionError):
+        end_with(ZeroDivisionError())
+
+
+def test_the_launchers_parser_raises_and_the_tools_parser_exits(capsys: pytest.CaptureFixture) -> None:
+    with pytest.raises(UserError, match="command line: unrecognized arguments: --bad; --help explains"):
+        make_parser(None, "", RaisingArgumentParser).parse_args(["--bad"])
+    assert capsys.readouterr().err == ""
+    with pytest.raises(SystemExit) as stop:
+        make_parser(None, "").parse_args(["--bad"])
+    assert stop.value.code == EXIT_CODE and "unrecognized arguments: --bad" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tool", sorted((ROOT / "tools").glob("*.py")), ids=lambda path: path.stem)
+def test_every_tool_ends_through_it_under_its_own_name(tool: Path) -> None:
+    calls = [node for node in ast.walk(ast.parse(tool.read_text())) if isinstance(node, ast.Call)]
+    ends = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "run_tool"]
+    assert [ast.literal_eval(call.args[0]) for call in ends] == [tool.stem]
