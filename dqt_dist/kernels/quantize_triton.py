@@ -17,8 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
+from dqt_dist.kernels.device.instructions import multiply_to_nearest
+from dqt_dist.kernels.device.rounding import round_to_integer
 from dqt_dist.kernels.launch import launch
 from dqt_dist.lowbit.activation import ABSMAX_FLOOR, CODE_MAX, GRADIENT_ABSMAX_FLOOR
 
@@ -31,8 +32,6 @@ BACKWARD_BLOCK, BACKWARD_WARPS = 2048, 8
 NORM_PROGRAMS = 4
 
 IDENTITY, NORM, SWIGLU = (tl.constexpr(i) for i in range(3))
-# 1.5 * 2^23: added and taken away, it rounds a number below 2^22 to an integer, half to even.
-ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -66,9 +65,9 @@ def _to_code(h, inverse_scale, INTEGER: tl.constexpr):
     A maximum times the reciprocal may end an ulp above the largest code, never half a code.
     """
     # Rounded before the addition, as in the definition, and not contracted with it.
-    h = libdevice.mul_rn(h, inverse_scale)
+    h = multiply_to_nearest(h, inverse_scale)
     if INTEGER:
-        h = (h + ROUNDER) - ROUNDER
+        h = round_to_integer(h)
     return h
 
 

@@ -86,9 +86,7 @@ def recorded() -> Iterator[list[Launch]]:
         stack.enter_context(mock.patch("torch.cuda.current_device", lambda: CUDA))
         stack.enter_context(mock.patch("torch.cuda.get_device_properties", lambda _: properties))
         stack.enter_context(
-            mock.patch.object(
-                low_bit_feed_forward.parallel_state, "get_tensor_model_parallel_group", lambda: OneRank()
-            )
+            mock.patch.object(low_bit_feed_forward.parallel_state, "get_tensor_model_parallel_group", lambda: OneRank())
         )
         # torch's own products with `out=`, which fake tensors of another build's device do not have.
         for name in ("add_weight_gradient", "_add_to_sink"):
@@ -234,7 +232,10 @@ def _layers(config: Config) -> None:
             if isinstance(module, LowBitMatrix):
                 module.assign(_layout(module.rows, module.columns))
                 module.gradient_dtype = DTYPES[config.optimizer.gradient_dtype]
-        with mock.patch.object(low_bit_linear, "apply_function", _forward_and_backward), mock.patch.object(low_bit_feed_forward, "apply_function", _forward_and_backward):
+        with (
+            mock.patch.object(low_bit_linear, "apply_function", _forward_and_backward),
+            mock.patch.object(low_bit_feed_forward, "apply_function", _forward_and_backward),
+        ):
             layer(torch.empty(*tokens, hidden, dtype=dtype, device=CUDA))
     if config.quantization.activation != "none":
         # What only a group of several tensor-parallel ranks asks for.
@@ -303,9 +304,7 @@ def specialised(launch: Launch, capability: int) -> Specialised:
     kernel, constants = launch.kernel, {**dict(launch.constants), "debug": False, "instrumentation_mode": ""}
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(*launch.args, **constants)
-    options, signature, constexprs, attributes = kernel._pack_args(
-        backend, constants, bound, specialization, options
-    )
+    options, signature, constexprs, attributes = kernel._pack_args(backend, constants, bound, specialization, options)
     return Specialised(ASTSource(kernel, signature, constexprs, attributes), options, target)
 
 
