@@ -14,9 +14,12 @@ from triton.language.extra import libdevice
 
 @triton.jit
 def clamp_to_span(x, SPAN: tl.constexpr):
-    """fp32 x between 0 and SPAN, by one instruction: numbers that are not negative are ordered as their bits are."""
+    """fp32 x between 0 and SPAN: numbers that are not negative are ordered as their bits are.
+
+    ptxas makes one instruction of both on sm_90 and later. PTX has that instruction too (min.relu), but ptxas refuses it for sm_80.
+    """
     return tl.inline_asm_elementwise(
-        "min.s32.relu $0, $1, $2;", "=r,r,r", [x, tl.full(x.shape, SPAN, tl.float32)],
+        "{ .reg .b32 a; min.s32 a, $1, $2; max.s32 $0, a, 0; }", "=r,r,r", [x, tl.full(x.shape, SPAN, tl.float32)],
         dtype=tl.float32, is_pure=True, pack=1,
     )  # fmt: skip
 
