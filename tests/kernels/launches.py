@@ -281,10 +281,11 @@ class Specialised:
 
     @property
     def name(self) -> str:
-        """The kernel and its constants, for messages."""
+        """The kernel with the type or the value of each argument, for messages."""
         names = list(self.source.signature)
-        constants = {".".join(names[i] for i in path): value for path, value in self.source.constants.items()}
-        return f"{self.source.fn.fn.__qualname__}({', '.join(f'{k}={v}' for k, v in constants.items())})"
+        values = {names[path[0]]: repr(getattr(value, "value", value)) for path, value in self.source.constants.items()}
+        arguments = (f"{name}: {values.get(name, dtype)}" for name, dtype in self.source.signature.items())
+        return f"{self.source.fn.fn.__qualname__}({', '.join(arguments)})"
 
     def compiled(self) -> Any:
         """triton.compiler.CompiledKernel; never loaded onto a device."""
