@@ -56,15 +56,15 @@ class BitNetLinear(nn.Module):
 
     weight: Tensor
 
-    def __init__(self, weight: Tensor, activation_code: torch.dtype | None) -> None:
+    def __init__(self, weight: Tensor, activation_dtype: torch.dtype | None) -> None:
         super().__init__()
         self.register_buffer("weight", weight)
-        self.activation_code = activation_code
+        self.activation_dtype = activation_dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], of x's dtype."""
-        if self.activation_code is not None:
-            codes, scale = quantize_tokens(x, token_absmax(x), self.activation_code)
+        if self.activation_dtype is not None:
+            codes, scale = quantize_tokens(x, token_absmax(x), self.activation_dtype)
             x = (codes.float() * scale).to(x.dtype)
         return functional.linear(x, self.weight)
 
@@ -78,17 +78,17 @@ class CodeLinear(nn.Module):
     codes: Tensor
     scale: Tensor
 
-    def __init__(self, codes: Tensor, scale: Tensor, activation_code: torch.dtype | None) -> None:
+    def __init__(self, codes: Tensor, scale: Tensor, activation_dtype: torch.dtype | None) -> None:
         super().__init__()
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
-        self.activation_code = activation_code
+        self.activation_dtype = activation_dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in] -> [..., out], of x's dtype."""
-        if self.activation_code is None:
+        if self.activation_dtype is None:
             return (functional.linear(x, self.codes).float() * self.scale).to(x.dtype)
-        x_q, x_scale = quantize_tokens(x, token_absmax(x), self.activation_code)
+        x_q, x_scale = quantize_tokens(x, token_absmax(x), self.activation_dtype)
         y = functional.linear(x_q.to(self.codes.dtype), self.codes).float()
         return (y * x_scale * self.scale).to(x.dtype)
 

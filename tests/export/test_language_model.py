@@ -33,8 +33,8 @@ def test_logits_are_those_of_the_trainer(trained: Trained, trainer_logits: Train
     opened = open_model(run)
     if EMBEDDINGS in overrides:
         # In training the head rounds its input; trainer_model leaves that out, for comparison with exports, which cannot.
-        assert opened.model.lm_head.activation_code is not None
-        opened.model.lm_head.activation_code = None
+        assert opened.model.lm_head.activation_dtype is not None
+        opened.model.lm_head.activation_dtype = None
     activation = activation_of(run)
     tolerance = FP32 if activation == "none" else INT8
     tolerance.assert_close(opened.model(TOKENS).logits, trainer_logits(activation, *overrides))
@@ -65,7 +65,7 @@ def test_a_linear_is_that_of_the_trainer(trained: Trained, overrides: tuple) -> 
     else:
         assert torch.equal(ours(x), wanted)
     assert isinstance(ours, BitNetLinear if BITNET in overrides else CodeLinear)
-    ours.activation_code = torch.int8 if ours.activation_code is None else None
+    ours.activation_dtype = torch.int8 if ours.activation_dtype is None else None
     assert not torch.allclose(ours(x), wanted, rtol=1e-5, atol=0)
 
 

@@ -5,15 +5,13 @@ Triton reads the variable when it is imported, so one pytest process has one of 
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any
 
 import pytest
 
-from tests.kernels.runners import CudaRunner, InterpreterRunner, Runner
+from tests.kernels.runners import INTERPRETED, CudaRunner, InterpreterRunner, Runner
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if INTERPRETED:
     from triton.runtime import interpreter
 
@@ -28,6 +26,8 @@ if INTERPRETED:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = _patch_lang_tensor_for_numpy
+    interpreter._convert_float = interpreter_instructions.convert_float
+    interpreter.InterpreterBuilder.create_splat = interpreter_instructions.create_splat
 
 
 @pytest.fixture(params=["interpreter"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)])

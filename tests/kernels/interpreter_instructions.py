@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import TensorHandle
 
@@ -93,3 +94,32 @@ def reciprocal(x: tl.tensor) -> tl.tensor:
 def store_low_bytes(pointers: tl.tensor, values: tl.tensor) -> None:
     """st.global.u8."""
     tl.store(pointers, values.to(tl.uint8))
+
+
+TORCH_DTYPES = {tl.float32: torch.float32, tl.bfloat16: torch.bfloat16, tl.float8e4nv: torch.float8_e4m3fn}
+E4M3_MAX = 448.0
+
+
+def convert_float(array: np.ndarray, source: tl.dtype, target: tl.dtype, rounding: Any) -> np.ndarray:
+    """Conversions between fp32, bf16 and e4m3, as GPUs do them: to nearest, half to even, saturating to e4m3.
+
+    The interpreter's own (Triton 3.6.0) cuts bf16 off, and loses the carry of a mantissa that is rounded up in e4m3.
+    """
+    integer = {1: np.uint8, 2: np.uint16, 4: np.float32}
+    wide = torch.from_numpy(np.array(array, order="C"))
+    if source != tl.float32:
+        wide = wide.view(TORCH_DTYPES[source])
+    wide = wide.float()
+    if target == tl.float8e4nv:
+        wide = wide.clamp(-E4M3_MAX, E4M3_MAX)
+    narrow = wide.to(TORCH_DTYPES[target])
+    bits = narrow if target == tl.float32 else narrow.view({1: torch.uint8, 2: torch.int16}[narrow.itemsize])
+    return bits.numpy().view(integer[narrow.itemsize])
+
+
+def create_splat(_: Any, result_type: tl.block_type, scalar: TensorHandle) -> TensorHandle:
+    """A block of one scalar.
+
+    The interpreter's own (Triton 3.6.0) makes floats of a truth value that came from comparing floats.
+    """
+    return TensorHandle(np.full(result_type.shape, scalar.data.item(), dtype=scalar.data.dtype), result_type.scalar)

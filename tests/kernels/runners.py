@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from benchmarks.common import waiting_is_an_error
+
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether this process runs kernels in the interpreter, where sizes must be small: a block takes ten milliseconds."""
 
 
 class CudaRunner:
@@ -53,6 +58,8 @@ class InterpreterRunner:
         with (
             mock.patch.object(Tensor, "is_cuda", True),
             mock.patch("torch.cuda.get_device_properties", lambda _: properties),
+            # A GPU says nothing of an infinity or of what is no number.
+            np.errstate(all="ignore"),
         ):
             return function(*copies, **kwargs)
 

@@ -89,16 +89,19 @@ def test_the_configs_launch_every_kernel() -> None:
     assert {one.kernel for one in launches_of(load_config(CONFIGS[0]))} < kernels
 
 
+@pytest.mark.slow
 def test_every_launch_compiles_for_sm_90() -> None:
     """H100 and H200: every combination of constants, dtypes and divisibility."""
     assert failures(distinct(launches(), 90)) == {}
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_sm_100() -> None:
     """B200: `representatives`, to save time."""
     assert failures(list(representatives(distinct(launches(), 100)))) == {}
 
 
+@pytest.mark.slow
 def test_every_kernel_compiles_for_sm_80_but_those_with_e4m3() -> None:
     """A100: `representatives`. Kernels with e4m3 are refused, and only for that reason: fp8 operands, and AdamW's 8-bit moments."""
     chosen = list(representatives(distinct(launches(), 80)))

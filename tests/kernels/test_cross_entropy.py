@@ -7,10 +7,10 @@ import torch
 from torch.nn import functional
 
 from dqt_dist.kernels.cross_entropy import gradient_, statistics
-from tests.kernels.runners import Runner
+from tests.kernels.runners import INTERPRETED, Runner
 
 # Tokens beyond one chunk of the CPU form, vocabularies that fill no block.
-SHAPES = [(5, 13), (300, 2048), (7, 5001)]
+SHAPES = [(5, 13), (7, 5001)] if INTERPRETED else [(5, 13), (300, 2048), (7, 5001)]
 
 
 def inputs(shape: tuple[int, int], dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
