@@ -311,13 +311,13 @@ def linears(s: Shapes, device: str) -> Iterator[Operation]:
         def operands(name: str = name) -> Any:
             compute, weight = make_compute(QuantizationConfig(compute=name)), low_bit(out, width, device)
             weight.gradient.dtype = torch.bfloat16
-            x = quantize(torch.randn(t, width, device=device).bfloat16(), compute.activation_code)
+            x = quantize(torch.randn(t, width, device=device).bfloat16(), compute.activation_dtype)
             gradient = compute.gradient(torch.randn(t, out, device=device).bfloat16(), weight)
             return compute, weight, x, gradient
 
         def product(operands: Any = operands) -> Callable[[], Any]:
             compute, weight, x, _ = operands()
-            return lambda: compute.finish(compute.product(x, weight), x.scale, weight, torch.bfloat16)
+            return lambda: compute.epilogue(compute.product(x, weight), x.scale, weight, torch.bfloat16)
 
         def dgrad(operands: Any = operands) -> Callable[[], Any]:
             compute, weight, _, gradient = operands()

@@ -124,7 +124,7 @@ def fill(chunks: nn.ModuleList, weights: WeightSource) -> None:
     for module in chunks.modules():
         if isinstance(module, LowBitHead):
             # No export rounds the input of the head: engines keep it a float matrix.
-            module.compute = replace(module.compute, activation_code=None)
+            module.compute = replace(module.compute, activation_dtype=None)
 
 
 def _trainer_value(weights: WeightSource, name: str) -> Tensor:

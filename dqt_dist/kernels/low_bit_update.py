@@ -1,9 +1,11 @@
 """The rounding update of some rows: the Triton kernel on CUDA, its definition in `lowbit/update.py` elsewhere.
 
-With AdamW in the same pass: `optim/adamw.py`, which also holds the definition of that.
+AdamW and the rounding update in one pass are in `optim/adamw.py`, with the definition.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -13,30 +15,48 @@ from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey, update_rows_reference
 
 
+@dataclass(frozen=True)
+class AdamWSettings:
+    """The numbers of one AdamW step; symbols as in optim/adamw.py."""
+
+    learning_rate: float
+    """Weight units per unit of direction."""
+    beta1: float
+    beta2: float
+    epsilon: float
+    weight_decay: float
+    """Decoupled: a step takes learning_rate * weight_decay of a weight away."""
+    gradient_limit: float
+    """Without a clip factor, gradient elements of this magnitude or more count as zero."""
+
+
 def update_rows(
     weight: LowBitMatrix, direction: Tensor, start: int, learning_rate: float, weight_decay: float, key: RoundingKey
 ) -> Tensor:
     """Updates rows [start, start + len(direction)) in place; arguments and meaning as `update_rows_reference`.
 
-    Returns integers [n, parts, 3]: flips, zeros and clamped weights of each part of each row.
+    Returns int32 or int64 [n, parts, 3]: flips, zeros and clamped weights of each part of each row.
     """
     if kernel_fits(weight):
-        from dqt_dist.kernels.low_bit_update_triton import (
-            update_rows_triton as update,
-        )  # Triton exists beside CUDA only
+        # Triton need not be installed where there is no CUDA.
+        from dqt_dist.kernels.low_bit_update_triton import update_rows_triton as update
     else:
         update = update_rows_reference
     return update(weight, direction, start, learning_rate, weight_decay, key)
 
 
 def sum_by_matrix(weight: LowBitMatrix, start: int, row_counts: Tensor) -> Tensor:
-    """Counts of rows from `start` on [n, parts, 3] as counts of their logical matrices, int64 [matrices, 3]."""
+    """Counts per logical matrix, int64 [matrices, 3], from counts [n, parts, 3] of rows [start, start + n)."""
     counts = torch.zeros(len(weight.scale), 3, dtype=torch.int64, device=row_counts.device)
     return counts.index_add_(0, weight.row_matrix[start : start + len(row_counts)].int(), row_counts.sum(dim=1))
 
 
 def kernel_fits(weight: LowBitMatrix) -> bool:
-    """On CUDA, with columns in whole Philox groups (every shape the config allows is) and counters of one word."""
+    """Whether the kernels can update `weight`.
+
+    The codes must be on CUDA, columns must be in whole Philox groups of 4 (the config allows no other shape), and the counter of
+    each element must fit one 32-bit word.
+    """
     layout = weight.layout
     assert layout is not None
     groups_are_whole = not any(n % CODES_PER_GROUP for n in (layout.in_features, layout.column_offset, layout.columns))

@@ -1,179 +1,91 @@
 # pyright: reportMissingImports=false, reportIndexIssue=false
-"""The rounding update in Triton, from a direction or with AdamW in the same pass; packed codes are rewritten in place.
+"""The rounding update in Triton. Packed codes are rewritten in place; the update takes a direction, or does AdamW in the same pass.
 
-    update_rows_triton         direction in                             definition: lowbit/update.py, update_rows_reference
-    adamw_update_rows_triton   gradient and moments in, moments out     definition: optim/adamw.py, adamw_update_rows_reference
+    update_rows_triton         reads a direction                    definition: lowbit/update.py, update_rows_reference
+    adamw_update_rows_triton   reads a gradient, updates moments    definition: optim/adamw.py, adamw_update_rows_reference
 
-Both draw the same 32-bit words as their definitions and differ from them only where fp32 arithmetic is contracted to fused
-multiply-adds or counts the wanted weight from the lowest code instead of from zero, where a root or quotient is approximate, and
-where u is small and has more digits here (`_round`): each decides otherwise about one draw in 2^20, and nothing where t is exact.
+Each kernel draws the same 32-bit words as its definition. It differs from the definition in four ways only:
 
-Bytes a ternary weight: 1/4 of codes read and written; a direction of 4 read; or a gradient of 2 (bf16) read and moments of 2.0625
-(16 of fp32: 8) read and written, 6.6 in all. With 8-bit moments an H200 is busier with instructions than with these bytes, so they
-count: 52 a weight for ternary codes, 10 of them Philox, of which one call serves both the codes and the moments of four weights
-(docs/benchmarks/kernels.md has what each costs). Some are PTX, where Triton has no word for what the GPU does in one.
+    - fp32 arithmetic is contracted to fused multiply-adds;
+    - the wanted weight is counted from the lowest code instead of from zero (a *field* is a code less the lowest code);
+    - roots and quotients are approximate;
+    - a small u has more digits (`device/rounding.py`, `round_fields`).
 
-One program walks one row, or a part of it where rows are few: matrix, scale and first element index are scalars, and counts need no
-atomics.
+Each of these decides otherwise about one draw in 2^20, and about none where the wanted weight is exact in fp32.
+
+Bytes moved per ternary weight: codes 1/4 read and 1/4 written; a direction 4 read. With AdamW a bf16 gradient 2 read, and 8-bit
+moments 2.0625 (32-bit moments 8) read and written, 6.6 in all. With 8-bit moments an H200 spends more time on instructions than on
+these bytes. So instructions count: 52 per weight for ternary codes, 10 of them for Philox, of which one call serves both the codes
+and the moments of four weights. docs/benchmarks/kernels.md has what each part costs.
+
+One program works on one row, or on a part of a row where rows are few. Matrix, scale and first element index are then scalars, and
+counts need no atomics.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
 from dqt_dist.config import STATE_BLOCK
+from dqt_dist.kernels.device.block_float import (
+    decode_signed,
+    decode_unsigned,
+    encode_signed,
+    encode_unsigned,
+    load_blocks,
+    store_blocks,
+)
+from dqt_dist.kernels.device.instructions import clamp_to_span, reciprocal, square_root
+from dqt_dist.kernels.device.packing import (
+    byte_of_zero_codes,
+    count_nonzero_fields,
+    load_packed,
+    pack_fields,
+    store_packed,
+    unpack_fields,
+)
+from dqt_dist.kernels.device.philox import random_words
+from dqt_dist.kernels.device.rounding import round_fields
 from dqt_dist.kernels.launch import launch
+from dqt_dist.kernels.low_bit_update import AdamWSettings
 from dqt_dist.lowbit.block_float import SIGNED_EXPONENT_MIN, UNSIGNED_EXPONENT_MIN
 from dqt_dist.lowbit.coordinates import Purpose, row_words
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey
 
-# Columns a program handles at once, a power of two, and its warps: 8 columns a thread, a 16-byte load of a bf16 gradient. One warp
-# needs no barriers, and 256 divides more row lengths than larger blocks do.
+# Columns that a program handles at once, a power of two, and its warps: 8 columns per thread, so a bf16 gradient is a 16-byte load.
+# One warp needs no barriers, and 256 divides more row lengths than larger blocks do.
 BLOCK, NUM_WARPS = 256, 1
-# Rows are cut until there are so many programs, four for each of the 32 places on 132 multiprocessors, or so few blocks in one.
-PROGRAMS, BLOCKS_AT_LEAST = 1 << 14, 4
-
-# 1.5 * 2^23: fp32's neighbours of it are integers, and its lowest 22 bits are zero.
-ROUNDER = tl.constexpr(12582912.0)
+# A row is divided over programs until there are MIN_PROGRAMS, four for each of the 32 places on 132 multiprocessors, or until a
+# program has only MIN_BLOCKS blocks.
+MIN_PROGRAMS, MIN_BLOCKS = 1 << 14, 4
 
 
-@triton.jit
-def _interleave4(a, b, c, d):
-    """[a0, b0, c0, d0, a1, ...]"""
-    return tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
+# ---- device functions of both kernels ----
 
 
 @triton.jit
-def _load_packed(
-    codes_row, start, packed_columns, QMIN: tl.constexpr, STORAGE_BITS: tl.constexpr, BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Packed bytes from column `start` on, int32 [BLOCK * STORAGE_BITS / 8]; fields of zero past the end."""
-    COUNT: tl.constexpr = BLOCK * STORAGE_BITS // 8
-    first = start // (8 // STORAGE_BITS)
-    packed_at = (codes_row + first) + tl.arange(0, COUNT)
-    if WHOLE:
-        packed = tl.load(packed_at).to(tl.int32)
-    else:
-        inside = tl.arange(0, COUNT) < packed_columns - first
-        packed = tl.load(packed_at, mask=inside, other=0).to(tl.int32)
-        if STORAGE_BITS == 8:
-            # Not by `other`: of four int8 loaded at once, Triton 3.6.0 gives a negative one to the first alone.
-            packed = tl.where(inside, packed, QMIN)
-    return packed
+def _locate_program(first_element, matrix_id, columns, columns_per_program):
+    """Row of this program, its first column and the column after its last, the counter of the row's first four elements, the matrix."""
+    row = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * columns_per_program
+    counter = (tl.load(first_element + row) >> 2).to(tl.int32)
+    return row, first, tl.minimum(columns, first + columns_per_program), counter, tl.load(matrix_id + row).to(tl.uint32)
 
 
 @triton.jit
-def _store_packed(
-    codes_row, packed, start, packed_columns, STORAGE_BITS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr
-):
-    COUNT: tl.constexpr = BLOCK * STORAGE_BITS // 8
-    first = start // (8 // STORAGE_BITS)
-    inside = None if WHOLE else tl.arange(0, COUNT) < packed_columns - first
-    tl.store((codes_row + first) + tl.arange(0, COUNT), packed.to(codes_row.dtype.element_ty), mask=inside)
+def _decayed(fields, decay_factor, QMIN: tl.constexpr):
+    """Fields of codes times a factor: (u + QMIN) * factor - QMIN."""
+    return fields * decay_factor + (QMIN * decay_factor - QMIN)
 
 
 @triton.jit
-def _field(on_top, POSITION: tl.constexpr, STORAGE_BITS: tl.constexpr):
-    """Field POSITION of packed bytes, fp32. They come or-ed with the bits of 2^23; in its mantissa a field counts 2^SHIFT."""
-    SHIFT: tl.constexpr = STORAGE_BITS * POSITION
-    UNIT: tl.constexpr = 1.0 / (1 << SHIFT)
-    bits = on_top & (0x7F000000 | ((1 << STORAGE_BITS) - 1) << SHIFT)
-    return bits.to(tl.float32, bitcast=True) * UNIT - 8388608.0 * UNIT
-
-
-@triton.jit
-def _fields(packed, QMIN: tl.constexpr, STORAGE_BITS: tl.constexpr):
-    """Codes less QMIN, fp32, of packed bytes."""
-    on_top = packed | 0x4B000000
-    # One return: Triton types every return statement, also those a constexpr condition leaves out.
-    if STORAGE_BITS == 8:
-        result = packed.to(tl.float32) - QMIN
-    elif STORAGE_BITS == 4:
-        result = tl.interleave(_field(on_top, 0, 4), _field(on_top, 1, 4))
-    else:
-        result = _interleave4(_field(on_top, 0, 2), _field(on_top, 1, 2), _field(on_top, 2, 2), _field(on_top, 3, 2))
-    return result
-
-
-@triton.jit
-def _packed(fields, QMIN: tl.constexpr, STORAGE_BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The inverse for int32 fields [BLOCK], which may have a multiple of 2^16 added; as bytes, int32."""
-    PER_BYTE: tl.constexpr = 8 // STORAGE_BITS
-    if STORAGE_BITS == 8:
-        result = fields + QMIN
-    else:
-        places = tl.arange(0, PER_BYTE) * STORAGE_BITS
-        result = tl.sum(tl.reshape(fields, (BLOCK // PER_BYTE, PER_BYTE)) << places[None, :], axis=1)
-    return result & 255
-
-
-@triton.jit
-def _philox(key, counter, step, id_word):
-    """The four words of counters below 2^32, key = second word << 32 | first (lowbit/coordinates.py). tl.philox would take the halves
-    of each product by an instruction of its own; with the upper words of the counter the same everywhere, two of the twenty
-    products are scalars."""
-    c0, c1, c2, c3 = counter, tl.zeros_like(counter), step.to(tl.uint32), id_word
-    k0 = key.to(tl.uint32)
-    k1 = (key >> 32).to(tl.uint32)
-    for _ in tl.static_range(10):
-        product_0 = c0.to(tl.uint64) * 0xD2511F53
-        product_1 = c2.to(tl.uint64) * 0xCD9E8D57
-        c0 = (product_1 >> 32).to(tl.uint32) ^ (c1 ^ k0)
-        c2 = (product_0 >> 32).to(tl.uint32) ^ (c3 ^ k1)
-        c1 = product_1.to(tl.uint32)
-        c3 = product_0.to(tl.uint32)
-        k0 = (k0.to(tl.uint64) + 0x9E3779B9).to(tl.uint32)
-        k1 = (k1.to(tl.uint64) + 0xBB67AE85).to(tl.uint32)
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def _draw(counter, id_word, key, step, BLOCK: tl.constexpr):
-    """The 32-bit words of BLOCK neighbouring elements, of which `counter` gives the first four: uint32 [BLOCK]."""
-    # Two counters for the 8 columns of a thread: words are where they are used.
-    pair = counter.to(tl.uint32) + 2 * tl.arange(0, BLOCK // 8).to(tl.uint32)
-    a0, a1, a2, a3 = _philox(key, pair, step, id_word)
-    b0, b1, b2, b3 = _philox(key, pair + 1, step, id_word)
-    return _interleave4(tl.interleave(a0, b0), tl.interleave(a1, b1), tl.interleave(a2, b2), tl.interleave(a3, b3))
-
-
-@triton.jit
-def _clamped(x, SPAN: tl.constexpr):
-    """fp32 x between 0 and SPAN, by one instruction: numbers that are not negative are ordered as their bits are."""
-    return tl.inline_asm_elementwise(
-        "min.s32.relu $0, $1, $2;", "=r,r,r", [x, tl.full(x.shape, SPAN, tl.float32)],
-        dtype=tl.float32, is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _round(inside_grid, words, QMIN: tl.constexpr, STOCHASTIC: tl.constexpr):
-    """Fields t inside the grid to whole ones, int32 [BLOCK] with the bits of ROUNDER added.
-
-    floor(t) + [u < t - floor(t)] is the smallest integer that is not below t - u. Sums rounded towards +inf never fall below it: one
-    with -u, one with a number whose neighbours are integers, which leaves the field in its lowest bits. u has the first 24 binary
-    digits of a word, from its highest that is set, so that an fp32 t with more than 24 of them is served too.
-    """
-    if STOCHASTIC:
-        digits = tl.inline_asm_elementwise(
-            "cvt.rz.f32.u32 $0, $1;", "=f,r", [words], dtype=tl.float32, is_pure=True, pack=1
-        )
-        result = libdevice.add_ru(libdevice.fma_ru(digits, -2.3283064365386963e-10, inside_grid), ROUNDER)  # 2^-32
-        bits = result.to(tl.int32, bitcast=True)
-    else:
-        # To nearest, half to an even code.
-        bits = (inside_grid + (ROUNDER + QMIN)).to(tl.int32, bitcast=True) - QMIN
-    return bits
-
-
-@triton.jit
-def _land(
+def _round_and_store(
     codes_row,
     old,
     wanted,
@@ -188,76 +100,45 @@ def _land(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """Rounds wanted fields [BLOCK], which are finite, and stores them over `old`, packed. Returns flips, zeros and clamped weights:
-    int32, int32 and fp32 [BLOCK / 8]."""
-    inside_grid = _clamped(wanted, QMAX - QMIN)
-    new = _round(inside_grid, words, QMIN, STOCHASTIC)
+    """Rounds wanted fields, fp32 [BLOCK] and finite, and stores their bytes over `old`.
+
+    Returns flips, zeros and clamped weights of every 8 columns: int32, int32 and fp32 [BLOCK / 8].
+    """
+    inside_grid = clamp_to_span(wanted, QMAX - QMIN)
+    new = round_fields(inside_grid, words, QMIN, STOCHASTIC)
     clamped = tl.where(inside_grid != wanted, 1.0, 0.0)
     if not WHOLE:
         inside = start + tl.arange(0, BLOCK) < columns
         clamped = tl.where(inside, clamped, 0.0)
         # Columns past the end keep a zero field, as packing leaves it.
         new = tl.where(inside, new, 0)
-    new = _packed(new, QMIN, STORAGE_BITS, BLOCK)
-    _store_packed(codes_row, new, start, packed_columns, STORAGE_BITS, BLOCK, WHOLE)
-    zeros = 8 - _fields_set(new ^ _zero_fields(QMIN, STORAGE_BITS), STORAGE_BITS, BLOCK)
-    return _fields_set(old ^ new, STORAGE_BITS, BLOCK), zeros, tl.sum(tl.reshape(clamped, (BLOCK // 8, 8)), axis=1)
-
-
-@triton.jit
-def _zero_fields(QMIN: tl.constexpr, STORAGE_BITS: tl.constexpr):
-    """A byte of zero codes."""
-    return 0 if STORAGE_BITS == 8 else -QMIN * (255 // ((1 << STORAGE_BITS) - 1))
-
-
-@triton.jit
-def _fields_set(packed, STORAGE_BITS: tl.constexpr, BLOCK: tl.constexpr):
-    """How many fields of 8 neighbours are not zero, int32 [BLOCK / 8], of packed bytes."""
-    if STORAGE_BITS == 8:
-        bits = tl.where((packed & 255) != 0, 1, 0)
-    elif STORAGE_BITS == 4:
-        # Four bytes hold the 8 fields.
-        bits = packed | (packed >> 2)
-        bits = (bits | (bits >> 1)) & 0x11
-    else:
-        bits = (packed | (packed >> 1)) & 0x55
-    words = tl.reshape(bits, (BLOCK // 8, STORAGE_BITS))
-    places = tl.arange(0, STORAGE_BITS) * 8 if STORAGE_BITS < 8 else tl.arange(0, STORAGE_BITS)
-    return libdevice.popc(tl.sum(words << places[None, :], axis=1))
-
-
-@triton.jit
-def _decayed(fields, decay_factor, QMIN: tl.constexpr):
-    """Fields of codes times a factor."""
-    return fields * decay_factor + (QMIN * decay_factor - QMIN)
-
-
-@triton.jit
-def _place(first_element, matrix_id, columns, segment):
-    """Where this program is: its row, first and last column, the counter of the row's first four elements, the matrix."""
-    row = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * segment
-    counter = (tl.load(first_element + row) >> 2).to(tl.int32)
-    return row, first, tl.minimum(columns, first + segment), counter, tl.load(matrix_id + row).to(tl.uint32)
+    new = pack_fields(new, QMIN, STORAGE_BITS, BLOCK)
+    store_packed(codes_row, new, start, packed_columns, STORAGE_BITS, BLOCK, WHOLE)
+    zeros = 8 - count_nonzero_fields(new ^ byte_of_zero_codes(QMIN, STORAGE_BITS), STORAGE_BITS, BLOCK)
+    flips = count_nonzero_fields(old ^ new, STORAGE_BITS, BLOCK)
+    return flips, zeros, tl.sum(tl.reshape(clamped, (BLOCK // 8, 8)), axis=1)
 
 
 @triton.jit
 def _no_counts(BLOCK: tl.constexpr):
-    """Flips, zeros and clamped weights, as `_land` returns them."""
+    """Flips, zeros and clamped weights before the first block, typed as `_round_and_store` returns them."""
     none = tl.zeros((BLOCK // 8,), tl.int32)
     return none, none, none.to(tl.float32)
 
 
 @triton.jit
 def _store_counts(counts, flips, zeros, clamped):
-    """Counts of this program; fp32 holds them exactly."""
+    """Stores the counts of this program; fp32 holds them exactly."""
     own = counts + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 3
     tl.store(own, tl.sum(flips))
     tl.store(own + 1, tl.sum(zeros))
     tl.store(own + 2, tl.sum(clamped).to(tl.int32))
 
 
-# Unspecialised: a step of 1 or a multiple of 16 would otherwise compile the kernel anew.
+# ---- the update by a direction ----
+
+
+# `key` and `step` are not specialised: a step of 1 or a multiple of 16 would otherwise compile the kernel anew.
 @triton.jit(do_not_specialize=["key", "step"])
 def _update_kernel(
     codes,
@@ -272,7 +153,7 @@ def _update_kernel(
     step,
     columns,
     packed_columns,
-    segment,
+    columns_per_program,
     STOCHASTIC: tl.constexpr,
     QMIN: tl.constexpr,
     QMAX: tl.constexpr,
@@ -280,21 +161,52 @@ def _update_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    row, first, last, first_counter, id_word = _place(first_element, matrix_id, columns, segment)
-    rate = learning_rate / tl.load(row_scale + row)
+    """One rounding update of `rows` rows; program (i, j) has the j-th part of row i. Source: arXiv 2412.04787.
+
+    For each block of BLOCK columns, with s the scale of the row:
+
+        1. u  = C - QMIN                                          fields of the packed codes C
+        2. t  = u * d + (QMIN * d - QMIN) - direction * (lr / s)  the wanted field, d = decay_factor; u where t is not finite
+        3. u' = round(clamp(t, 0, QMAX - QMIN))                   stochastic with Philox(key, element, step, matrix), or to nearest
+        4. pack u', store it over C, count flips, zeros and clamped weights
+
+    argument              shape                    dtype          meaning
+    codes                 [rows, packed_columns]   uint8 or int8  packed codes; rewritten
+    direction             [rows, columns]          fp32           weight units per unit of learning rate
+    first_element         [rows]                   int64          index of the row's first element in its matrix, a multiple of 4
+    matrix_id             [rows]                   int64          32-bit id of the row's logical matrix
+    row_scale             [rows]                   fp32           weight units per code
+    counts                [rows, programs, 3]      int32          flips, zeros, clamped weights of each program; written
+    learning_rate         scalar                   fp32
+    decay_factor          scalar                   fp32           1 - learning_rate * weight_decay
+    key                   scalar                   int64          purpose << 32 | seed
+    step                  scalar                   int32          optimizer step, counted from 1
+    columns               scalar                   int32          columns of a row, a multiple of 4
+    packed_columns        scalar                   int32          bytes of a row
+    columns_per_program   scalar                   int32          a multiple of BLOCK
+    STOCHASTIC            constexpr                bool           rounding mode
+    QMIN, QMAX            constexpr                int            ends of the grid
+    STORAGE_BITS          constexpr                int            bits of a stored code: 2, 4 or 8
+    BLOCK                 constexpr                int            columns handled at once
+    WHOLE                 constexpr                bool           `columns` is a multiple of BLOCK
+    """
+    row, first, last, first_counter, id_word = _locate_program(first_element, matrix_id, columns, columns_per_program)
+    codes_per_direction = learning_rate / tl.load(row_scale + row)
     codes_row = codes + row * packed_columns
     direction_row = direction + row * columns
     flips, zeros, clamped = _no_counts(BLOCK)
     for start in range(first, last, BLOCK):
-        tl.assume(start >= 0)  # divisions are shifts then
+        tl.assume(start >= 0)  # so that divisions are shifts
         offsets = start + tl.arange(0, BLOCK)
         inside = None if WHOLE else offsets < columns
-        old = _load_packed(codes_row, start, packed_columns, QMIN, STORAGE_BITS, BLOCK, WHOLE)
-        fields = _fields(old, QMIN, STORAGE_BITS)
-        wanted = _decayed(fields, decay_factor, QMIN) - tl.load(direction_row + offsets, mask=inside) * rate
+        old = load_packed(codes_row, start, packed_columns, QMIN, STORAGE_BITS, BLOCK, WHOLE)
+        fields = unpack_fields(old, QMIN, STORAGE_BITS)
+        wanted = (
+            _decayed(fields, decay_factor, QMIN) - tl.load(direction_row + offsets, mask=inside) * codes_per_direction
+        )
         wanted = tl.where(tl.abs(wanted) < float("inf"), wanted, fields)
-        words = _draw(first_counter + (start >> 2), id_word, key, step, BLOCK)
-        new_flips, new_zeros, new_clamped = _land(
+        words = random_words(first_counter + (start >> 2), id_word, key, step, BLOCK)
+        new_flips, new_zeros, new_clamped = _round_and_store(
             codes_row, old, wanted, words, start, columns, packed_columns,
             STOCHASTIC, QMIN, QMAX, STORAGE_BITS, BLOCK, WHOLE,
         )  # fmt: skip
@@ -312,225 +224,91 @@ def update_rows_triton(
     weight_decay: float,
     key: RoundingKey,
 ) -> Tensor:
-    """As `update_rows_reference`, counts in parts; `direction` contiguous, on the device of the codes."""
+    """As `update_rows_reference`, with counts in parts. `direction` is contiguous, on the device of the codes."""
     assert direction.dtype == torch.float32 and direction.is_contiguous()
     rows = direction.shape[0]
-    counts, walk = _walk(weight, rows, key)
+    division = _divide(weight, rows)
     launch(
         _update_kernel,
-        tuple(counts.shape[:2]),
+        division.grid,
         weight.packed(start, start + rows),
         direction,
-        *_row_facts(weight, start, start + rows),
-        counts,
+        *_row_arguments(weight, start, start + rows),
+        division.counts,
         learning_rate,
         1.0 - learning_rate * weight_decay,
-        *walk,
+        *_walk_arguments(weight, division, key),
         **_constants(weight, key),
     )
-    return counts
+    return division.counts
 
 
-def _walk(weight: LowBitMatrix, rows: int, key: RoundingKey) -> tuple[Tensor, tuple[int, ...]]:
-    """A place for the counts, int32 [rows, programs of a row, 3], which is the grid as well; and the kernels' arguments from `key` on.
-
-    The last of them is `segment`: columns that one program walks, a multiple of BLOCK.
-    """
-    num_blocks = triton.cdiv(weight.columns, BLOCK)
-    blocks = max(BLOCKS_AT_LEAST, triton.cdiv(num_blocks, triton.cdiv(PROGRAMS, rows)))
-    counts = torch.empty(rows, triton.cdiv(num_blocks, blocks), 3, dtype=torch.int32, device=weight.codes.device)
-    key_word = int(Purpose.ROUND) << 32 | key.seed
-    return counts, (key_word, key.step, weight.columns, weight.codes.shape[1], blocks * BLOCK)
-
-
-def _row_facts(weight: LowBitMatrix, start: int, stop: int) -> tuple[Tensor, Tensor, Tensor]:
-    """First element index, matrix id and scale of each row."""
-    assert weight.layout is not None
-    first_element, matrix_id = row_words(weight.layout, weight.codes.device)
-    return first_element[start:stop], matrix_id[start:stop], weight.row_scale()[start:stop]
-
-
-def _constants(weight: LowBitMatrix, key: RoundingKey) -> dict[str, int | bool]:
-    grid = weight.grid
-    return {
-        "STOCHASTIC": key.mode == "stochastic",
-        "QMIN": grid.qmin,
-        "QMAX": grid.qmax,
-        "STORAGE_BITS": grid.storage_bits,
-        "BLOCK": BLOCK,
-        "WHOLE": weight.columns % BLOCK == 0,
-        "num_warps": NUM_WARPS,
-    }
-
-
-# ---- with AdamW ----
-
-
-@triton.jit
-def _power_of_two(exponent):
-    """2^exponent for int32 in [-126, 127]."""
-    return ((exponent + 127) << 23).to(tl.float32, bitcast=True)
-
-
-# The formats of lowbit/block_float.py: codes and noise are [BLOCK / STATE_BLOCK, STATE_BLOCK], exponents int32 [BLOCK / STATE_BLOCK]
-# after encoding and [BLOCK / STATE_BLOCK, 1] before decoding, values fp32 [BLOCK].
-
-
-@triton.jit
-def _decode_signed(codes, exponents, factor, BLOCK: tl.constexpr, EXPONENT_MIN: tl.constexpr):
-    """Values times `factor`, which the blocks' scales take in."""
-    scale = _power_of_two(tl.maximum(exponents, EXPONENT_MIN) - 134)
-    return tl.reshape(codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * (scale * factor), (BLOCK,))
-
-
-@triton.jit
-def _decode_unsigned(codes, exponents, BLOCK: tl.constexpr, EXPONENT_MIN: tl.constexpr):
-    shift = (tl.maximum(exponents, EXPONENT_MIN) - EXPONENT_MIN) << 23
-    return tl.reshape(((codes.to(tl.int32) << 20) + shift).to(tl.float32, bitcast=True), (BLOCK,))
-
-
-@triton.jit
-def _encode_signed(values, noise, EXPONENT_MIN: tl.constexpr):
-    """Codes uint8 and exponents."""
-    blocks = tl.reshape(values, noise.shape)
-    exponents = tl.max(tl.abs(blocks), axis=1).to(tl.int32, bitcast=True) >> 23
-    scaled = blocks * _power_of_two(134 - tl.maximum(exponents, EXPONENT_MIN))[:, None]
-    bits = (scaled.to(tl.int32, bitcast=True) + noise) & -1048576  # -2^20
-    return bits.to(tl.float32, bitcast=True).to(tl.float8e4nv).to(tl.uint8, bitcast=True), exponents
-
-
-@triton.jit
-def _encode_unsigned(values, noise, EXPONENT_MIN: tl.constexpr):
-    """Codes uint8 and exponents."""
-    # Not negative, so ordered as their bits, of which a GPU takes the maximum of three at once.
-    bits = tl.reshape(values, noise.shape).to(tl.int32, bitcast=True)
-    exponents = tl.max(bits, axis=1) >> 23
-    shift = (tl.maximum(exponents, EXPONENT_MIN) - EXPONENT_MIN) << 23
-    return _saturated(bits + noise - shift[:, None]), exponents
-
-
-@triton.jit
-def _load_blocks(
-    codes_row, exponents_row, start, columns, BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr, WHOLE: tl.constexpr
-):
-    """Codes uint8 [BLOCK / STATE_BLOCK, STATE_BLOCK] and exponents int32 [BLOCK / STATE_BLOCK, 1]."""
-    codes_at = (codes_row + start) + tl.arange(0, BLOCK)
-    exponents_at = (exponents_row + start // STATE_BLOCK) + tl.arange(0, BLOCK // STATE_BLOCK)
-    if WHOLE:
-        codes, exponents = tl.load(codes_at), tl.load(exponents_at)
-    else:
-        codes = tl.load(codes_at, mask=tl.arange(0, BLOCK) < columns - start, other=0)
-        inside = tl.arange(0, BLOCK // STATE_BLOCK) < (columns - start) // STATE_BLOCK
-        exponents = tl.load(exponents_at, mask=inside, other=0)
-    return tl.reshape(codes, (BLOCK // STATE_BLOCK, STATE_BLOCK)), exponents.to(tl.int32)[:, None]
-
-
-@triton.jit
-def _store_blocks(
-    codes_row, exponents_row, codes, exponents, start, columns, BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    """The inverse of `_load_blocks`; exponents [BLOCK / STATE_BLOCK]."""
-    codes_at = (codes_row + start) + tl.arange(0, BLOCK)
-    exponents_at = (exponents_row + start // STATE_BLOCK) + tl.arange(0, BLOCK // STATE_BLOCK)
-    codes = tl.reshape(codes, (BLOCK,))
-    if WHOLE:
-        tl.store(codes_at, codes)
-        # As it stands: tl.store would first move these few between threads.
-        tl.inline_asm_elementwise(
-            "st.global.u8 [$1], $2; mov.u32 $0, 0;",
-            "=r,l,r",
-            [exponents_at, exponents],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        tl.store(codes_at, codes, mask=tl.arange(0, BLOCK) < columns - start)
-        inside = tl.arange(0, BLOCK // STATE_BLOCK) < (columns - start) // STATE_BLOCK
-        tl.store(exponents_at, exponents.to(tl.uint8), mask=inside)
+# ---- AdamW in the same pass ----
 
 
 @triton.jit
 def _load_moments(
-    exp_avg_row, exp_avg_scale_row, second_row, second_scale_row, start, columns, beta1, STATE_BITS: tl.constexpr,
-    STATE_BLOCK: tl.constexpr, SIGNED_EXPONENT_MIN: tl.constexpr, UNSIGNED_EXPONENT_MIN: tl.constexpr,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    exp_avg_row, exp_avg_exponents_row, exp_avg_sq_row, exp_avg_sq_exponents_row, start, columns, beta1,
+    STATE_BITS: tl.constexpr, STATE_BLOCK: tl.constexpr, SIGNED_EXPONENT_MIN: tl.constexpr,
+    UNSIGNED_EXPONENT_MIN: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """First moment times beta1, and second moment: fp32 [BLOCK]."""
+    """beta1 times the first moment, and the second moment: fp32 [BLOCK]."""
     if STATE_BITS == 8:
-        m_codes, m_exponents = _load_blocks(exp_avg_row, exp_avg_scale_row, start, columns, BLOCK, STATE_BLOCK, WHOLE)
-        v_codes, v_exponents = _load_blocks(second_row, second_scale_row, start, columns, BLOCK, STATE_BLOCK, WHOLE)
-        m = _decode_signed(m_codes, m_exponents, beta1, BLOCK, SIGNED_EXPONENT_MIN)
-        v = _decode_unsigned(v_codes, v_exponents, BLOCK, UNSIGNED_EXPONENT_MIN)
+        m_codes, m_exponents = load_blocks(
+            exp_avg_row, exp_avg_exponents_row, start, columns, BLOCK, STATE_BLOCK, WHOLE
+        )
+        v_codes, v_exponents = load_blocks(
+            exp_avg_sq_row, exp_avg_sq_exponents_row, start, columns, BLOCK, STATE_BLOCK, WHOLE
+        )
+        m = decode_signed(m_codes, m_exponents, beta1, BLOCK, SIGNED_EXPONENT_MIN)
+        v = decode_unsigned(v_codes, v_exponents, BLOCK, UNSIGNED_EXPONENT_MIN)
     else:
         offsets = start + tl.arange(0, BLOCK)
         inside = None if WHOLE else offsets < columns
         m = tl.load(exp_avg_row + offsets, mask=inside) * beta1
-        v = tl.load(second_row + offsets, mask=inside)
+        v = tl.load(exp_avg_sq_row + offsets, mask=inside)
     return m, v
 
 
 @triton.jit
 def _store_moments(
-    exp_avg_row, exp_avg_scale_row, second_row, second_scale_row, m, v, words, start, columns, STATE_BITS: tl.constexpr,
-    STATE_BLOCK: tl.constexpr, SIGNED_EXPONENT_MIN: tl.constexpr, UNSIGNED_EXPONENT_MIN: tl.constexpr,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    exp_avg_row, exp_avg_exponents_row, exp_avg_sq_row, exp_avg_sq_exponents_row, m, v, words, start, columns,
+    STATE_BITS: tl.constexpr, STATE_BLOCK: tl.constexpr, SIGNED_EXPONENT_MIN: tl.constexpr,
+    UNSIGNED_EXPONENT_MIN: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Moments [BLOCK], rounded with the lowest 20 bits of `words` where they have 8."""
+    """Stores moments m and v, fp32 [BLOCK]; moments of 8 bits are rounded with the lowest 20 bits of `words`."""
     if STATE_BITS == 8:
         noise = tl.reshape((words & 0xFFFFF).to(tl.int32), (BLOCK // STATE_BLOCK, STATE_BLOCK))
-        m_codes, m_exponents = _encode_signed(m, noise, SIGNED_EXPONENT_MIN)
-        _store_blocks(exp_avg_row, exp_avg_scale_row, m_codes, m_exponents, start, columns, BLOCK, STATE_BLOCK, WHOLE)
-        v_codes, v_exponents = _encode_unsigned(v, noise, UNSIGNED_EXPONENT_MIN)
-        _store_blocks(second_row, second_scale_row, v_codes, v_exponents, start, columns, BLOCK, STATE_BLOCK, WHOLE)
+        m_codes, m_exponents = encode_signed(m, noise, SIGNED_EXPONENT_MIN)
+        store_blocks(
+            exp_avg_row, exp_avg_exponents_row, m_codes, m_exponents, start, columns, BLOCK, STATE_BLOCK, WHOLE
+        )
+        v_codes, v_exponents = encode_unsigned(v, noise, UNSIGNED_EXPONENT_MIN)
+        store_blocks(
+            exp_avg_sq_row, exp_avg_sq_exponents_row, v_codes, v_exponents, start, columns, BLOCK, STATE_BLOCK, WHOLE
+        )
     else:
         offsets = start + tl.arange(0, BLOCK)
         inside = None if WHOLE else offsets < columns
         tl.store(exp_avg_row + offsets, m, mask=inside)
-        tl.store(second_row + offsets, v, mask=inside)
+        tl.store(exp_avg_sq_row + offsets, v, mask=inside)
 
 
 @triton.jit
-def _load_gradient(gradient_row, start, columns, moves, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """fp32 [BLOCK]; zeros when nothing moves, whatever stands there."""
+def _load_gradient(gradient_row, start, columns, is_taken, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
+    """Gradient of a block, fp32 [BLOCK]; zeros without a read where the step is not taken."""
     if gradient_row.dtype.element_ty == tl.bfloat16:
-        # Pairs, whose halves are the upper halves of two fp32.
-        pairs_at = (gradient_row + start).to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, BLOCK // 2)
-        inside = moves if WHOLE else moves & (tl.arange(0, BLOCK // 2) < (columns - start) // 2)
-        pairs = tl.load(pairs_at, mask=inside, other=0)
+        # Two bf16 at once, as an int32: bf16 is the upper half of fp32.
+        pair_pointers = (gradient_row + start).to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, BLOCK // 2)
+        inside = is_taken if WHOLE else is_taken & (tl.arange(0, BLOCK // 2) < (columns - start) // 2)
+        pairs = tl.load(pair_pointers, mask=inside, other=0)
         result = tl.interleave(
             (pairs << 16).to(tl.float32, bitcast=True), (pairs & -65536).to(tl.float32, bitcast=True)
         )
     else:
-        inside = moves if WHOLE else moves & (tl.arange(0, BLOCK) < columns - start)
+        inside = is_taken if WHOLE else is_taken & (tl.arange(0, BLOCK) < columns - start)
         result = tl.load((gradient_row + start) + tl.arange(0, BLOCK), mask=inside, other=0.0)
     return result
-
-
-@triton.jit
-def _saturated(x):
-    """int32 >> 20 to uint8, negative numbers to 0. A shift as the high half of a product runs beside the others of this kernel."""
-    return tl.inline_asm_elementwise(
-        """{
-        .reg .b32 a, b, c, d;
-        mul.hi.s32 a, $1, 4096; mul.hi.s32 b, $2, 4096; mul.hi.s32 c, $3, 4096; mul.hi.s32 d, $4, 4096;
-        cvt.pack.sat.u8.s32.b32 c, d, c, 0; cvt.pack.sat.u8.s32.b32 $0, b, a, c;
-        }""",
-        "=r,r,r,r,r", [x], dtype=tl.uint8, is_pure=True, pack=4,
-    )  # fmt: skip
-
-
-@triton.jit
-def _square_root(x):
-    """To 2^-22; a denormal counts as zero."""
-    return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _reciprocal(x):
-    """To an ulp: one instruction where a division takes six."""
-    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
 
 
 @triton.jit(do_not_specialize=["key", "step"])
@@ -538,9 +316,9 @@ def _adamw_kernel(
     codes,
     gradient,
     exp_avg,
-    exp_avg_scale,
-    second,
-    second_scale,
+    exp_avg_exponents,
+    exp_avg_sq,
+    exp_avg_sq_exponents,
     first_element,
     matrix_id,
     row_scale,
@@ -548,16 +326,16 @@ def _adamw_kernel(
     clip,
     decay_factor,
     beta1,
-    weight1,
+    gradient_weight,
     beta2,
-    weight2,
+    square_weight,
     root_factor,
     epsilon,
     key,
     step,
     columns,
     packed_columns,
-    segment,
+    columns_per_program,
     CLIPPED: tl.constexpr,
     GRADIENT_LIMIT: tl.constexpr,
     STATE_BITS: tl.constexpr,
@@ -572,47 +350,107 @@ def _adamw_kernel(
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    row, first, last, first_counter, id_word = _place(first_element, matrix_id, columns, segment)
-    moves = True
+    """One AdamW step and rounding update of `rows` rows; program (i, j) has the j-th part of row i.
+
+    Sources: arXiv 1711.05101 (AdamW), arXiv 2412.04787 (the update). The definition is, for Adam's step number n and scale s,
+
+        m = beta1 m + (1 - beta1) c g          v = beta2 v + (1 - beta2) (c g)^2          c = clip
+        t = C (1 - lr wd) - (lr / s) * (m / (1 - beta1^n)) / (sqrt(v / (1 - beta2^n)) + eps)
+
+    The kernel divides numerator and denominator of the last term by rate = lr / (1 - beta1^n), so that the rate costs nothing per
+    weight. Both get the row's scale s once per program:
+
+        root_factor R = s / (rate * sqrt(1 - beta2^n))          epsilon E = s * eps / rate          t = C (1 - lr wd) - m / (R sqrt(v) + E)
+
+    Steps, for each block of BLOCK columns:
+
+        1. read the packed codes, the gradient g and the moments m, v
+        2. without a clip factor: g = 0 where |g| >= GRADIENT_LIMIT or g is not finite
+        3. draw the words: Philox(key, element, step, matrix)
+        4. m = beta1 m + gradient_weight g          v = beta2 v + square_weight g^2
+        5. store m and v; 8-bit moments are rounded stochastically with the lowest 20 bits of the words
+        6. u = C - QMIN, decayed          t = u - m / (R sqrt(v) + E), from the moments of step 4, not from those stored
+        7. u' = round(clamp(t, 0, QMAX - QMIN)), stochastic with the words, or to nearest
+        8. pack u', store it over C, count flips, zeros and clamped weights
+
+    A clip factor of 0 says that the step is not to be taken. Gradients are then not read, R = 0 and E = infinity, so that moments
+    decay and only weight decay moves codes. A learning rate of 0 sets R and E in the same way.
+
+    argument               shape                        dtype          meaning
+    codes                  [rows, packed_columns]       uint8 or int8  packed codes; rewritten
+    gradient               [rows, columns]              bf16 or fp32   g
+    exp_avg                [rows, columns]              uint8 or fp32  m: signed block floats, or fp32; rewritten
+    exp_avg_exponents      [rows, columns/STATE_BLOCK]  uint8          exponents of m; unused where STATE_BITS is 32
+    exp_avg_sq             [rows, columns]              uint8 or fp32  v: unsigned block floats, or fp32; rewritten
+    exp_avg_sq_exponents   [rows, columns/STATE_BLOCK]  uint8          exponents of v; unused where STATE_BITS is 32
+    first_element          [rows]                       int64          index of the row's first element in its matrix
+    matrix_id              [rows]                       int64          32-bit id of the row's logical matrix
+    row_scale              [rows]                       fp32           s, weight units per code
+    counts                 [rows, programs, 3]          int32          flips, zeros, clamped weights; written
+    clip                   [] or None                   fp32           c
+    decay_factor           scalar                       fp32           1 - lr wd
+    beta1                  scalar                       fp32
+    gradient_weight        scalar                       fp32           1 - beta1; times c in the kernel
+    beta2                  scalar                       fp32
+    square_weight          scalar                       fp32           1 - beta2; times c^2 in the kernel
+    root_factor            scalar                       fp32           1 / (rate * sqrt(1 - beta2^n)); times s in the kernel
+    epsilon                scalar                       fp32           eps / rate; times s in the kernel
+    key                    scalar                       int64          purpose << 32 | seed
+    step                   scalar                       int32          n, counted from 1
+    columns                scalar                       int32          columns of a row, a multiple of 4
+    packed_columns         scalar                       int32          bytes of a row
+    columns_per_program    scalar                       int32          a multiple of BLOCK
+    CLIPPED                constexpr                    bool           `clip` is given
+    GRADIENT_LIMIT         constexpr                    float          of step 2
+    STATE_BITS             constexpr                    int            bits of a moment: 8 or 32
+    STATE_BLOCK            constexpr                    int            columns that share an exponent
+    (UN)SIGNED_EXPONENT_MIN constexpr                   int            smallest exponents, lowbit/block_float.py
+    DECAYS                 constexpr                    bool           decay_factor is not 1
+    STOCHASTIC             constexpr                    bool           rounding mode of the codes
+    QMIN, QMAX             constexpr                    int            ends of the grid
+    STORAGE_BITS           constexpr                    int            bits of a stored code: 2, 4 or 8
+    BLOCK                  constexpr                    int            columns handled at once
+    WHOLE                  constexpr                    bool           `columns` is a multiple of BLOCK
+    """
+    row, first, last, first_counter, id_word = _locate_program(first_element, matrix_id, columns, columns_per_program)
+    is_taken = True
     if CLIPPED:
         factor = tl.load(clip)
-        # What a gradient is multiplied with before it goes into the moments.
-        weight1 *= factor
-        weight2 *= factor * factor
-        moves = factor > 0.0
-    # The rate divides the denominator, so that it costs no operation a weight; where nothing moves it is infinite, as for a rate of zero.
+        gradient_weight *= factor
+        square_weight *= factor * factor
+        is_taken = factor > 0.0
     scale = tl.load(row_scale + row)
-    root_factor = tl.where(moves, root_factor * scale, 0.0)
-    epsilon = tl.where(moves, epsilon * scale, float("inf"))
+    root_factor = tl.where(is_taken, root_factor * scale, 0.0)
+    epsilon = tl.where(is_taken, epsilon * scale, float("inf"))
     codes_row = codes + row * packed_columns
     gradient_row = gradient + row * columns
     exp_avg_row = exp_avg + row * columns
-    second_row = second + row * columns
-    exp_avg_scale_row = exp_avg_scale + row * (columns // STATE_BLOCK)
-    second_scale_row = second_scale + row * (columns // STATE_BLOCK)
+    exp_avg_sq_row = exp_avg_sq + row * columns
+    exp_avg_exponents_row = exp_avg_exponents + row * (columns // STATE_BLOCK)
+    exp_avg_sq_exponents_row = exp_avg_sq_exponents + row * (columns // STATE_BLOCK)
     flips, zeros, clamped = _no_counts(BLOCK)
     for start in range(first, last, BLOCK):
-        tl.assume(start >= 0)  # divisions are shifts then
-        old = _load_packed(codes_row, start, packed_columns, QMIN, STORAGE_BITS, BLOCK, WHOLE)
-        g = _load_gradient(gradient_row, start, columns, moves, BLOCK, WHOLE)
+        tl.assume(start >= 0)  # so that divisions are shifts
+        old = load_packed(codes_row, start, packed_columns, QMIN, STORAGE_BITS, BLOCK, WHOLE)
+        g = _load_gradient(gradient_row, start, columns, is_taken, BLOCK, WHOLE)
         if not CLIPPED:
             g = tl.where(tl.abs(g) < GRADIENT_LIMIT, g, 0.0)
         m, v = _load_moments(
-            exp_avg_row, exp_avg_scale_row, second_row, second_scale_row, start, columns, beta1,
+            exp_avg_row, exp_avg_exponents_row, exp_avg_sq_row, exp_avg_sq_exponents_row, start, columns, beta1,
             STATE_BITS, STATE_BLOCK, SIGNED_EXPONENT_MIN, UNSIGNED_EXPONENT_MIN, BLOCK, WHOLE,
         )  # fmt: skip
-        words = _draw(first_counter + (start >> 2), id_word, key, step, BLOCK)
-        m += weight1 * g
-        v = beta2 * v + weight2 * g * g
+        words = random_words(first_counter + (start >> 2), id_word, key, step, BLOCK)
+        m += gradient_weight * g
+        v = beta2 * v + square_weight * g * g
         _store_moments(
-            exp_avg_row, exp_avg_scale_row, second_row, second_scale_row, m, v, words, start, columns,
+            exp_avg_row, exp_avg_exponents_row, exp_avg_sq_row, exp_avg_sq_exponents_row, m, v, words, start, columns,
             STATE_BITS, STATE_BLOCK, SIGNED_EXPONENT_MIN, UNSIGNED_EXPONENT_MIN, BLOCK, WHOLE,
         )  # fmt: skip
-        fields = _fields(old, QMIN, STORAGE_BITS)
+        fields = unpack_fields(old, QMIN, STORAGE_BITS)
         if DECAYS:
             fields = _decayed(fields, decay_factor, QMIN)
-        wanted = fields - m * _reciprocal(_square_root(v) * root_factor + epsilon)
-        new_flips, new_zeros, new_clamped = _land(
+        wanted = fields - m * reciprocal(square_root(v) * root_factor + epsilon)
+        new_flips, new_zeros, new_clamped = _round_and_store(
             codes_row, old, wanted, words, start, columns, packed_columns,
             STOCHASTIC, QMIN, QMAX, STORAGE_BITS, BLOCK, WHOLE,
         )  # fmt: skip
@@ -628,55 +466,122 @@ def adamw_update_rows_triton(
     moments: dict[str, Tensor],
     start: int,
     clip: Tensor | None,
-    learning_rate: float,
-    betas: tuple[float, float],
-    epsilon: float,
-    weight_decay: float,
-    gradient_limit: float,
+    settings: AdamWSettings,
     key: RoundingKey,
 ) -> Tensor:
-    """As `adamw_update_rows_reference` of optim/adamw.py, counts in parts; gradient and moments contiguous, on the device of the codes."""
-    exp_avg, second = moments["exp_avg"], moments["exp_avg_sq"]
+    """As `adamw_update_rows_reference` of optim/adamw.py, with counts in parts.
+
+    Gradient and moments are contiguous, on the device of the codes.
+    """
+    exp_avg, exp_avg_sq = moments["exp_avg"], moments["exp_avg_sq"]
     state_bits = exp_avg.itemsize * 8
-    # Unused with 32 bits.
-    scales = moments.get("exp_avg_scale", exp_avg), moments.get("exp_avg_sq_scale", second)
+    # The kernel does not read exponents with moments of 32 bits.
+    exponents = moments.get("exp_avg_scale", exp_avg), moments.get("exp_avg_sq_scale", exp_avg_sq)
     assert state_bits == 32 or weight.columns % STATE_BLOCK == 0, weight.columns
-    assert all(tensor.is_contiguous() for tensor in (gradient, exp_avg, second, *scales))
+    assert all(tensor.is_contiguous() for tensor in (gradient, exp_avg, exp_avg_sq, *exponents))
     rows = gradient.shape[0]
-    counts, walk = _walk(weight, rows, key)
-    beta1, beta2 = betas
-    # direction * learning_rate / scale = m / (sqrt(v) * root_factor * scale + epsilon * scale)
-    rate = learning_rate / (1.0 - beta1**key.step)
+    division = _divide(weight, rows)
+    beta1, beta2 = settings.beta1, settings.beta2
+    rate = settings.learning_rate / (1.0 - beta1**key.step)
     root_factor, epsilon = (
-        (1.0 / (1.0 - beta2**key.step) ** 0.5 / rate, epsilon / rate) if rate > 0 else (0.0, float("inf"))
+        (1.0 / (1.0 - beta2**key.step) ** 0.5 / rate, settings.epsilon / rate) if rate > 0 else (0.0, float("inf"))
     )
     launch(
         _adamw_kernel,
-        tuple(counts.shape[:2]),
+        division.grid,
         weight.packed(start, start + rows),
         gradient,
         exp_avg,
-        scales[0],
-        second,
-        scales[1],
-        *_row_facts(weight, start, start + rows),
-        counts,
+        exponents[0],
+        exp_avg_sq,
+        exponents[1],
+        *_row_arguments(weight, start, start + rows),
+        division.counts,
         clip,
-        1.0 - learning_rate * weight_decay,
+        1.0 - settings.learning_rate * settings.weight_decay,
         beta1,
         1.0 - beta1,
         beta2,
         1.0 - beta2,
         root_factor,
         epsilon,
-        *walk,
+        *_walk_arguments(weight, division, key),
         CLIPPED=clip is not None,
-        GRADIENT_LIMIT=gradient_limit,
+        GRADIENT_LIMIT=settings.gradient_limit,
         STATE_BITS=state_bits,
         STATE_BLOCK=STATE_BLOCK,
         SIGNED_EXPONENT_MIN=SIGNED_EXPONENT_MIN,
         UNSIGNED_EXPONENT_MIN=UNSIGNED_EXPONENT_MIN,
-        DECAYS=weight_decay > 0,
+        DECAYS=settings.weight_decay > 0,
         **_constants(weight, key),
     )
-    return counts
+    return division.counts
+
+
+# ---- arguments of both kernels; a named tuple has its fields in the order of the kernels' parameters ----
+
+
+class _Division(NamedTuple):
+    """How rows are divided over programs."""
+
+    counts: Tensor
+    """int32 [rows, programs per row, 3]: where each program stores its counts."""
+    columns_per_program: int
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Triton's launch grid: (rows, programs per row)."""
+        return tuple(self.counts.shape[:2])
+
+
+def _divide(weight: LowBitMatrix, rows: int) -> _Division:
+    """The division of `rows` rows of `weight`."""
+    num_blocks = triton.cdiv(weight.columns, BLOCK)
+    blocks_per_program = max(MIN_BLOCKS, triton.cdiv(num_blocks, triton.cdiv(MIN_PROGRAMS, rows)))
+    shape = (rows, triton.cdiv(num_blocks, blocks_per_program), 3)
+    counts = torch.empty(shape, dtype=torch.int32, device=weight.codes.device)
+    return _Division(counts, blocks_per_program * BLOCK)
+
+
+class _RowArguments(NamedTuple):
+    """What the kernels read once per row, each [rows]."""
+
+    first_element: Tensor
+    matrix_id: Tensor
+    row_scale: Tensor
+
+
+def _row_arguments(weight: LowBitMatrix, start: int, stop: int) -> _RowArguments:
+    """Those of rows [start, stop)."""
+    assert weight.layout is not None
+    first_element, matrix_id = row_words(weight.layout, weight.codes.device)
+    return _RowArguments(first_element[start:stop], matrix_id[start:stop], weight.row_scale()[start:stop])
+
+
+class _WalkArguments(NamedTuple):
+    """Which draws the kernels take, and how far a program walks along its row."""
+
+    key: int
+    step: int
+    columns: int
+    packed_columns: int
+    columns_per_program: int
+
+
+def _walk_arguments(weight: LowBitMatrix, division: _Division, key: RoundingKey) -> _WalkArguments:
+    key_words = int(Purpose.ROUND) << 32 | key.seed
+    return _WalkArguments(key_words, key.step, weight.columns, weight.codes.shape[1], division.columns_per_program)
+
+
+def _constants(weight: LowBitMatrix, key: RoundingKey) -> dict[str, int | bool]:
+    """Constexpr parameters that both kernels have, and launch options."""
+    grid = weight.grid
+    return {
+        "STOCHASTIC": key.mode == "stochastic",
+        "QMIN": grid.qmin,
+        "QMAX": grid.qmax,
+        "STORAGE_BITS": grid.storage_bits,
+        "BLOCK": BLOCK,
+        "WHOLE": weight.columns % BLOCK == 0,
+        "num_warps": NUM_WARPS,
+    }

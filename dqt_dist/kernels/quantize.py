@@ -23,46 +23,51 @@ from dqt_dist.lowbit.activation import ABSMAX_FLOOR, GRADIENT_ABSMAX_FLOOR, code
 
 @dataclass(frozen=True)
 class Operand:
-    """One side of a product: codes [tokens, features] and what one of them stands for, fp32 [tokens, 1]; None for floats."""
+    """One side of a product.
 
-    codes: Tensor
+    values: [tokens, features], int8 or e4m3 codes, or bf16 or fp32 numbers. scale: what one code stands for, fp32 [tokens, 1]; None
+    where values are numbers themselves.
+    """
+
+    values: Tensor
     scale: Tensor | None = None
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """codes * scale in `dtype`."""
-        return self.codes.to(dtype) if self.scale is None else scaled(self.codes, self.scale, None, dtype)
+        """values * scale in `dtype`."""
+        return self.values.to(dtype) if self.scale is None else scaled(self.values, self.scale, None, dtype)
 
 
 def quantize(
-    x: Tensor, code: torch.dtype | None, scale: Tensor | None = None, feature_scale: Tensor | None = None
+    x: Tensor, operand_dtype: torch.dtype | None, scale: Tensor | None = None, feature_scale: Tensor | None = None
 ) -> Operand:
-    """x as codes of type `code`, or as it is for None.
+    """x as codes of type `operand_dtype` (int8 or e4m3), or as it is for None.
 
     scale: fp32 [tokens, 1] when it is known already. feature_scale: fp32 [features]; x is then a gradient.
     """
-    if code is None:
+    if operand_dtype is None:
         return Operand(x)
     if x.is_cuda:
         from dqt_dist.kernels import quantize_triton
 
-        return Operand(*quantize_triton.quantize(x, code, scale, feature_scale))
+        return Operand(*quantize_triton.quantize(x, operand_dtype, scale, feature_scale))
     if feature_scale is not None:
-        return _quantized(x.float() * feature_scale, code, x.dtype, scale, GRADIENT_ABSMAX_FLOOR)
-    return _quantized(x, code, x.dtype, scale)
+        return _quantized(x.float() * feature_scale, operand_dtype, x.dtype, scale, GRADIENT_ABSMAX_FLOOR)
+    return _quantized(x, operand_dtype, x.dtype, scale)
 
 
 def rms_norm_quantize(
-    x: Tensor, weight: Tensor, eps: float, code: torch.dtype | None, scale: Tensor | None = None
+    x: Tensor, weight: Tensor, eps: float, operand_dtype: torch.dtype | None, scale: Tensor | None = None
 ) -> tuple[Operand, Tensor]:
-    """The operand of norm(x), in x's type when `code` is None, and fp32 [tokens, 1] r = 1 / sqrt(mean(x^2) + eps)."""
+    """The operand of norm(x), in x's type when
+    `operand_dtype` is None, and fp32 [tokens, 1] r = 1 / sqrt(mean(x^2) + eps)."""
     if x.is_cuda:
         from dqt_dist.kernels import quantize_triton
 
-        codes, scale, inverse_rms = quantize_triton.rms_norm_quantize(x, weight, eps, code, scale)
+        codes, scale, inverse_rms = quantize_triton.rms_norm_quantize(x, weight, eps, operand_dtype, scale)
         return Operand(codes, scale), inverse_rms
     wide = x.float()
     inverse_rms = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
-    return _quantized(wide * inverse_rms * weight.float(), code, x.dtype, scale), inverse_rms
+    return _quantized(wide * inverse_rms * weight.float(), operand_dtype, x.dtype, scale), inverse_rms
 
 
 def rms_norm_backward(dh: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,34 +94,38 @@ def swiglu_absmax(gate_up: Tensor) -> Tensor:
     return token_absmax(_swiglu(gate_up))
 
 
-def swiglu_quantize(gate_up: Tensor, code: torch.dtype | None, scale: Tensor | None = None) -> Operand:
+def swiglu_quantize(gate_up: Tensor, operand_dtype: torch.dtype | None, scale: Tensor | None = None) -> Operand:
     """The operand of silu(gate) * up [tokens, features] for gate_up [tokens, 2 * features]."""
     if gate_up.is_cuda:
         from dqt_dist.kernels import quantize_triton
 
-        return Operand(*quantize_triton.swiglu_quantize(gate_up, code, scale))
-    return _quantized(_swiglu(gate_up), code, gate_up.dtype, scale)
+        return Operand(*quantize_triton.swiglu_quantize(gate_up, operand_dtype, scale))
+    return _quantized(_swiglu(gate_up), operand_dtype, gate_up.dtype, scale)
 
 
 def swiglu_backward(
-    dh: Tensor, gate_up: Tensor, h_scale: Tensor | None, code: torch.dtype | None, gradient_scale: Tensor | None
+    dh: Tensor,
+    gate_up: Tensor,
+    h_scale: Tensor | None,
+    operand_dtype: torch.dtype | None,
+    gradient_scale: Tensor | None,
 ) -> tuple[Operand, Operand]:
     """Gradient of gate|up and the operand h anew, in one pass over gate_up [tokens, 2 * features] and dh [tokens, features].
 
-    h_scale: fp32 [tokens, 1] of the forward's operand, whose type is `code`. gradient_scale: fp32 [2 * features], one value for
+    h_scale: fp32 [tokens, 1] of the forward's operand, whose type is `operand_dtype`. gradient_scale: fp32 [2 * features], one value for
     gate and one for up; when given the gradient times it comes as e4m3 codes with a scale a token, otherwise as it is, in
     gate_up's type.
     """
     if gate_up.is_cuda:
         from dqt_dist.kernels import quantize_triton
 
-        gradient, h = quantize_triton.swiglu_backward(dh, gate_up, h_scale, code, gradient_scale)
+        gradient, h = quantize_triton.swiglu_backward(dh, gate_up, h_scale, operand_dtype, gradient_scale)
         return Operand(*gradient), Operand(h, h_scale)
     gate, up = _halves(gate_up)
     dh, gate_sigmoid = dh.float(), torch.sigmoid(gate)
     silu = gate * gate_sigmoid
     gradient = torch.cat([dh * up * (gate_sigmoid + silu * (1 - gate_sigmoid)), dh * silu], dim=-1)
-    h = _quantized(silu * up, code, gate_up.dtype, h_scale)
+    h = _quantized(silu * up, operand_dtype, gate_up.dtype, h_scale)
     if gradient_scale is None:
         return Operand(gradient.to(gate_up.dtype)), h
     return quantize(gradient, torch.float8_e4m3fn, feature_scale=gradient_scale), h
@@ -149,11 +158,12 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 
 
 def _quantized(
-    h: Tensor, code: torch.dtype | None, dtype: torch.dtype, scale: Tensor | None, floor: float = ABSMAX_FLOOR
+    h: Tensor, operand_dtype: torch.dtype | None, dtype: torch.dtype, scale: Tensor | None, floor: float = ABSMAX_FLOOR
 ) -> Operand:
-    """h as codes at `scale`, which is taken from h when it is not given; in `dtype` when there is no code."""
-    if code is None:
+    """h as codes at `scale`, which is taken from h when it is not given; in `dtype` when `operand_dtype`
+    is None."""
+    if operand_dtype is None:
         return Operand(h.to(dtype))
     if scale is None:
-        scale = token_scale(token_absmax(h), code, floor)
-    return Operand(codes_at(h, scale, code), scale)
+        scale = token_scale(token_absmax(h), operand_dtype, floor)
+    return Operand(codes_at(h, scale, operand_dtype), scale)

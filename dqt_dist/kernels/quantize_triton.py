@@ -17,8 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import libdevice
 
+from dqt_dist.kernels.device.instructions import multiply_to_nearest
+from dqt_dist.kernels.device.rounding import round_to_integer
 from dqt_dist.kernels.launch import launch
 from dqt_dist.lowbit.activation import ABSMAX_FLOOR, CODE_MAX, GRADIENT_ABSMAX_FLOOR
 
@@ -31,8 +32,6 @@ BACKWARD_BLOCK, BACKWARD_WARPS = 2048, 8
 NORM_PROGRAMS = 4
 
 IDENTITY, NORM, SWIGLU = (tl.constexpr(i) for i in range(3))
-# 1.5 * 2^23: added and taken away, it rounds a number below 2^22 to an integer, half to even.
-ROUNDER = tl.constexpr(12582912.0)
 
 
 @triton.jit
@@ -66,9 +65,9 @@ def _to_code(h, inverse_scale, INTEGER: tl.constexpr):
     A maximum times the reciprocal may end an ulp above the largest code, never half a code.
     """
     # Rounded before the addition, as in the definition, and not contracted with it.
-    h = libdevice.mul_rn(h, inverse_scale)
+    h = multiply_to_nearest(h, inverse_scale)
     if INTEGER:
-        h = (h + ROUNDER) - ROUNDER
+        h = round_to_integer(h)
     return h
 
 
@@ -89,7 +88,7 @@ def _quantize_kernel(
     QUANTIZE: tl.constexpr,
     SCALE_KNOWN: tl.constexpr,
     WRITE_CODES: tl.constexpr,
-    CODE_MAX_: tl.constexpr,
+    LARGEST_CODE: tl.constexpr,
     INTEGER: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -123,7 +122,7 @@ def _quantize_kernel(
                 for start in range(0, features, BLOCK):
                     wide = _load_h(x_row, weight, feature_scale, r, start + block, features, PROLOGUE, FEATURE_SCALE)
                     largest = tl.maximum(largest, tl.abs(wide))
-            unit = tl.div_rn(tl.maximum(tl.max(largest), floor), CODE_MAX_)
+            unit = tl.div_rn(tl.maximum(tl.max(largest), floor), LARGEST_CODE)
             tl.store(scale + token, unit)
         inverse_scale = tl.div_rn(1.0, unit)
     if WRITE_CODES:
@@ -260,7 +259,7 @@ def _blocks(features: int) -> dict[str, int]:
 def _launch(
     x: Tensor,
     features: int,
-    code: torch.dtype | None,
+    operand_dtype: torch.dtype | None,
     scale: Tensor | None,
     prologue: tl.constexpr,
     *,
@@ -272,8 +271,8 @@ def _launch(
     """Codes (or h itself in x's type), scale and inverse rms; what does not apply is None."""
     assert x.dim() == 2 and x.stride(1) == 1, (x.shape, x.stride())
     tokens, known = x.shape[0], scale is not None
-    codes = torch.empty(tokens, features if write_codes else 0, dtype=code or x.dtype, device=x.device)
-    if code is not None and not known:
+    codes = torch.empty(tokens, features if write_codes else 0, dtype=operand_dtype or x.dtype, device=x.device)
+    if operand_dtype is not None and not known:
         scale = torch.empty(tokens, 1, device=x.device)
     inverse_rms = torch.empty(tokens, 1, device=x.device) if prologue == NORM else None
     launch(
@@ -291,11 +290,11 @@ def _launch(
         ABSMAX_FLOOR if feature_scale is None else GRADIENT_ABSMAX_FLOOR,
         PROLOGUE=prologue,
         FEATURE_SCALE=feature_scale is not None,
-        QUANTIZE=code is not None,
+        QUANTIZE=operand_dtype is not None,
         SCALE_KNOWN=known,
         WRITE_CODES=write_codes,
-        CODE_MAX_=float(CODE_MAX[code]) if code is not None else 1.0,
-        INTEGER=code == torch.int8,
+        LARGEST_CODE=float(CODE_MAX[operand_dtype]) if operand_dtype is not None else 1.0,
+        INTEGER=operand_dtype == torch.int8,
         ONE_BLOCK=features <= ONE_BLOCK,
         **_blocks(features),
     )
@@ -303,24 +302,26 @@ def _launch(
 
 
 def quantize(
-    x: Tensor, code: torch.dtype, scale: Tensor | None, feature_scale: Tensor | None
+    x: Tensor, operand_dtype: torch.dtype, scale: Tensor | None, feature_scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """See quantize.py."""
-    return _launch(x, x.shape[1], code, scale, IDENTITY, feature_scale=feature_scale)[:2]
+    return _launch(x, x.shape[1], operand_dtype, scale, IDENTITY, feature_scale=feature_scale)[:2]
 
 
 def rms_norm_quantize(
-    x: Tensor, weight: Tensor, eps: float, code: torch.dtype | None, scale: Tensor | None
+    x: Tensor, weight: Tensor, eps: float, operand_dtype: torch.dtype | None, scale: Tensor | None
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """See quantize.py."""
-    codes, scale, inverse_rms = _launch(x, x.shape[1], code, scale, NORM, weight=weight, eps=eps)
+    codes, scale, inverse_rms = _launch(x, x.shape[1], operand_dtype, scale, NORM, weight=weight, eps=eps)
     assert inverse_rms is not None
     return codes, scale, inverse_rms
 
 
-def swiglu_quantize(gate_up: Tensor, code: torch.dtype | None, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def swiglu_quantize(
+    gate_up: Tensor, operand_dtype: torch.dtype | None, scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """See quantize.py."""
-    return _launch(gate_up, gate_up.shape[1] // 2, code, scale, SWIGLU)[:2]
+    return _launch(gate_up, gate_up.shape[1] // 2, operand_dtype, scale, SWIGLU)[:2]
 
 
 def swiglu_absmax(gate_up: Tensor) -> Tensor:
@@ -358,13 +359,17 @@ def rms_norm_backward(dh: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor
 
 
 def swiglu_backward(
-    dh: Tensor, gate_up: Tensor, h_scale: Tensor | None, code: torch.dtype | None, gradient_scale: Tensor | None
+    dh: Tensor,
+    gate_up: Tensor,
+    h_scale: Tensor | None,
+    operand_dtype: torch.dtype | None,
+    gradient_scale: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor | None], Tensor]:
     """See quantize.py: (gradient, its scale), h."""
     assert dh.is_contiguous() and gate_up.is_contiguous()
     tokens, features = dh.shape
     quantized = gradient_scale is not None
-    h = torch.empty(tokens, features, dtype=code or gate_up.dtype, device=dh.device)
+    h = torch.empty(tokens, features, dtype=operand_dtype or gate_up.dtype, device=dh.device)
     gradient_dtype = torch.float8_e4m3fn if quantized else gate_up.dtype
     gradient = torch.empty(tokens, 2 * features, dtype=gradient_dtype, device=dh.device)
     unit = torch.empty(tokens, 1, device=dh.device) if quantized else None
@@ -380,9 +385,9 @@ def swiglu_backward(
         unit,
         features,
         GRADIENT_ABSMAX_FLOOR,
-        QUANTIZE_H=code is not None,
+        QUANTIZE_H=operand_dtype is not None,
         QUANTIZE_GRADIENT=quantized,
-        H_INTEGER=code == torch.int8,
+        H_INTEGER=operand_dtype == torch.int8,
         GRADIENT_MAX=float(CODE_MAX[torch.float8_e4m3fn]),
         ONE_BLOCK=features <= BACKWARD_BLOCK,
         BLOCK=min(BACKWARD_BLOCK, triton.next_power_of_2(features)),

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dqt_dist.kernels.device.packing import unpack_codes
 from dqt_dist.kernels.launch import launch
 from dqt_dist.lowbit.grid import Grid
 
@@ -35,15 +36,7 @@ def _unpack_kernel(
     byte = tl.program_id(1) * (COLUMNS // PER_BYTE) + tl.arange(0, COLUMNS // PER_BYTE)
     inside = (row < rows)[:, None] & (byte < packed_columns)[None, :]
     fields = tl.load(packed + row[:, None] * packed_columns + byte[None, :], mask=inside, other=0).to(tl.int32)
-    if STORAGE_BITS == 8:
-        codes = fields
-    elif STORAGE_BITS == 4:
-        codes = tl.interleave(fields & 15, (fields >> 4) & 15) + QMIN
-    else:
-        even = tl.interleave(fields & 3, (fields >> 4) & 3)
-        odd = tl.interleave((fields >> 2) & 3, (fields >> 6) & 3)
-        codes = tl.interleave(even, odd) + QMIN
-    value = codes.to(tl.float32)
+    value = unpack_codes(fields, QMIN, STORAGE_BITS).to(tl.float32)
     if ROW_SCALE:
         value *= tl.load(row_scale + row, mask=row < rows, other=0.0)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

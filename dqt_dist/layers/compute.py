@@ -1,7 +1,7 @@
 """The three products of a low-bit linear, for each compute precision.
 
     product    y  = x_q @ C^T               [tokens, in] @ [out, in]^T       partial sums that ranks may add up
-    finish     y * x scale * row scale      the epilogue, after ranks have added up
+    epilogue   y * x scale * row scale      after ranks have added up
     gradient   dy in the form dgrad and wgrad take
     dgrad      dx = (dy * row scale) @ C    [tokens, out] @ [out, in]
     wgrad      dW = dy^T @ x                [tokens, out]^T @ [tokens, in]   x dequantised; added to the weight's gradient buffer
@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from dqt_dist.config import QuantizationConfig
+from dqt_dist.dtypes import TORCH_DTYPES
 from dqt_dist.kernels.quantize import Operand, quantize, scaled
 from dqt_dist.kernels.scaled_matmul import scaled_matmul
 from dqt_dist.kernels.transpose import transpose
@@ -49,31 +50,31 @@ class FloatCompute:
     """Products in one floating-point type, fp32 (the reference) or bf16."""
 
     dtype: torch.dtype
-    activation_code: torch.dtype | None
+    activation_dtype: torch.dtype | None
     """Type of a quantised input; None when inputs stay in floating point."""
-    gradient_code: torch.dtype | None = None
+    gradient_operand_dtype: torch.dtype | None = None
 
     def product(self, x: Operand, weight: LowBitMatrix) -> Tensor:
-        return x.codes.to(self.dtype) @ _operand(weight, self.dtype).t()
+        return x.values.to(self.dtype) @ _operand(weight, self.dtype).t()
 
-    def finish(self, y: Tensor, x_scale: Tensor | None, weight: LowBitMatrix, dtype: torch.dtype) -> Tensor:
+    def epilogue(self, y: Tensor, x_scale: Tensor | None, weight: LowBitMatrix, dtype: torch.dtype) -> Tensor:
         return scaled(y, x_scale, weight.row_scale(), dtype)
 
     def gradient(self, grad: Tensor, weight: LowBitMatrix) -> Operand:
         return Operand(grad.to(self.dtype))
 
     def dgrad(self, grad: Operand, weight: LowBitMatrix) -> Tensor:
-        return grad.codes @ _operand(weight, self.dtype, weight.row_scale())
+        return grad.values @ _operand(weight, self.dtype, weight.row_scale())
 
     def wgrad(self, grad: Operand, x: Operand, weight: LowBitMatrix) -> None:
-        add_weight_gradient(grad.codes, x.dequantized(self.dtype), weight)
+        add_weight_gradient(grad.values, x.dequantized(self.dtype), weight)
 
 
 class Int8Compute(FloatCompute):
     """The forward on integer tensor cores, the backward as in bf16."""
 
     def product(self, x: Operand, weight: LowBitMatrix) -> Tensor:
-        return torch._int_mm(x.codes, _operand(weight, torch.int8).t())  # pyright: ignore[reportPrivateImportUsage]
+        return torch._int_mm(x.values, _operand(weight, torch.int8).t())  # pyright: ignore[reportPrivateImportUsage]
 
 
 @dataclass(frozen=True)
@@ -81,39 +82,39 @@ class Fp8Compute:
     """e4m3 operands throughout, bf16 results; scales are applied inside the products."""
 
     dtype: torch.dtype
-    activation_code: torch.dtype | None
-    gradient_code: torch.dtype | None
+    activation_dtype: torch.dtype | None
+    gradient_operand_dtype: torch.dtype | None
     """e4m3, or None when weight gradients are products of bf16 operands, so that the bf16 gradient is needed too."""
 
     def product(self, x: Operand, weight: LowBitMatrix) -> Tensor:
         assert x.scale is not None
-        return scaled_matmul(x.codes, _operand(weight, E4M3), x.scale, weight.row_scale())
+        return scaled_matmul(x.values, _operand(weight, E4M3), x.scale, weight.row_scale())
 
-    def finish(self, y: Tensor, x_scale: Tensor | None, weight: LowBitMatrix, dtype: torch.dtype) -> Tensor:
+    def epilogue(self, y: Tensor, x_scale: Tensor | None, weight: LowBitMatrix, dtype: torch.dtype) -> Tensor:
         return y.to(dtype)
 
     def gradient(self, grad: Tensor, weight: LowBitMatrix) -> Operand:
-        if self.gradient_code is None:
+        if self.gradient_operand_dtype is None:
             return Operand(grad.to(self.dtype))
         return quantize(grad, E4M3, feature_scale=weight.row_scale())
 
     def dgrad(self, grad: Operand, weight: LowBitMatrix) -> Tensor:
         if grad.scale is None:
-            grad = quantize(grad.codes, E4M3, feature_scale=weight.row_scale())
+            grad = quantize(grad.values, E4M3, feature_scale=weight.row_scale())
         assert grad.scale is not None
-        return scaled_matmul(grad.codes, _operand(weight, E4M3, transposed=True), grad.scale)
+        return scaled_matmul(grad.values, _operand(weight, E4M3, transposed=True), grad.scale)
 
     def wgrad(self, grad: Operand, x: Operand, weight: LowBitMatrix) -> None:
         """A token's scales, of its gradient and of its input, stand inside the sum over tokens: they are multiplied into the
         gradient's codes, relative to their largest, which is taken out of the sum. The row scale is in the gradient already.
         """
         if grad.scale is None or x.scale is None:
-            add_weight_gradient(grad.codes, x.dequantized(self.dtype), weight)
+            add_weight_gradient(grad.values, x.dequantized(self.dtype), weight)
             return
         token_scale = grad.scale * x.scale
         largest = token_scale.amax()
-        columns_of_grad = transpose(grad.codes, token_scale / largest)
-        product = scaled_matmul(columns_of_grad, transpose(x.codes), largest / weight.row_scale())
+        columns_of_grad = transpose(grad.values, token_scale / largest)
+        product = scaled_matmul(columns_of_grad, transpose(x.values), largest / weight.row_scale())
         weight.gradient.add(product)
 
 
@@ -135,9 +136,9 @@ Compute = FloatCompute | Fp8Compute
 
 def make_compute(quantization: QuantizationConfig) -> Compute:
     """The products of `quantization.compute`."""
-    code = ACTIVATION_CODES[quantization.activation]
+    activation_dtype = ACTIVATION_CODES[quantization.activation]
     if quantization.compute == "fp8":
-        return Fp8Compute(torch.bfloat16, code, E4M3 if quantization.weight_gradient == "fp8" else None)
+        return Fp8Compute(torch.bfloat16, activation_dtype, E4M3 if quantization.weight_gradient == "fp8" else None)
     if quantization.compute == "int8":
-        return Int8Compute(torch.bfloat16, code)
-    return FloatCompute({"fp32": torch.float32, "bf16": torch.bfloat16}[quantization.compute], code)
+        return Int8Compute(torch.bfloat16, activation_dtype)
+    return FloatCompute(TORCH_DTYPES[quantization.compute], activation_dtype)

@@ -43,10 +43,10 @@ class _FeedForward(torch.autograd.Function):
     ) -> Tensor:
         operand, _ = fc1.operand(flat(x), norm_weight)
         gate_up = column_forward(operand, fc1, x.dtype)
-        code, h_scale = fc2.compute.activation_code, None
-        if code is not None and fc2.group.size() > 1:
+        h_dtype, h_scale = fc2.compute.activation_dtype, None
+        if h_dtype is not None and fc2.group.size() > 1:
             h_scale = row_scale_of_input(swiglu_absmax(gate_up), fc2)
-        h = swiglu_quantize(gate_up, code, h_scale)
+        h = swiglu_quantize(gate_up, h_dtype, h_scale)
         ctx.save_for_backward(x, norm_weight, operand.scale, gate_up, h.scale)
         ctx.fc1, ctx.fc2 = fc1, fc2
         return unflat(row_forward(h, fc2, x.dtype), x)
@@ -60,9 +60,9 @@ class _FeedForward(torch.autograd.Function):
 
         gradient = row_gradient(flat(grad), fc2)
         dh = fc2.compute.dgrad(gradient, fc2.weight)
-        as_codes = fc1.compute.gradient_code is not None
+        quantizes_gradient = fc1.compute.gradient_operand_dtype is not None
         gradient_1, h = swiglu_backward(
-            dh, gate_up, h_scale, fc2.compute.activation_code, fc1.weight.row_scale() if as_codes else None
+            dh, gate_up, h_scale, fc2.compute.activation_dtype, fc1.weight.row_scale() if quantizes_gradient else None
         )
         del dh, gate_up
         fc2.compute.wgrad(gradient, h, fc2.weight)

@@ -53,7 +53,7 @@ class LowBitLinear(nn.Module):
 def column_forward(x: Operand, linear: LowBitLinear, dtype: torch.dtype) -> Tensor:
     """y [tokens, out / tp] of a normed and quantised x, [tokens / tp, in] under sequence parallelism."""
     x = full_sequence(x, linear)
-    return linear.compute.finish(linear.compute.product(x, linear.weight), x.scale, linear.weight, dtype)
+    return linear.compute.epilogue(linear.compute.product(x, linear.weight), x.scale, linear.weight, dtype)
 
 
 def full_sequence(x: Operand, linear: LowBitLinear) -> Operand:
@@ -61,7 +61,7 @@ def full_sequence(x: Operand, linear: LowBitLinear) -> Operand:
     if not linear.sequence_parallel:
         return x
     scale = None if x.scale is None else gather_sequence(x.scale, linear.group)
-    return Operand(gather_sequence(x.codes, linear.group), scale)
+    return Operand(gather_sequence(x.values, linear.group), scale)
 
 
 def column_dgrad(grad: Operand, linear: LowBitLinear, dtype: torch.dtype) -> tuple[Tensor, dist.Work | None]:
@@ -74,9 +74,9 @@ def column_dgrad(grad: Operand, linear: LowBitLinear, dtype: torch.dtype) -> tup
 
 def row_scale_of_input(absmax: Tensor, linear: LowBitLinear) -> Tensor:
     """Scale [tokens, 1] of a row-parallel input from this rank's maxima, completed over TP."""
-    assert linear.compute.activation_code is not None
+    assert linear.compute.activation_dtype is not None
     reduce_in_place(absmax, linear.group, "activation_maxima", op=dist.ReduceOp.MAX)
-    return token_scale(absmax, linear.compute.activation_code)
+    return token_scale(absmax, linear.compute.activation_dtype)
 
 
 def row_forward(x: Operand, linear: LowBitLinear, dtype: torch.dtype) -> Tensor:
@@ -87,7 +87,7 @@ def row_forward(x: Operand, linear: LowBitLinear, dtype: torch.dtype) -> Tensor:
         x_scale = None if x_scale is None else x_scale.chunk(linear.group.size())[linear.group.rank()]
     else:
         reduce_in_place(y, linear.group, "activations")
-    return linear.compute.finish(y, x_scale, linear.weight, dtype)
+    return linear.compute.epilogue(y, x_scale, linear.weight, dtype)
 
 
 def row_gradient(grad: Tensor, linear: LowBitLinear) -> Operand:
@@ -151,11 +151,11 @@ class _RowParallel(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, linear: LowBitLinear) -> Tensor:
-        tokens, code = flat(x), linear.compute.activation_code
+        tokens, operand_dtype = flat(x), linear.compute.activation_dtype
         scale = None
-        if code is not None and linear.group.size() > 1:
+        if operand_dtype is not None and linear.group.size() > 1:
             scale = row_scale_of_input(token_absmax(tokens), linear)
-        operand = quantize(tokens, code, scale)
+        operand = quantize(tokens, operand_dtype, scale)
         ctx.save_for_backward(x, operand.scale)
         ctx.linear = linear
         y = row_forward(operand, linear, x.dtype)
@@ -167,7 +167,7 @@ class _RowParallel(torch.autograd.Function):
         linear: LowBitLinear = ctx.linear
         gradient = row_gradient(flat(grad), linear)
         dx = linear.compute.dgrad(gradient, linear.weight).to(x.dtype)
-        linear.compute.wgrad(gradient, quantize(flat(x), linear.compute.activation_code, scale), linear.weight)
+        linear.compute.wgrad(gradient, quantize(flat(x), linear.compute.activation_dtype, scale), linear.weight)
         return unflat(dx, x), None
 
 
@@ -204,8 +204,8 @@ class ColumnParallelLowBitLinear(LowBitLinear):
     ) -> tuple[Operand, Tensor | None]:
         """x [tokens, in] normed, if there is a norm, and quantised; and its inverse root mean square."""
         if norm_weight is None:
-            return quantize(x, self.compute.activation_code, scale), None
-        return rms_norm_quantize(x, norm_weight, self.eps, self.compute.activation_code, scale)
+            return quantize(x, self.compute.activation_dtype, scale), None
+        return rms_norm_quantize(x, norm_weight, self.eps, self.compute.activation_dtype, scale)
 
     def forward(self, x: Tensor) -> tuple[Tensor, None]:
         return apply_function(_ColumnParallel, x, self.norm_weight, self), None

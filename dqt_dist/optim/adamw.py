@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dqt_dist.config import STATE_BLOCK, OptimizerConfig
-from dqt_dist.kernels.low_bit_update import kernel_fits
+from dqt_dist.kernels.low_bit_update import AdamWSettings, kernel_fits
 from dqt_dist.lowbit.block_float import decode_signed, decode_unsigned, encode_signed, encode_unsigned, noise_of
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey, rounding_words, update_rows_reference
@@ -94,12 +94,13 @@ def adamw_update_rows(
     Returns integers [n, parts, 3]: flips, zeros and clamped weights of each part of each row.
     """
     if kernel_fits(weight):
-        from dqt_dist.kernels.low_bit_update_triton import (
-            adamw_update_rows_triton as update,
-        )  # Triton exists beside CUDA only
+        # Triton need not be installed where there is no CUDA.
+        from dqt_dist.kernels.low_bit_update_triton import adamw_update_rows_triton
 
-        settings = (adamw.beta1, adamw.beta2), adamw.epsilon, adamw.weight_decay, GRADIENT_LIMIT
-        return update(weight, gradient, moments, start, clip, learning_rate, *settings, key)
+        settings = AdamWSettings(
+            learning_rate, adamw.beta1, adamw.beta2, adamw.epsilon, adamw.weight_decay, GRADIENT_LIMIT
+        )
+        return adamw_update_rows_triton(weight, gradient, moments, start, clip, settings, key)
     return adamw_update_rows_reference(weight, gradient, moments, start, clip, learning_rate, adamw, key)
 
 

@@ -32,8 +32,7 @@ def test_logits_are_those_of_the_trainer(trained: Trained, trainer_logits: Train
     run = trained(*overrides)
     opened = open_model(run)
     if EMBEDDINGS in overrides:
-        # In training the head rounds its input; trainer_model leaves that out, for comparison with exports, which
-        # cannot.
+        # In training the head rounds its input; trainer_model leaves that out, for comparison with exports, which cannot.
         assert opened.model.lm_head.activation_dtype is not None
         opened.model.lm_head.activation_dtype = None
     activation = activation_of(run)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.common import waiting_is_an_error
 from dqt_dist.config import STATE_BLOCK
 from dqt_dist.kernels.low_bit_update import update_rows
 from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout
@@ -20,15 +21,16 @@ from dqt_dist.optim.adamw import (
     adamw_update_rows_reference,
     new_moments,
 )
-
-pytestmark = pytest.mark.gpu
+from tests.kernels.runners import INTERPRETED, Runner
 
 ALL_BITS = ["ternary", 2, 3, 4, 5, 8]
 # Columns below the kernel's block of 256, whole blocks, and with a rest, in one part of a row and in several; all in whole Philox groups.
 COLUMNS = [4, 100, 1024, 1028, 2500]
+if INTERPRETED:
+    ALL_BITS, COLUMNS = ["ternary", 3, 8], [100, 256, 260]
 
 
-def fused_pair(bits, columns: int, column_offset: int = 0) -> tuple[LowBitMatrix, LowBitMatrix]:
+def fused_pair(bits, columns: int, device: str, column_offset: int = 0) -> tuple[LowBitMatrix, LowBitMatrix]:
     """Two equal shards that interleave two logical matrices, as qkv does, with random codes."""
     in_features = columns + column_offset + 8
     matrices = (LogicalMatrix("a", 64, in_features), LogicalMatrix("b", 32, in_features))
@@ -36,9 +38,9 @@ def fused_pair(bits, columns: int, column_offset: int = 0) -> tuple[LowBitMatrix
     layout = ShardLayout(matrices, blocks, columns, column_offset)
     grid = make_grid(bits)
     pair = []
-    codes = torch.randint(grid.qmin, grid.qmax + 1, (layout.rows, columns), device="cuda")
+    codes = torch.randint(grid.qmin, grid.qmax + 1, (layout.rows, columns), device=device)
     for _ in range(2):
-        weight = LowBitMatrix(layout.rows, columns, grid, torch.device("cuda"))
+        weight = LowBitMatrix(layout.rows, columns, grid, torch.device(device))
         weight.assign(layout)
         weight.scale.copy_(torch.tensor([2.0**-6, 2.0**-5]))
         weight.set_codes(codes)
@@ -49,55 +51,59 @@ def fused_pair(bits, columns: int, column_offset: int = 0) -> tuple[LowBitMatrix
 @pytest.mark.parametrize("mode", ["stochastic", "nearest"])
 @pytest.mark.parametrize("columns", COLUMNS)
 @pytest.mark.parametrize("bits", ALL_BITS)
-def test_kernel_equals_definition_where_arithmetic_is_exact(bits, columns: int, mode) -> None:
+def test_kernel_equals_definition_where_arithmetic_is_exact(run: Runner, bits, columns: int, mode) -> None:
     """Directions are multiples of 2^-10 and rate / scale a power of two, so t has no rounding error: bits must agree.
 
     Negative control: another seed gives other codes (asserted below for the stochastic mode).
     """
-    ours, reference = fused_pair(bits, columns, column_offset=12)
-    direction = torch.randint(-2048, 2049, (ours.rows, columns), device="cuda").float() / 1024
+    device = run.device
+    ours, reference = fused_pair(bits, columns, device, column_offset=12)
+    direction = torch.randint(-2048, 2049, (ours.rows, columns), device=device).float() / 1024
     key = RoundingKey(seed=2**31 + 7, step=1, mode=mode)
-    counts = update_rows(ours, direction, 0, 2.0**-6, 0.0, key)
+    counts = run(update_rows, ours, direction, 0, 2.0**-6, 0.0, key)
     expected = update_rows_reference(reference, direction, 0, 2.0**-6, 0.0, key)
     assert torch.equal(ours.codes, reference.codes)
-    assert torch.equal(counts.sum(dim=1), expected.sum(dim=1))
+    assert torch.equal(counts.sum(dim=1), expected.sum(dim=1).cpu())
     if mode == "stochastic" and columns >= 100:
-        other, _ = fused_pair(bits, columns, column_offset=12)
+        other, _ = fused_pair(bits, columns, device, column_offset=12)
         other.codes.copy_(reference.codes)
-        update_rows(other, direction, 0, 2.0**-6, 0.0, RoundingKey(7, 1, mode))
-        update_rows(ours, direction, 0, 2.0**-6, 0.0, key)
+        run(update_rows, other, direction, 0, 2.0**-6, 0.0, RoundingKey(7, 1, mode))
+        run(update_rows, ours, direction, 0, 2.0**-6, 0.0, key)
         assert not torch.equal(other.codes, ours.codes)
 
 
 @pytest.mark.parametrize("bits", ["ternary", 4, 8])
-def test_kernel_differs_by_contraction_only(bits) -> None:
+def test_kernel_differs_by_contraction_only(run: Runner, bits) -> None:
     """Any direction, rate and decay: t may differ by an ulp of a number below 2^8, 2^-16, so a draw decides otherwise in at
     most about one weight of 2^16; the bound is four times that."""
-    ours, reference = fused_pair(bits, 2500)
+    device = run.device
+    ours, reference = fused_pair(bits, 2500, device)
     torch.manual_seed(1)
-    direction = torch.randn(ours.rows, 2500, device="cuda")
+    direction = torch.randn(ours.rows, 2500, device=device)
     key = RoundingKey(3, 16, "stochastic")
-    update_rows(ours, direction, 0, 1.7e-3, 0.1, key)
+    run(update_rows, ours, direction, 0, 1.7e-3, 0.1, key)
     update_rows_reference(reference, direction, 0, 1.7e-3, 0.1, key)
     differing = (ours.unpack() != reference.unpack()).double().mean()
     assert differing <= 4 * 2.0**-16
 
 
-def test_rows_in_parts_equal_rows_at_once() -> None:
-    whole, parts = fused_pair("ternary", 1028)
-    direction = torch.randn(whole.rows, 1028, device="cuda")
+def test_rows_in_parts_equal_rows_at_once(run: Runner) -> None:
+    device = run.device
+    whole, parts = fused_pair("ternary", 1028, device)
+    direction = torch.randn(whole.rows, 1028, device=device)
     key = RoundingKey(3, 2, "stochastic")
-    update_rows(whole, direction, 0, 1e-2, 0.0, key)
+    run(update_rows, whole, direction, 0, 1e-2, 0.0, key)
     for start, stop in ((0, 7), (7, 17)):
-        update_rows(parts, direction[start:stop].contiguous(), start, 1e-2, 0.0, key)
+        run(update_rows, parts, direction[start:stop].contiguous(), start, 1e-2, 0.0, key)
     assert torch.equal(whole.codes, parts.codes)
 
 
-def test_not_finite_direction_keeps_the_codes() -> None:
-    ours, reference = fused_pair("ternary", 1024)
-    direction = torch.full((ours.rows, 1024), float("nan"), device="cuda")
+def test_not_finite_direction_keeps_the_codes(run: Runner) -> None:
+    device = run.device
+    ours, reference = fused_pair("ternary", 1024, device)
+    direction = torch.full((ours.rows, 1024), float("nan"), device=device)
     direction[:, ::2] = float("inf")
-    counts = update_rows(ours, direction, 0, 1e-2, 0.0, RoundingKey(3, 2, "stochastic"))
+    counts = run(update_rows, ours, direction, 0, 1e-2, 0.0, RoundingKey(3, 2, "stochastic"))
     assert torch.equal(ours.codes, reference.codes)
     assert int(counts[..., 0].sum()) == 0
 
@@ -106,11 +112,16 @@ def test_not_finite_direction_keeps_the_codes() -> None:
 
 # (columns, bits of the moments): whole blocks of the kernel and rests, any multiple of 4 with 32 bits and of 32 with 8.
 SHAPES = [(4, 32), (100, 32), (2500, 32), (32, 8), (288, 8), (1024, 8), (2528, 8)]
+if INTERPRETED:
+    SHAPES = [(100, 32), (288, 8)]
+# The other grids differ in packing only, which the update by a direction shares.
+ADAMW_BITS = ["ternary"] if INTERPRETED else ["ternary", 4, 8]
 LIKE_PAPER = AdamW(beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
 HALF = 0.5  # a clip factor
 
 
 def stepped(
+    run: Runner,
     bits,
     columns: int,
     state_bits: int,
@@ -121,16 +132,16 @@ def stepped(
     factor: float | None = HALF,
 ) -> list[tuple[LowBitMatrix, Moments, Tensor]]:
     """Codes, moments and last counts of the kernel and of its definition, from the same start and gradients."""
+    device = run.device
     results = []
-    clip = None if factor is None else torch.tensor(factor, device="cuda")
-    for weight, update in zip(
-        fused_pair(bits, columns, column_offset=32), (adamw_update_rows, adamw_update_rows_reference), strict=True
-    ):
-        moments = new_moments(weight.rows, columns, state_bits, torch.device("cuda"))
+    clip = None if factor is None else torch.tensor(factor, device=device)
+    pair = fused_pair(bits, columns, device, column_offset=32)
+    for weight, update in zip(pair, (partial(run, adamw_update_rows), adamw_update_rows_reference), strict=True):
+        moments = new_moments(weight.rows, columns, state_bits, torch.device(device))
         for step, gradient in enumerate(gradients, start=1):
             key = RoundingKey(2**31 + 7, step, mode)
             counts = update(weight, gradient, moments, 0, clip, rate, adamw, key)
-        results.append((weight, moments, counts))
+        results.append((weight, moments, counts.cpu()))
     return results
 
 
@@ -143,15 +154,16 @@ def fraction(a: Tensor, b: Tensor) -> float:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("columns", "state_bits"), SHAPES)
 @pytest.mark.parametrize("factor", [HALF, None])
-@pytest.mark.parametrize("bits", ["ternary", 4, 8])
+@pytest.mark.parametrize("bits", ADAMW_BITS)
 def test_adamw_kernel_follows_its_definition(
-    bits, columns: int, state_bits: int, dtype: torch.dtype, mode, factor: float | None
+    run: Runner, bits, columns: int, state_bits: int, dtype: torch.dtype, mode, factor: float | None
 ) -> None:
     """Three steps of any gradient, some elements zero and, without a clip factor, some not finite. Moments are contracted to fused
     multiply-adds, roots and reciprocals approximate to 2^-21, so a draw that falls into the gap decides otherwise: at most a few of
     2^16."""
+    device = run.device
     gradients = [
-        torch.randn(17, columns, device="cuda") * torch.logspace(-6, 1, columns, device="cuda") for _ in range(3)
+        torch.randn(17, columns, device=device) * torch.logspace(-6, 1, columns, device=device) for _ in range(3)
     ]
     for gradient in gradients:
         gradient[2, : columns // 2] = 0.0
@@ -159,7 +171,7 @@ def test_adamw_kernel_follows_its_definition(
             gradient[3, 1], gradient[4, 2] = float("nan"), float("inf")
     gradients = [gradient.to(dtype) for gradient in gradients]
     (ours, moments, counts), (reference, wanted, wanted_counts) = stepped(
-        bits, columns, state_bits, gradients, LIKE_PAPER, 3e-3, mode, factor
+        run, bits, columns, state_bits, gradients, LIKE_PAPER, 3e-3, mode, factor
     )
     few = 2.0**-12 + 2 / ours.numel
     assert fraction(ours.unpack(), reference.unpack()) <= few
@@ -178,55 +190,64 @@ def test_adamw_kernel_follows_its_definition(
     # A code of the definition that is hit exactly may be missed by an ulp, on the far side of the grid's end.
     assert ((counts.sum(1) - wanted_counts.sum(1)).abs().sum(0) <= 2 + few * ours.numel).all()
     assert int(counts[..., 1].sum()) == int((ours.unpack() == 0).sum())
-    assert fraction(ours.unpack(), fused_pair(bits, columns, column_offset=32)[0].unpack()) > 0 or mode == "nearest"
+    start, _ = fused_pair(bits, columns, device, column_offset=32)
+    assert fraction(ours.unpack(), start.unpack()) > 0 or mode == "nearest"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [288, 1024])
-def test_adamw_kernel_gives_the_same_8_bit_moments_where_arithmetic_is_exact(columns: int, dtype: torch.dtype) -> None:
+def test_adamw_kernel_gives_the_same_8_bit_moments_where_arithmetic_is_exact(
+    run: Runner, columns: int, dtype: torch.dtype
+) -> None:
     """beta1 = 1/2 and beta2 = 1/2 of gradients that are small integers times powers of two: every sum is exact in fp32, so codes and
     exponents of both moments are equal. Control: another seed rounds them otherwise."""
+    device = run.device
     gradients = [
-        torch.randint(-8, 9, (17, columns), device="cuda") * 2.0 ** torch.randint(-3, 4, (17, 1), device="cuda")
+        torch.randint(-8, 9, (17, columns), device=device) * 2.0 ** torch.randint(-3, 4, (17, 1), device=device)
         for _ in range(3)
     ]
     adamw = AdamW(beta1=0.5, beta2=0.5, epsilon=1e-8, weight_decay=0.0)
-    (_, moments, _), (_, wanted, _) = stepped("ternary", columns, 8, [g.to(dtype) for g in gradients], adamw, 1e-3)
+    (_, moments, _), (_, wanted, _) = stepped(run, "ternary", columns, 8, [g.to(dtype) for g in gradients], adamw, 1e-3)
     assert all(torch.equal(moment, wanted[name]) for name, moment in moments.items())
-    again, *_ = fused_pair("ternary", columns, column_offset=32)
-    other = new_moments(again.rows, columns, 8, torch.device("cuda"))
+    again, *_ = fused_pair("ternary", columns, device, column_offset=32)
+    other = new_moments(again.rows, columns, 8, torch.device(device))
     for step, gradient in enumerate(gradients, start=1):
-        clip = torch.tensor(HALF, device="cuda")
-        adamw_update_rows(again, gradient.to(dtype), other, 0, clip, 1e-3, adamw, RoundingKey(8, step, "stochastic"))
+        clip = torch.tensor(HALF, device=device)
+        key = RoundingKey(8, step, "stochastic")
+        run(adamw_update_rows, again, gradient.to(dtype), other, 0, clip, 1e-3, adamw, key)
     assert not torch.equal(other["exp_avg"], moments["exp_avg"])
 
 
 @pytest.mark.parametrize("state_bits", [8, 32])
-def test_adamw_of_rows_in_parts_equals_rows_at_once(state_bits: int) -> None:
-    whole, parts = fused_pair("ternary", 1056)
-    gradient = torch.randn(whole.rows, 1056, device="cuda")
-    key, clip = RoundingKey(3, 2, "stochastic"), torch.ones((), device="cuda")
-    moments = new_moments(whole.rows, 1056, state_bits, torch.device("cuda"))
-    adamw_update_rows(whole, gradient, moments, 0, clip, 1e-2, LIKE_PAPER, key)
+def test_adamw_of_rows_in_parts_equals_rows_at_once(run: Runner, state_bits: int) -> None:
+    device = run.device
+    whole, parts = fused_pair("ternary", 1056, device)
+    gradient = torch.randn(whole.rows, 1056, device=device)
+    key, clip = RoundingKey(3, 2, "stochastic"), torch.ones((), device=device)
+    moments = new_moments(whole.rows, 1056, state_bits, torch.device(device))
+    run(adamw_update_rows, whole, gradient, moments, 0, clip, 1e-2, LIKE_PAPER, key)
     for start, stop in ((0, 7), (7, 17)):
-        own = new_moments(stop - start, 1056, state_bits, torch.device("cuda"))
-        adamw_update_rows(parts, gradient[start:stop], own, start, clip, 1e-2, LIKE_PAPER, key)
+        own = new_moments(stop - start, 1056, state_bits, torch.device(device))
+        run(adamw_update_rows, parts, gradient[start:stop], own, start, clip, 1e-2, LIKE_PAPER, key)
         assert all(torch.equal(own[name], moments[name][start:stop]) for name in own)
     assert torch.equal(whole.codes, parts.codes)
 
 
 @pytest.mark.parametrize("state_bits", [8, 32])
-def test_a_clip_of_zero_moves_no_code_on_the_device(state_bits: int) -> None:
+def test_a_clip_of_zero_moves_no_code_on_the_device(run: Runner, state_bits: int) -> None:
     """Not even by the first moment, and without a word to the host. Control: a clip of one moves them."""
-    weight, reference = fused_pair("ternary", 1024)
-    moments = new_moments(weight.rows, 1024, state_bits, torch.device("cuda"))
+    device = run.device
+    weight, reference = fused_pair("ternary", 1024, device)
+    moments = new_moments(weight.rows, 1024, state_bits, torch.device(device))
     adamw = AdamW(0.9, 0.95, 1e-8, 0.0)
-    gradient = torch.randn(weight.rows, 1024, device="cuda")
-    nothing, one = torch.zeros((), device="cuda"), torch.ones((), device="cuda")
-    adamw_update_rows(weight, gradient, moments, 0, one, 1e-2, adamw, RoundingKey(3, 1, "stochastic"))
+    gradient = torch.randn(weight.rows, 1024, device=device)
+    nothing, one = torch.zeros((), device=device), torch.ones((), device=device)
+    run(adamw_update_rows, weight, gradient, moments, 0, one, 1e-2, adamw, RoundingKey(3, 1, "stochastic"))
     assert not torch.equal(weight.codes, reference.codes)
     moved = weight.codes.clone()
     bad = torch.full_like(gradient, float("nan"))
-    with waiting_is_an_error():
-        counts = adamw_update_rows(weight, bad, moments, 0, nothing, 1e-2, adamw, RoundingKey(3, 2, "stochastic"))
+    with run.without_waiting():
+        counts = run.on_device(
+            adamw_update_rows, weight, bad, moments, 0, nothing, 1e-2, adamw, RoundingKey(3, 2, "stochastic")
+        )
     assert torch.equal(weight.codes, moved) and int(counts[..., 0].sum()) == 0

@@ -9,20 +9,17 @@ from torch.nn import functional
 
 from dqt_dist.kernels import quantize as kernels
 from dqt_dist.lowbit.activation import codes_at, token_absmax, token_scale
+from tests.kernels.runners import INTERPRETED, Runner
 
 E4M3 = torch.float8_e4m3fn
 CODES = [torch.int8, E4M3, None]
 # Below, at and above the kernels' block of 2048 features, and widths that fill no power of two.
-FEATURES = [16, 1000, 2048, 5632]
+FEATURES = [16, 1000, 2064, 8208] if INTERPRETED else [16, 1000, 2048, 5632]
 EPS = 1e-5
 
 
-def made(tokens: int, features: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.randn(tokens, features, generator=torch.Generator().manual_seed(features)).to(device, dtype)
-
-
-def on_cpu(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.cpu() for t in tensors]
+def made(tokens: int, features: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(tokens, features, generator=torch.Generator().manual_seed(features)).to(dtype)
 
 
 # ---- the definitions ----
@@ -30,11 +27,11 @@ def on_cpu(*tensors: Tensor | None) -> list[Tensor | None]:
 
 def test_norm_and_its_backward_equal_autograd() -> None:
     """In fp64-free fp32: both sides round each of about ten operations once, 2^-20 is 16 roundings."""
-    x, weight = made(7, 48, "cpu", torch.float32).requires_grad_(), (torch.rand(48) + 0.5).requires_grad_()
+    x, weight = made(7, 48, torch.float32).requires_grad_(), (torch.rand(48) + 0.5).requires_grad_()
     expected = functional.rms_norm(x, (48,), weight, EPS)
     operand, inverse_rms = kernels.rms_norm_quantize(x.detach(), weight.detach(), EPS, None)
-    torch.testing.assert_close(operand.codes, expected.detach(), rtol=2.0**-20, atol=2.0**-20)
-    dh = made(7, 48, "cpu", torch.float32).flip(0)
+    torch.testing.assert_close(operand.values, expected.detach(), rtol=2.0**-20, atol=2.0**-20)
+    dh = made(7, 48, torch.float32).flip(0)
     dx, dweight = kernels.rms_norm_backward(dh, x.detach(), weight.detach(), inverse_rms)
     wanted = torch.autograd.grad(expected, (x, weight), dh)
     torch.testing.assert_close(dx, wanted[0], rtol=2.0**-18, atol=2.0**-18)
@@ -42,41 +39,41 @@ def test_norm_and_its_backward_equal_autograd() -> None:
 
 
 def test_swiglu_and_its_backward_equal_autograd() -> None:
-    gate_up = made(7, 96, "cpu", torch.float32).requires_grad_()
+    gate_up = made(7, 96, torch.float32).requires_grad_()
     gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=-1))
     expected = functional.silu(gate) * up
-    assert torch.equal(kernels.swiglu_quantize(gate_up.detach(), None).codes, expected.detach())
-    dh = made(7, 48, "cpu", torch.float32)
+    assert torch.equal(kernels.swiglu_quantize(gate_up.detach(), None).values, expected.detach())
+    dh = made(7, 48, torch.float32)
     gradient, h = kernels.swiglu_backward(dh, gate_up.detach(), None, None, None)
     torch.testing.assert_close(
-        gradient.codes, torch.autograd.grad(expected, gate_up, dh)[0], rtol=2.0**-19, atol=2.0**-19
+        gradient.values, torch.autograd.grad(expected, gate_up, dh)[0], rtol=2.0**-19, atol=2.0**-19
     )
-    torch.testing.assert_close(h.codes, expected.detach(), rtol=2.0**-20, atol=2.0**-20)
+    torch.testing.assert_close(h.values, expected.detach(), rtol=2.0**-20, atol=2.0**-20)
 
 
-@pytest.mark.parametrize("code", [torch.int8, E4M3])
-def test_codes_are_those_of_the_prologue(code: torch.dtype) -> None:
+@pytest.mark.parametrize("operand_dtype", [torch.int8, E4M3])
+def test_codes_are_those_of_the_prologue(operand_dtype: torch.dtype) -> None:
     """The one pass is prologue, then quantisation; and at the forward's scale the backward gets the forward's codes."""
-    gate_up = made(5, 2 * 48, "cpu")
+    gate_up = made(5, 2 * 48)
     h = kernels.swiglu_quantize(gate_up.float(), None).codes
-    operand = kernels.swiglu_quantize(gate_up, code)
-    scale = token_scale(token_absmax(h), code)
+    operand = kernels.swiglu_quantize(gate_up, operand_dtype)
+    scale = token_scale(token_absmax(h), operand_dtype)
     assert operand.scale is not None and torch.equal(operand.scale, scale)
-    assert torch.equal(operand.codes.float(), codes_at(h, scale, code).float())
+    assert torch.equal(operand.values.float(), codes_at(h, scale, operand_dtype).float())
     assert torch.equal(kernels.swiglu_absmax(gate_up), token_absmax(h))
-    _, again = kernels.swiglu_backward(made(5, 48, "cpu"), gate_up, operand.scale, code, None)
-    assert torch.equal(again.codes.float(), operand.codes.float())
-    other = kernels.swiglu_quantize(gate_up, code, operand.scale * 2)
-    assert not torch.equal(other.codes.float(), operand.codes.float())
+    _, again = kernels.swiglu_backward(made(5, 48), gate_up, operand.scale, operand_dtype, None)
+    assert torch.equal(again.values.float(), operand.values.float())
+    other = kernels.swiglu_quantize(gate_up, operand_dtype, operand.scale * 2)
+    assert not torch.equal(other.values.float(), operand.values.float())
 
 
 def test_tiny_gradients_keep_their_digits() -> None:
     """Activations have BitNet's floor of 1e-5 under the maximum; gradients of 1e-9 must not vanish under it."""
-    grad = made(4, 32, "cpu", torch.float32) * 1e-9
+    grad = made(4, 32, torch.float32) * 1e-9
     operand = kernels.quantize(grad, E4M3, feature_scale=torch.ones(32))
     # e4m3 has 3 bits of mantissa: half a unit of 2^-3, relative, for all but values 2^-14 of the largest.
     torch.testing.assert_close(operand.dequantized(torch.float32), grad, rtol=2.0**-4, atol=1e-12)
-    assert kernels.quantize(grad, E4M3).codes.float().abs().max() < 1
+    assert kernels.quantize(grad, E4M3).values.float().abs().max() < 1
 
 
 # ---- the kernels ----
@@ -84,7 +81,6 @@ def test_tiny_gradients_keep_their_digits() -> None:
 
 def equal_or_close(found: Tensor, wanted: Tensor, ulps: int) -> None:
     """8-bit codes: equal but where an fp32 value differs by an ulp at a border between codes: one step, in few of them."""
-    found, wanted = found.cpu(), wanted.cpu()
     if found.dtype in (torch.int8, E4M3):
         steps = (found.view(torch.int8).int() - wanted.view(torch.int8).int()).abs()
         opposite_zeros = (found.float() == 0) & (wanted.float() == 0)
@@ -95,66 +91,63 @@ def equal_or_close(found: Tensor, wanted: Tensor, ulps: int) -> None:
         torch.testing.assert_close(found, wanted, rtol=ulps * unit, atol=ulps * unit * 1e-2)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("features", FEATURES)
-@pytest.mark.parametrize("code", [torch.int8, E4M3])
-def test_quantize_kernel_equals_definition(code: torch.dtype, features: int) -> None:
+@pytest.mark.parametrize("operand_dtype", [torch.int8, E4M3])
+def test_quantize_kernel_equals_definition(run: Runner, operand_dtype: torch.dtype, features: int) -> None:
     """Without a prologue the arithmetic is the same operation for operation: bits must agree."""
-    x = made(33, features, "cuda")
-    found, wanted = kernels.quantize(x, code), kernels.quantize(x.cpu(), code)
+    x = made(33, features)
+    found, wanted = run(kernels.quantize, x, operand_dtype), kernels.quantize(x, operand_dtype)
     assert found.scale is not None and wanted.scale is not None
-    assert torch.equal(found.scale.cpu(), wanted.scale)
-    assert torch.equal(found.codes.cpu().view(torch.int8), wanted.codes.view(torch.int8))
+    assert torch.equal(found.scale, wanted.scale)
+    assert torch.equal(found.values.view(torch.int8), wanted.values.view(torch.int8))
     feature_scale = torch.tensor([2.0**-6, 2.0**-5]).repeat(features // 2)
-    found = kernels.quantize(x, code, feature_scale=feature_scale.cuda())
-    wanted = kernels.quantize(x.cpu(), code, feature_scale=feature_scale)
-    assert torch.equal(found.codes.cpu().view(torch.int8), wanted.codes.view(torch.int8))
+    found = run(kernels.quantize, x, operand_dtype, feature_scale=feature_scale)
+    wanted = kernels.quantize(x, operand_dtype, feature_scale=feature_scale)
+    assert torch.equal(found.values.view(torch.int8), wanted.values.view(torch.int8))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("features", FEATURES)
-@pytest.mark.parametrize("code", CODES)
-def test_norm_kernels_equal_definition(code: torch.dtype | None, features: int) -> None:
+@pytest.mark.parametrize("operand_dtype", CODES)
+def test_norm_kernels_equal_definition(run: Runner, operand_dtype: torch.dtype | None, features: int) -> None:
     """Sums over features in another order: r differs by some ulps, and with it codes at a border."""
-    x, weight = made(33, features, "cuda"), (torch.rand(features) + 0.5).bfloat16()
-    found, found_r = kernels.rms_norm_quantize(x, weight.cuda(), EPS, code)
-    wanted, wanted_r = kernels.rms_norm_quantize(x.cpu(), weight, EPS, code)
-    torch.testing.assert_close(found_r.cpu(), wanted_r, rtol=2.0**-20, atol=0)
-    equal_or_close(found.codes, wanted.codes, 2)
-    dh = made(33, features, "cuda").flip(0).contiguous()
-    found_dx, found_dw = kernels.rms_norm_backward(dh, x, weight.cuda(), found_r)
-    wanted_dx, wanted_dw = kernels.rms_norm_backward(dh.cpu(), x.cpu(), weight, wanted_r)
+    x, weight = made(33, features), (torch.rand(features) + 0.5).bfloat16()
+    found, found_r = run(kernels.rms_norm_quantize, x, weight, EPS, operand_dtype)
+    wanted, wanted_r = kernels.rms_norm_quantize(x, weight, EPS, operand_dtype)
+    torch.testing.assert_close(found_r, wanted_r, rtol=2.0**-20, atol=0)
+    equal_or_close(found.values, wanted.values, 2)
+    dh = made(33, features).flip(0).contiguous()
+    found_dx, found_dw = run(kernels.rms_norm_backward, dh, x, weight, found_r)
+    wanted_dx, wanted_dw = kernels.rms_norm_backward(dh, x, weight, wanted_r)
     equal_or_close(found_dx, wanted_dx, 2)
-    torch.testing.assert_close(found_dw.cpu(), wanted_dw, rtol=2.0**-16, atol=2.0**-16)
+    torch.testing.assert_close(found_dw, wanted_dw, rtol=2.0**-16, atol=2.0**-16)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("features", FEATURES)
-@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("operand_dtype", CODES)
 @pytest.mark.parametrize("as_codes", [True, False])
-def test_swiglu_kernels_equal_definition(code: torch.dtype | None, features: int, as_codes: bool) -> None:
+def test_swiglu_kernels_equal_definition(
+    run: Runner, operand_dtype: torch.dtype | None, features: int, as_codes: bool
+) -> None:
     """exp differs by an ulp between devices."""
-    gate_up, dh = made(33, 2 * features, "cuda"), made(33, features, "cuda")
-    found, wanted = kernels.swiglu_quantize(gate_up, code), kernels.swiglu_quantize(gate_up.cpu(), code)
-    equal_or_close(found.codes, wanted.codes, 2)
-    torch.testing.assert_close(kernels.swiglu_absmax(gate_up).cpu(), kernels.swiglu_absmax(gate_up.cpu()))
-    row_scale = torch.tensor([2.0**-6, 2.0**-5]).repeat_interleave(features) if as_codes else None
-    gradient, h = kernels.swiglu_backward(
-        dh, gate_up, found.scale, code, None if row_scale is None else row_scale.cuda()
+    gate_up, dh = made(33, 2 * features), made(33, features)
+    found, wanted = (
+        run(kernels.swiglu_quantize, gate_up, operand_dtype),
+        kernels.swiglu_quantize(gate_up, operand_dtype),
     )
-    wanted_gradient, wanted_h = kernels.swiglu_backward(dh.cpu(), gate_up.cpu(), wanted.scale, code, row_scale)
-    equal_or_close(gradient.codes, wanted_gradient.codes, 4)
-    equal_or_close(h.codes, wanted_h.codes, 2)
-    assert torch.equal(h.codes.cpu().view(torch.uint8), found.codes.cpu().view(torch.uint8))
+    equal_or_close(found.values, wanted.values, 2)
+    torch.testing.assert_close(run(kernels.swiglu_absmax, gate_up), kernels.swiglu_absmax(gate_up))
+    row_scale = torch.tensor([2.0**-6, 2.0**-5]).repeat_interleave(features) if as_codes else None
+    gradient, h = run(kernels.swiglu_backward, dh, gate_up, found.scale, operand_dtype, row_scale)
+    wanted_gradient, wanted_h = kernels.swiglu_backward(dh, gate_up, wanted.scale, operand_dtype, row_scale)
+    equal_or_close(gradient.values, wanted_gradient.values, 4)
+    equal_or_close(h.values, wanted_h.values, 2)
+    assert torch.equal(h.values.view(torch.uint8), found.values.view(torch.uint8))
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.bfloat16, E4M3])
-def test_scaled_kernel_equals_definition(dtype: torch.dtype) -> None:
-    x = (made(9, 1000, "cuda", torch.float32) * 20).to(dtype)
+def test_scaled_kernel_equals_definition(run: Runner, dtype: torch.dtype) -> None:
+    x = (made(9, 1000, torch.float32) * 20).to(dtype)
     token, feature = torch.rand(9, 1), torch.rand(1000)
     for scales in ((token, feature), (token, None), (None, feature)):
-        on_device = [None if s is None else s.cuda() for s in scales]
-        assert torch.equal(
-            kernels.scaled(x, *on_device, torch.bfloat16).cpu(), kernels.scaled(x.cpu(), *scales, torch.bfloat16)
-        )
+        found = run(kernels.scaled, x, *scales, torch.bfloat16)
+        assert torch.equal(found, kernels.scaled(x, *scales, torch.bfloat16))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from dqt_dist.kernels.rope import angles, split_and_rotate
+from tests.kernels.runners import Runner
 
 # sequence, batch, groups, queries a group, head; heads that fill no power of two and one of 128.
 SHAPES = [(5, 2, 2, 3, 12), (7, 3, 4, 1, 128), (4, 1, 20, 2, 64)]
@@ -44,20 +45,21 @@ def test_rotation_is_a_complex_product(shape: tuple[int, ...]) -> None:
     torch.testing.assert_close(back, mixed.detach(), rtol=2.0**-18, atol=2.0**-18)
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernels_equal_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_kernels_equal_definition(run: Runner, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """The same three operations; a fused multiply-add may round one of them less."""
     mixed, grads = inputs(shape, dtype)
     cos, sin = angles(shape[0], shape[4], 10000.0, mixed.device)
-    on_device = mixed.cuda().requires_grad_()
-    found = split_and_rotate(on_device, shape[2], cos.cuda(), sin.cuda())
-    wanted_mixed = mixed.requires_grad_()
-    wanted = split_and_rotate(wanted_mixed, shape[2], cos, sin)
+
+    def forward_and_backward(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *grads: torch.Tensor):
+        leaf = mixed.requires_grad_()
+        outputs = split_and_rotate(leaf, shape[2], cos, sin)
+        return *(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaf, grads)
+
     ulp = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}[dtype]
+    found = run(forward_and_backward, mixed, cos, sin, *grads)
+    wanted = forward_and_backward(mixed, cos, sin, *grads)
+    assert len(found) == len(wanted) == 4
     for a, b in zip(found, wanted, strict=True):
-        torch.testing.assert_close(a.cpu(), b, rtol=ulp, atol=2 * ulp)
-    (a,) = torch.autograd.grad(found, on_device, [g.cuda() for g in grads])
-    (b,) = torch.autograd.grad(wanted, wanted_mixed, grads)
-    torch.testing.assert_close(a.cpu(), b, rtol=ulp, atol=2 * ulp)
+        torch.testing.assert_close(a, b, rtol=ulp, atol=2 * ulp)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dqt_dist.kernels.square_sum import square_sum
+from tests.kernels.runners import Runner
 
 
 def test_sum_is_exact_where_fp64_holds_it() -> None:
@@ -16,15 +17,14 @@ def test_sum_is_exact_where_fp64_holds_it() -> None:
     assert abs(float(square_sum(x).sum()) / float(x.double().square().sum()) - 1) < 2.0**-51
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1,), (37, 100), (4097, 333)])
-def test_kernel_equals_definition(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_kernel_equals_definition(run: Runner, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     """Both to what their orders of additions allow: here 32 after one another and then a tree, of 2^-53 each; torch's norm on the CPU
     has fewer and longer sums. Values are 20 binary orders apart, so fp32 sums would fail."""
     generator = torch.Generator().manual_seed(1)
     x = (torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-20, 1, shape, generator=generator)).to(dtype)
     exact = math.fsum(x.double().square().flatten().tolist())
-    assert abs(float(square_sum(x.cuda()).sum()) / exact - 1) < 2.0**-47
+    assert abs(float(run(square_sum, x).sum()) / exact - 1) < 2.0**-47
     assert abs(float(square_sum(x).sum()) / exact - 1) < 2.0**-40
-    assert float(square_sum(x.new_full(shape, float("inf")).cuda()).sum()) == float("inf")
+    assert float(run(square_sum, x.new_full(shape, float("inf"))).sum()) == float("inf")

@@ -7,6 +7,7 @@ import torch
 
 from dqt_dist.kernels.transpose import transpose
 from tests.kernels.codes import E4M3, e4m3
+from tests.kernels.runners import Runner
 
 
 def test_transpose_moves_codes_and_scales_tokens() -> None:
@@ -16,10 +17,9 @@ def test_transpose_moves_codes_and_scales_tokens() -> None:
     assert torch.equal(halved.float(), (codes.float() * 0.5).to(E4M3).float().t())
 
 
-@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(130, 200), (256, 384)])
-def test_transpose_kernel_equals_definition(shape: tuple[int, int]) -> None:
+def test_transpose_kernel_equals_definition(run: Runner, shape: tuple[int, int]) -> None:
     codes, factor = e4m3(*shape), torch.rand(shape[0], 1)
     for scale in (None, factor):
-        found = transpose(codes.cuda(), None if scale is None else scale.cuda())
-        assert torch.equal(found.cpu().view(torch.uint8), transpose(codes, scale).view(torch.uint8))
+        found = run(transpose, codes, scale)
+        assert torch.equal(found.view(torch.uint8), transpose(codes, scale).view(torch.uint8))

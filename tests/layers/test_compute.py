@@ -54,13 +54,13 @@ def test_forward_and_dgrad(compute: str, device: str) -> None:
     """On the codes as they are quantised, so that only a product's own rounding counts: none but that of the result, 2^-8 in
     bf16; fp8 products on tensor cores keep about 14 bits of a sum. dgrad in fp8 rounds dy to 4 bits: half a step is 2^-4."""
     products, weight, (x, dy) = compute_of(compute), made_weight(device), inputs(device)
-    operand = quantize(x, products.activation_code)
-    y = products.finish(products.product(operand, weight), operand.scale, weight, torch.bfloat16)
-    exact = (operand.codes.double() * operand.scale.double()) @ weight.dequantize().double().t()
+    operand = quantize(x, products.activation_dtype)
+    y = products.epilogue(products.product(operand, weight), operand.scale, weight, torch.bfloat16)
+    exact = (operand.values.double() * operand.scale.double()) @ weight.dequantize().double().t()
     assert relative(y, exact) < 2.0**-8
     if compute in ("fp32", "int8"):
         # The sum is an integer, which fp32 and int32 hold.
-        codes = operand.codes.double() @ weight.unpack().double().t()
+        codes = operand.values.double() @ weight.unpack().double().t()
         assert torch.equal(products.product(operand, weight).double(), codes)
     dx = products.dgrad(products.gradient(dy, weight), weight)
     wanted = dy.double() @ weight.dequantize().double()
@@ -76,8 +76,8 @@ def test_weight_gradients_add_up(compute: str, weight_gradient: str, gradient_dt
     """Two micro-batches. e4m3 rounds dy twice to 4 bits, each by at most 2^-4 of a value: of random sign, so well below their sum."""
     products, weight = compute_of(compute, weight_gradient=weight_gradient), made_weight(device, gradient_dtype)
     x, dy = inputs(device)
-    operand = quantize(x, products.activation_code)
-    exact = dy.double().t() @ (operand.codes.double() * operand.scale.double())
+    operand = quantize(x, products.activation_dtype)
+    exact = dy.double().t() @ (operand.values.double() * operand.scale.double())
     for _ in range(2):
         products.wgrad(products.gradient(dy, weight), operand, weight)
     assert (
@@ -94,7 +94,7 @@ def test_fp8_gradient_is_e4m3_and_keeps_every_tokens_digits() -> None:
     """A token 2^-20 smaller than another has as many digits in dgrad: its scale is its own. In one scale for all it has none."""
     products, weight, (_, dy) = compute_of("fp8"), made_weight("cpu"), inputs("cpu")
     gradient = products.gradient(dy, weight)
-    assert gradient.codes.dtype == E4M3
+    assert gradient.values.dtype == E4M3
     smallest = (products.dgrad(gradient, weight)[0], dy[0].double() @ weight.dequantize().double())
     assert relative(*smallest) < 2.0**-4
     one_scale = (dy.float() / dy.abs().max() * 448).to(E4M3)
