@@ -44,7 +44,7 @@ MODULES = [
     "textwrap",
     "threading",
     "typing",
-    "zipfile",
+    "zipapp",
 ]
 VOCAB_SIZE = 600
 

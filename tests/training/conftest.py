@@ -30,7 +30,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "--output",
         str(folder),
     ]
-    command += ["--vocab-size", str(VOCABULARY), "--valid-fraction", "0.1", "--workers", "1"]
+    command += ["--vocab-size", str(VOCABULARY), "--valid-fraction", "0.2", "--workers", "1"]
     subprocess.run(command, check=True, capture_output=True)
     return folder
 
