@@ -35,7 +35,7 @@ test: $(STAMP)
 test-gguf: $(LLAMA_CPP_STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m gguf $(PYTEST_ARGS)
 
-# There is no wheel of it: pip compiles llama.cpp for the processor at hand.
+# llama-cpp-python comes as source only: pip compiles llama.cpp for the processor at hand.
 $(LLAMA_CPP_STAMP): $(STAMP)
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt "$(LLAMA_CPP)"
 	touch $@

@@ -1,4 +1,4 @@
-"""The README stays true: what it names exists, its commands run, the demo command trains."""
+"""The README and the pages in docs/ stay true: what they name exists, commands of the README run, the demo trains."""
 
 from __future__ import annotations
 
@@ -13,15 +13,40 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+FOLDERS = ("dqt_dist", "configs", "launchers", "tools", "tests", "benchmarks", "docs")
+# The log keeps the names of its time.
+PAGES = sorted({*(ROOT / "docs").rglob("*.md")} - {ROOT / "docs/LOG.md"})
+
+
+def missing_paths(page: Path, text: str) -> list[str]:
+    """What a Markdown page names and what does not exist. Names that contain NAME are placeholders.
+
+    A link is relative to its page. In the prose, in commands and in code spans, a path that begins with a folder of the
+    repository is relative to the root, and so is a whole code span that is the path of a source file.
+    """
+    links = set(re.findall(r"\]\(([^)#\s]+)\)", text))
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    rest = re.sub(r"\]\([^)]*\)", "]", text)
+    named = set(re.findall(rf"(?<![\w./-])((?:{'|'.join(FOLDERS)})/[\w./-]*\w)", rest))
+    named |= set(re.findall(r"`([\w.-]+/[\w./-]+\.(?:py|sh|sbatch))`", rest))
+    return sorted(missing + [name for name in named if "NAME" not in name and not (ROOT / name).exists()])
 
 
 def test_every_path_it_names_exists() -> None:
-    """Paths in code spans and indented blocks that begin with a folder of the repository."""
-    folders = ("dqt_dist", "configs", "launchers", "tools", "tests", "benchmarks", "docs")
-    named = set(re.findall(rf"\b((?:{'|'.join(folders)})/[\w./-]+\w)", README))
-    assert len(named) > 15
-    missing = [name for name in sorted(named) if not (ROOT / name).exists()]
-    assert missing == []
+    assert len(re.findall(rf"\b(?:{'|'.join(FOLDERS)})/[\w./-]+\w", README)) > 15
+    assert missing_paths(ROOT / "README.md", README) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_of_a_page_exists(page: Path) -> None:
+    assert missing_paths(page, page.read_text(encoding="utf-8")) == []
+
+
+def test_a_path_that_does_not_exist_is_found() -> None:
+    """Negative control: a moved folder, a short form, a link from the wrong folder."""
+    text = "`dqt_dist/parallel/engine.py`, `optim/engine.py`, [a page](docs/export.md), `dqt_dist/optim/engine.py`"
+    found = ["docs/export.md", "dqt_dist/parallel/engine.py", "optim/engine.py"]
+    assert missing_paths(ROOT / "docs/export.md", text) == found
 
 
 def test_every_config_is_in_its_table() -> None:
@@ -43,7 +68,7 @@ def test_help_teaches_with_an_example(command: str) -> None:
 
 @pytest.mark.slow
 def test_the_demo_command_trains_over_four_processes(tmp_path: Path) -> None:
-    """The script behind `make demo`, cut to 8 steps: text from this Python, deepspeed's launcher, TP 2 x PP 2, report."""
+    """The script behind `make demo`, with 8 steps: text from this Python, deepspeed's launcher, TP 2 x PP 2, report."""
     run = tmp_path / "run"
     settings = ["training.steps=8", "optimizer.warmup_steps=2", "training.eval_interval=0", "training.eval_batches=1"]
     settings += ["training.sample_tokens=4", f"checkpoint.dir={run}"]

@@ -1,4 +1,4 @@
-"""The digest changes with every bit of the state and with nothing else. Equal at all layouts: test_layouts.py."""
+"""The digest changes with every bit of the state and with nothing else. test_layouts.py compares layouts."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def test_codes_are_stored_at_their_width(saved_at: Any, bits: str | int, stored_
 
 
 def test_the_files_shrink_with_the_codes(saved_at: Any) -> None:
-    """On the disk, byte for byte: all else is equal, and every block of codes fills torch's 64-byte padding exactly."""
+    """Counted on the disk. All else is equal, and every block of codes fills torch's 64-byte padding exactly."""
 
     def tensor_bytes(bits: str | int) -> int:
         folder = saved_at((1, f"quantization.bits={bits}")).folder

@@ -52,7 +52,7 @@ def test_the_rectangles_of_all_ranks_are_read_back_as_whole_tensors(tmp_path: Pa
 
 
 class Gate:
-    """Holds back every write of tensors until it is opened: the time in which training goes on."""
+    """A gate that holds back every write of tensors until it is opened, as if training went on meanwhile."""
 
     def __init__(self) -> None:
         self.opened, self.usual = threading.Event(), writer_module.dcp_save
@@ -137,7 +137,7 @@ def fail_in_the_thread(rank: int, world_size: int, folder: str, next_call: str) 
 
 @pytest.mark.parametrize("next_call", ["save", "wait", "close"])
 def test_a_failure_in_the_thread_is_raised_on_all_ranks_by_the_next_call(tmp_path: Path, next_call: str) -> None:
-    """And the checkpoint before it stays; the next save works and clears the remains."""
+    """The checkpoint before the failed save stays; the next save works and clears the remains."""
     assert run_distributed(fail_in_the_thread, 2, str(tmp_path), next_call) == [["step_00000001"]] * 2
     if next_call != "close":
         assert names(tmp_path) == ["step_00000001", "step_00000004"]

@@ -95,7 +95,7 @@ def test_missing_files_are_named(copied: Path):
 
 def test_truncated_files_give_both_numbers(copied: Path):
     size, idx_size = (os.path.getsize(f"{copied}{suffix}") for suffix in (".bin", ".idx"))
-    assert check(copied)  # negative control: whole, it is accepted
+    assert check(copied)  # negative control: the whole file is accepted
     os.truncate(f"{copied}.bin", size - 1000)
     with pytest.raises(UserError, match=rf"has {size - 1000} bytes, .* {size} bytes: the file is cut short"):
         check(copied)

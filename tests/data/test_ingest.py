@@ -73,10 +73,10 @@ def test_text_file_is_cut_at_empty_lines_into_long_documents(documents, tmp_path
 
 
 def test_truncated_zst_is_refused_wherever_it_is_cut(documents, tmp_path: Path):
-    """Streaming decompression alone takes a cut .zst for the end of the text; a corpus must not be shortened so."""
+    """Streaming decompression alone takes a cut .zst for the end of the text, which would shorten a corpus."""
     whole = zstd(jsonl(documents)) + zstd("\n\n".join(documents).encode())
     (tmp_path / "whole.txt.zst").write_bytes(whole)
-    assert read(tmp_path / "whole.txt.zst")  # negative control: uncut, it is read
+    assert read(tmp_path / "whole.txt.zst")  # negative control: the uncut file is read
     for cut in (3, 12, len(whole) // 3, len(whole) // 2, len(whole) - 1):
         path = tmp_path / "cut.txt.zst"
         path.write_bytes(whole[:cut])

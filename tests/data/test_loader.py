@@ -53,7 +53,7 @@ def rows(dataset, numbers=None) -> list[tuple[int, ...]]:
 
 
 def num_tokens(prefix: str) -> int:
-    indexed = IndexedDataset(prefix)  # must outlive its arrays: it closes the file under them
+    indexed = IndexedDataset(prefix)  # must outlive its arrays, as it closes the file under its arrays
     return int(indexed.sequence_lengths.sum())
 
 
@@ -65,7 +65,7 @@ def num_epoch_samples(prefix: str) -> int:
 
 
 def test_first_epoch_is_the_stream_of_shuffled_documents_once(prepared, build):
-    """From first principles: put the samples back in stream order; they must be the documents, each once and whole."""
+    """Samples put back in stream order are the documents, each once and whole."""
     count = num_epoch_samples(prepared.train)
     dataset, _ = build(count)
     stream: list[int] = [0] * (count * SEQUENCE_LENGTH + 1)
@@ -97,7 +97,7 @@ def test_a_longer_run_begins_with_the_same_samples(prepared, build):
 
 
 def test_megatrons_own_order_does_change_with_the_number_of_samples(prepared, tmp_path: Path):
-    """The negative control of the test above: why EpochDataset exists. Should this fail one day, it can go."""
+    """The negative control of the test above, and why EpochDataset exists. When this fails, EpochDataset can go."""
     with quiet_megatron_import():
         from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
         from megatron.core.datasets.utils import Split
@@ -165,8 +165,10 @@ def test_others_read_after_the_barrier_only(build, tmp_path: Path):
 
 
 def test_data_prepared_again_get_a_new_index(copied: Path, prepared, build):
-    """Even where both files keep their sizes: the same documents in another order. An index of the old lengths would
-    cut the new documents in wrong places."""
+    """The same documents in another order leave the sizes of both files as they were.
+
+    An index of the old lengths would cut the new documents in wrong places.
+    """
     before = rows(build(train=[(str(copied), 1.0)])[0])
     sizes = [Path(f"{copied}{suffix}").stat().st_size for suffix in (".bin", ".idx")]
     writer = IndexedWriter(copied, prepared.tokenizer, request="tests")
@@ -367,7 +369,7 @@ if __name__ == "__main__":
 
 
 def test_no_process_is_left_of_a_run_that_was_killed(tmp_path: Path) -> None:
-    """Whoever reads the run's output waits for its end, which a worker that is left behind would keep from coming."""
+    """Whoever reads the run's output waits for its end, which never comes while a worker is left behind."""
     script = tmp_path / "script.py"
     script.write_text(KILLED)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -152,7 +152,7 @@ def test_refusals_say_what_is_possible(
 
 
 def test_a_width_of_no_block_of_256_goes_into_blocks_of_32(trained: Trained, tmp_path: Path) -> None:
-    """The way that the refusal above names; its feed-forward size is padded to whole blocks of 32."""
+    """The format that the refusal above names; the feed-forward size is padded to whole blocks of 32."""
     assert export(trained("model.hidden_size=96"), tmp_path / "out", "--gguf-type", "Q4_0") is not None
 
 

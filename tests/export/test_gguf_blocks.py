@@ -9,7 +9,7 @@ import pytest
 from dqt_dist.export.gguf_blocks import TYPES, BlockType, pack
 
 SCALE = 2.0**-6
-# What gguf 0.19's numpy code can make; the others it can only read.
+# The types that gguf 0.19's numpy code can make. It can only read the other types.
 QUANTISED_BY_GGUF = ("TQ2_0", "TQ1_0", "Q8_0")
 
 
@@ -37,7 +37,7 @@ def test_sizes_are_those_of_gguf(name: str) -> None:
 
 @pytest.mark.parametrize("name", QUANTISED_BY_GGUF)
 def test_bytes_are_those_of_gguf_own_quantiser(name: str) -> None:
-    """gguf scales by the largest weight of a block (over 127 in Q8_0): each block gets one of the largest code."""
+    """gguf scales by the largest weight of a block (over 127 in Q8_0): each block gets a weight of the largest code."""
     block = TYPES[name]
     codes = np.maximum(codes_of(block), -127)
     codes[:, :: block.size] = min(block.qmax, 127)

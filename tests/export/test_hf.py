@@ -188,7 +188,7 @@ MARKS = ("<unk>", "<s>", "</s>")
     )
 )
 def test_any_text_has_the_ids_of_sentencepiece(exported: Exported, tokenizer_file: Path, text: str) -> None:
-    """But for the marks themselves, which Hugging Face reads as marks.
+    """Any text but the marks themselves, which Hugging Face reads as marks.
 
     NUL ends a text for SentencePiece's Python package.
     """
@@ -219,7 +219,7 @@ def test_model_card_and_record_say_what_was_trained(exported: Exported) -> None:
 
 
 def test_one_matrix_at_a_time(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of all that the export reads, nothing stays: no two matrices are alive at once."""
+    """The export keeps nothing that it has read: no two matrices are alive at once."""
     import weakref
 
     alive: weakref.WeakSet[Tensor] = weakref.WeakSet()

@@ -1,4 +1,4 @@
-"""The way back: an export becomes a checkpoint that gives the same export again, and that training goes on from."""
+"""From an export to a checkpoint: it gives the same export again, and training goes on from it."""
 
 from __future__ import annotations
 

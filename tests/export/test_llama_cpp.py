@@ -1,16 +1,15 @@
-"""GGUF exports run by llama.cpp itself (`make test-gguf` builds it): the logits of a reference that computes as it
-does.
+"""GGUF exports run by llama.cpp itself (`make test-gguf` builds it): its logits are those of a reference.
 
-llama.cpp multiplies codes by codes: it rounds the input of every linear of codes to 8 bits, in blocks along the row.
+llama.cpp multiplies codes by codes. It rounds the input of every linear of codes to 8 bits, in blocks along the row.
 
     Q8_K  blocks of 256, scale fp32: signed maximum -> -127       for TQ2_0, TQ1_0, Q6_K
     Q8_0  blocks of  32, scale fp16: largest magnitude -> 127     for Q4_0, Q5_0, Q8_0
 
-The reference is transformers' fp32 model of the `hf` export with that rounding before its linears. Both then differ by
-the order of fp32 sums only, unless a value lies so near the border of two codes that this order decides which it
-becomes: one such value moves logits by a few hundredths. The compared windows of text are therefore those whose values
-stay farthest from borders in the reference, and most of them, the median, have to agree: a wrong file or a wrong
-rounding is wrong in all.
+The reference is transformers' fp32 model of the `hf` export with the same rounding before its linears. Both then differ
+by the order of fp32 sums only, unless a value lies so near the border of two codes that this order decides between the
+codes. One such value moves logits by a few hundredths. The tests therefore compare the windows of text whose values are
+farthest from borders in the reference, and the median window has to agree. A wrong file or a wrong rounding is wrong in
+all windows.
 """
 
 from __future__ import annotations
@@ -236,7 +235,7 @@ def test_text_has_the_ids_of_sentencepiece(tokenizing_model: Any, tokenizer_file
     for text in (SAMPLE, *list(topics.values())[-20:]):
         ids = tokenizing_model.tokenize(text.encode(), add_bos=False)
         assert ids == tokenizer.encode(text)
-        # Unlike SentencePiece it keeps the space that stands before every text.
+        # Unlike SentencePiece, llama.cpp keeps the space that stands before every text.
         assert tokenizing_model.detokenize(ids).decode() == " " + text
 
 

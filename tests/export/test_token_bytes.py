@@ -37,7 +37,7 @@ def test_bytes_of_tokens_add_up_to_the_text(tokenizer: Tokenizer, texts: list[st
 
 
 def test_a_tokenizer_may_put_nothing_before_a_text(tmp_path: Path) -> None:
-    """Then nothing is subtracted, and a space at the start is of the text."""
+    """Without the dummy prefix nothing is subtracted, and a space at the start belongs to the text."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["ab ab abc"] * 50),
@@ -76,7 +76,7 @@ def test_a_character_comes_with_its_last_byte(tokenizer: Tokenizer) -> None:
 
 
 def test_marks_and_rows_beyond_the_pieces_have_no_text(tokenizer: Tokenizer) -> None:
-    """A vocabulary may have more rows than the tokenizer has pieces, and a model may choose them."""
+    """A vocabulary may have more rows than the tokenizer has pieces, and a model may choose such rows."""
     stream = TextStream(tokenizer)
     assert [stream.put(i) for i in (0, 1, 2, tokenizer.vocab_size)] == [""] * 4
     assert piece_bytes(tokenizer)[:4] == [b"", b"", b"", b"\0"]

@@ -1,4 +1,4 @@
-"""The tool's own verification: a right export passes, each known way of being wrong is found and told in numbers."""
+"""The tool's own verification: a right export passes; each known kind of wrong export is found and told in numbers."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_another_tokenizer_is_found(trained: Trained, tmp_path: Path, capsys: py
 
 
 def test_the_world_of_one_leaves_no_trace(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither a process group nor the variables by which a later process would take itself for one of its ranks."""
+    """Leaves no process group, and no variables by which a later process would take itself for one of its ranks."""
     monkeypatch.setenv("WORLD_SIZE", "7")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     assert convert("--checkpoint", trained(), "--output", tmp_path / "out", "--format", "hf") == 0

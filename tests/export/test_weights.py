@@ -43,7 +43,7 @@ def test_bitnet_codes_are_those_of_the_paper(trained: Trained) -> None:
 
 
 def test_every_tensor_of_the_model_is_exported(trained: Trained) -> None:
-    """Names of the checkpoint without the moments are those that exports go through."""
+    """Exports go through all names of the checkpoint but those of the moments."""
     for overrides in ((), (SUB_NORM,), (NONE,), (EMBEDDINGS,)):
         reader = CheckpointReader(trained(*overrides))
         stored = {name.split("/", 1)[1] for name in reader.tensors if name.split("/")[0] in ("codes", "parameter")}
@@ -77,7 +77,7 @@ def test_ternary_export_tells_both_perplexities(
     assert json.loads((output / "config.json").read_text())["quantization_config"]["quant_method"] == "bitnet"
     figures = json.loads((output / "dqt_dist.json").read_text())["figures"]
     assert figures["rounded_from_bits"] == 8
-    # Rounding weights of an almost untrained model moves its perplexity little, but it moves it.
+    # Rounding weights of an almost untrained model moves the perplexity a little.
     before, after = figures["perplexity_with_8_bit_weights"], figures["perplexity_with_ternary_weights"]
     assert before != after and 0.3 < before / after < 3
 

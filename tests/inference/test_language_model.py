@@ -32,7 +32,7 @@ def test_logits_are_those_of_the_trainer(trained: Trained, trainer_logits: Train
     run = trained(*overrides)
     opened = open_model(run)
     if EMBEDDINGS in overrides:
-        # In training the head rounds its input; trainer_model leaves that out, for comparison with exports, which cannot.
+        # In training the head rounds its input. trainer_model does not, because exports cannot round there.
         assert opened.model.lm_head.activation_dtype is not None
         opened.model.lm_head.activation_dtype = None
     activation = activation_of(run)
@@ -43,10 +43,9 @@ def test_logits_are_those_of_the_trainer(trained: Trained, trainer_logits: Train
 @torch.no_grad()
 @pytest.mark.parametrize("overrides", [(), (bits(4),), (bits(8),), (FLOATS,), (BITNET,)], ids=str)
 def test_a_linear_is_that_of_the_trainer(trained: Trained, overrides: tuple) -> None:
-    """On equal inputs, so that no rounding hides a difference. Integer sums below 2^24 are exact in fp32: equal on any
-    machine.
+    """Inputs are equal: no rounding hides a difference. Integer sums below 2^24 are exact in fp32 on any machine.
 
-    The control, the activation rounding the other way round, is not equal.
+    The control rounds activations the other way round, and its outputs are not equal.
     """
     from dqt_dist.layers.build import build_model
 

@@ -22,12 +22,12 @@ OTHER_PREFIXES = ("LOCAL_", "SLURM_", "OMPI_", "PMIX_", "PMI_", "MPI_", "TORCHEL
 
 @pytest.fixture(autouse=True)
 def bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No launcher's variables, whatever started the tests; and those that `export` writes are taken back."""
+    """No launcher's variables, whatever started the tests; variables that `export` writes are taken back."""
     for name in list(os.environ):
         if name.startswith(OTHER_PREFIXES):
             monkeypatch.delenv(name)
     for name in EXPORTED:
-        monkeypatch.setenv(name, "")  # noted by monkeypatch, so that it removes at the end what a test exports
+        monkeypatch.setenv(name, "")  # noted by monkeypatch, which then removes at the end what a test exports
         monkeypatch.delenv(name)
 
 
@@ -80,13 +80,13 @@ def test_srun_on_one_node_meets_on_the_loopback(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_batch_script_of_a_job_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It has SLURM_PROCID and SLURM_NTASKS, but is no task of srun; taken for rank 0 of 8 it would wait for ever."""
+    """The batch step has SLURM_PROCID and SLURM_NTASKS but is no srun task. As rank 0 of 8 it would wait for ever."""
     setenv(monkeypatch, SLURM_JOB_ID="1234", SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_NTASKS="8")
     assert discover().world_size == 1
 
 
 def test_explicit_ranks_come_before_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun inside an srun task: its own variables count."""
+    """torchrun inside an srun task: the variables of torchrun count."""
     setenv(monkeypatch, RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="a", MASTER_PORT="7", **SRUN)
     assert discover() == Launch(0, 2, 0, 2, "environment", "a", 7)
 
@@ -209,7 +209,7 @@ def test_wrong_config_under_mpirun_is_printed_once(tmp_path: Path) -> None:
 def test_a_message_is_printed_once_and_says_who_is_to_blame(
     error: Exception, exit_code: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """2: the input; 1: the run. Rank 0 speaks, the others wait for it."""
+    """Exit code 2 for wrong input, 1 for a failed run. Rank 0 prints the message; the other ranks wait for it."""
     monkeypatch.setattr("dqt_dist.launch.SECONDS_FOR_RANK_0", 0.0)
     monkeypatch.setattr("signal.signal", lambda *_: None)  # the test process keeps its own handlers
     for rank in (0, 1):

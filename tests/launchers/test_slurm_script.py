@@ -1,7 +1,7 @@
 """launchers/slurm/pretrain.sbatch is valid bash, clean under shellcheck, and marks every line a site must look at.
 
-When the job goes back to the queue is tried with small shell programs in place of SLURM's commands, as a test cannot
-bring up SLURM's daemons. What those programs do (who gets SIGTERM, which state a cancelled job shows) was seen on SLURM
+A test cannot bring up SLURM's daemons. Small shell programs in place of SLURM's commands therefore try when the job
+goes back to the queue. What those programs do (who gets SIGTERM, which state a cancelled job shows) was seen on SLURM
 22.05.
 """
 
@@ -41,7 +41,7 @@ def test_what_differs_between_sites_is_marked(option: str) -> None:
 
 
 def test_options_stand_before_the_first_command() -> None:
-    """sbatch stops reading #SBATCH lines at the first command: one that stands later would be ignored in silence."""
+    """sbatch stops reading #SBATCH lines at the first command: a later line would be ignored in silence."""
     lines = SCRIPT.read_text().splitlines()
     first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
     assert not [line for line in lines[first_command:] if line.startswith("#SBATCH")]

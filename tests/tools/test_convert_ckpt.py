@@ -112,7 +112,7 @@ def truncated(run: Path) -> None:
 
 
 def damaged(run: Path) -> None:
-    """Of the right size, with other bytes: noticed while reading, when a part of the output is there already."""
+    """A file of the right size with other bytes is noticed while it is read, when part of the output exists."""
     file = next(checkpoint_of(run).glob("*.distcp"))
     size = file.stat().st_size
     with open(file, "r+b") as handle:
@@ -172,7 +172,7 @@ def test_ctrl_c_leaves_nothing(
     capsys: pytest.CaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The signal comes when the tensors are written and the rest is not."""
+    """The signal comes after the tensors are written and before the other files are."""
 
     def interrupt(*_: object) -> None:
         assert (tmp_path / ".out.partial" / "model.safetensors").exists()

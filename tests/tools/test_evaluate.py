@@ -89,7 +89,7 @@ def test_every_token_after_the_first_is_scored_once(num_scored: int, length: int
 
 
 def loss_by_hand(logits: Logits, stream: np.ndarray, stride: int) -> float:
-    """Mean loss, one forward pass a token: the token at i is read from the window that the definition gives it."""
+    """Mean loss, one forward pass per token: the definition says from which window the token at i is predicted."""
     nats = 0.0
     for i in range(1, len(stream)):
         if i <= CONTEXT:
@@ -119,7 +119,7 @@ def test_the_loss_is_the_trainers_own(
     overrides: tuple[str, ...],
     processes: int,
 ) -> None:
-    """That of megatron-core's model with the training layers, token by token, whatever layout wrote the checkpoint."""
+    """The loss of megatron-core's model with the training layers, token by token, at any layout of the checkpoint."""
     run, stride = trained(*overrides, processes=processes), 40
     arguments = ("--checkpoint", run, "--data", text, "--max-tokens", 230, "--batch-size", 3)
     found = figures(capsys, *arguments, "--stride", stride)

@@ -53,7 +53,7 @@ def model(trained: Trained) -> LanguageModel:  # noqa: F811
 def test_with_the_cache_as_by_the_trainers_model_without(trained: Trained, overrides: tuple[str, ...]) -> None:  # noqa: F811
     """Token by token, each from a full forward pass of the training layers.
 
-    Two best tokens that are nearer to one another than the noise of fp32 (or of one 8-bit code) are both right.
+    Two best tokens whose logits differ by less than the noise of fp32 (or of one 8-bit code) are both right.
     """
     run = trained(*overrides)
     opened = open_model(run)
@@ -84,7 +84,7 @@ def test_an_export_says_what_its_checkpoint_says(
     export_format: str,
     overrides: tuple[str, ...],
 ) -> None:
-    """The first tokens: later a difference of one 8-bit code could have become another text."""
+    """Compares the first tokens only: later a difference of one 8-bit code could have become another text."""
     few = dataclasses.replace(GREEDY, max_tokens=8)
     by_run = continue_prompt(open_model(trained(*overrides)), few)
     assert continue_prompt(open_model(exported(export_format, *overrides)), few) == by_run
@@ -111,7 +111,7 @@ def test_narrow_draws_are_the_best_tokens(model: LanguageModel, narrow: dict) ->
 
 
 def test_nothing_but_the_options_narrows_the_draw(model: LanguageModel) -> None:
-    """transformers' default top-k of 50 is off: at a high temperature every one of 400 pieces is about as likely."""
+    """transformers' default top-k of 50 is off: at a high temperature all 400 pieces are about equally likely."""
     drawn, _ = continue_prompt(model, Sampling(temperature=1e4, top_p=1.0, max_tokens=60))
     text = torch.tensor([*encode_prompt(model, PROMPT), *drawn])
     with torch.no_grad():
@@ -125,7 +125,7 @@ def test_nothing_but_the_options_narrows_the_draw(model: LanguageModel) -> None:
 
 
 def test_text_comes_token_by_token(model: LanguageModel) -> None:
-    """The text of a token is written before the next one is computed, the prompt before the second one is."""
+    """The text of a token is written before the next token is computed; the prompt before the second token is."""
     passes, written = 0, []
 
     def count(*_: object) -> None:

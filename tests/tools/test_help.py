@@ -1,4 +1,4 @@
-"""Every tool's --help teaches by an example, and is there at once."""
+"""Every tool's --help teaches by an example, and appears at once."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def test_help_teaches_and_imports_nothing_heavy(tool: str) -> None:
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     assert EXAMPLES[tool] in shown.stdout
     imported = {line.rsplit("|", 1)[-1].strip() for line in shown.stderr.splitlines()}
-    assert "argparse" in imported  # negative control: the list is one of imports
+    assert "argparse" in imported  # negative control: the list holds imports
     assert not imported & HEAVY

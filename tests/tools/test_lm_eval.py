@@ -1,8 +1,8 @@
 """EleutherAI's lm-eval on an exported folder, offline, with a task of its own: tools/evaluate.py finds the same figure.
 
-lm-eval's rolling windows do not overlap and begin with one token of context, which is tools/evaluate.py with the stride
-of the window; </s> stands before the document in both (prefix_token_id=2). The same tokens are scored by the same
-engine.
+lm-eval's rolling windows do not overlap and begin with one token of context. tools/evaluate.py does the same with the
+stride of the window. </s> stands before the document in both (prefix_token_id=2). The same engine scores the same
+tokens.
 """
 
 from __future__ import annotations
