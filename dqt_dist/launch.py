@@ -153,8 +153,7 @@ def _from_mpi(env: Mapping[str, str]) -> Launch:
 
 
 def _address_of_this_machine() -> str:
-    """The address of this machine for other machines: that of the interface with the default route, or the host
-    name."""
+    """The address of this machine for others: that of the interface with the default route, or the host name."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # documentation address: connecting a UDP socket sends nothing

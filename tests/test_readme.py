@@ -1,4 +1,4 @@
-"""The README stays true: what it names exists, its commands run, the demo command trains."""
+"""The README is correct: the paths in it exist, its commands run, the demo command trains."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_help_teaches_with_an_example(command: str) -> None:
 
 @pytest.mark.slow
 def test_the_demo_command_trains_over_four_processes(tmp_path: Path) -> None:
-    """The script behind `make demo`, cut to 8 steps: text from this Python, deepspeed's launcher, TP 2 x PP 2, report."""
+    """The script of `make demo` with 8 steps: text from this Python, launcher of deepspeed, TP 2 x PP 2, report."""
     run = tmp_path / "run"
     settings = ["training.steps=8", "optimizer.warmup_steps=2", "training.eval_interval=0", "training.eval_batches=1"]
     settings += ["training.sample_tokens=4", f"checkpoint.dir={run}"]

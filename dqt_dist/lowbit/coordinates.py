@@ -159,7 +159,6 @@ def normal_quantiles() -> Tensor:
 
 
 def normal(seed: int, layout: ShardLayout, start: int, stop: int, device: torch.device) -> Tensor:
-    """Standard normal initial values for shard rows [start, stop): fp32, bit-identical in every layout and on every
-    device."""
+    """Standard normal values for shard rows [start, stop), fp32: the same bits in every layout and on every device."""
     words = random_words(Purpose.INIT, seed, 0, layout, start, stop, device)
     return normal_quantiles().to(device)[words >> 16]

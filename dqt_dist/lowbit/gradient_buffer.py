@@ -65,8 +65,7 @@ class GradientBuffer:
         self.mean: Tensor | None = None
         """Mean over data-parallel ranks, [owned rows, columns], or all rows with `on_every_rank`."""
         self.recorded: Tensor | None = None
-        """Memory that a CUDA graph writes this rank's sum to. It stays allocated, at the same address, between
-        steps."""
+        """Memory that a CUDA graph writes this rank's sum to. It keeps its address between steps."""
         # The fields below are set when the buffer is registered with a reducer.
         self.owners: list[tuple[int, int]] = []
         """[start, stop) per data-parallel rank: the rows that the rank owns."""
@@ -101,8 +100,7 @@ class GradientBuffer:
         return self.local, True
 
     def add(self, gradient: Tensor) -> None:
-        """Adds the gradient of one micro-batch. The first of a step becomes `local` itself where its type is
-        `dtype`."""
+        """Adds the gradient of one micro-batch. The first of a step becomes `local` itself if its type is `dtype`."""
         if self.local is None:
             self.local = gradient.to(self.dtype)
         else:

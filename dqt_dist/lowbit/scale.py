@@ -37,8 +37,7 @@ FIXED_POINT = float(1 << 20)
 
 @dataclass
 class WeightStatistics:
-    """Exact statistics of a part of a matrix, int64 scalars. Parts are combined by adding sums and taking the
-    maximum."""
+    """Exact statistics of a part of a matrix, int64 scalars. `merge` combines the statistics of two parts."""
 
     unit: float
     """The weight that counts as 1, such as the initial standard deviation. It need not be a power of two."""

@@ -1,10 +1,10 @@
-"""What the codes are doing: flips, zeros, saturation and code histograms of every logical matrix, summed over all ranks.
+"""Metrics of the codes: flips, zeros, saturation and code histograms of every logical matrix, summed over all ranks.
 
-    flip_rate       share of codes the last step changed
-    zero_fraction   share of codes that are 0 after it
-    saturation      share of wanted weights that lay outside the grid, so that the clamp moved them
+    flip_rate       share of codes that the last step changed
+    zero_fraction   share of codes that are 0 after the last step
+    saturation      share of wanted weights that lay outside the grid and were clamped
 
-Each rank fills its part of one table [logical matrices, ...]; one all-reduce completes it.
+Each rank fills its part of one table [logical matrices, ...]. One all-reduce completes the table.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from dqt_dist.lowbit.grid import Grid
 from dqt_dist.optim.low_bit_optimizer import LowBitOptimizer
 from dqt_dist.parallel.groups import Groups
 
-FIGURES = ("flip_rate", "zero_fraction", "saturation")
+METRIC_NAMES = ("flip_rate", "zero_fraction", "saturation")
 
 
 @dataclass(frozen=True)
-class LowBitFigures:
-    """Figures of the whole model and of each matrix, on the host."""
+class LowBitMetrics:
+    """Metrics of each matrix and of the whole model, on the host."""
 
     names: tuple[str, ...]
     per_matrix: Tensor
-    """fp64 [matrices, 3], columns as FIGURES."""
+    """fp64 [matrices, 3], columns in the order of METRIC_NAMES."""
     overall: dict[str, float]
 
 
-class LowBitTable:
-    """Collects the figures of one run; built once."""
+class LowBitMetricsCollector:
+    """Collects the metrics of one run. Built once per run."""
 
     def __init__(self, optimizer: LowBitOptimizer, config: Config, groups: Groups) -> None:
         self.optimizer, self.config, self.groups = optimizer, config, groups
@@ -43,12 +43,12 @@ class LowBitTable:
         if config.quantization.embeddings:
             self.names += ("embed_tokens", "lm_head")
         self.index = {name: row for row, name in enumerate(self.names)}
-        # Without sharding every data-parallel rank has the same rows: only one of them counts.
+        # Without sharding every data-parallel rank updates the same rows, and only rank 0 counts them.
         self.counts_here = optimizer.sharded or groups.data.rank() == 0
 
-    def figures(self) -> LowBitFigures:
-        """Of the last update. A collective call."""
-        table = torch.zeros(len(self.names), len(FIGURES) + 1, dtype=torch.int64, device=self.groups.device)
+    def collect(self) -> LowBitMetrics:
+        """Metrics of the last update. A collective call."""
+        table = torch.zeros(len(self.names), len(METRIC_NAMES) + 1, dtype=torch.int64, device=self.groups.device)
         if self.counts_here:
             for rows in self.optimizer.rows:
                 assert rows.weight.layout is not None
@@ -61,11 +61,11 @@ class LowBitTable:
         dist.all_reduce(table, group=self.groups.world)
         table = table.cpu().double()
         sums = table.sum(dim=0)
-        overall = {name: float(sums[i] / sums[3]) for i, name in enumerate(FIGURES)}
-        return LowBitFigures(self.names, table[:, :3] / table[:, 3:], overall)
+        overall = {name: float(sums[i] / sums[3]) for i, name in enumerate(METRIC_NAMES)}
+        return LowBitMetrics(self.names, table[:, :3] / table[:, 3:], overall)
 
     def code_histograms(self, grid: Grid) -> Tensor:
-        """How often each code of the grid occurs in each matrix: int64 [matrices, levels]. A collective call."""
+        """Number of times each code of the grid occurs in each matrix: int64 [matrices, levels]. A collective call."""
         levels = grid.qmax - grid.qmin + 1
         table = torch.zeros(len(self.names), levels, dtype=torch.int64, device=self.groups.device)
         if self.counts_here:

@@ -1,4 +1,4 @@
-"""Rows over ranks: who owns which, means in rank order bit for bit, packed rows back to everybody."""
+"""Rows over ranks: the bounds, means in rank order bit for bit, and the gather of packed rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHAPES = [(8, 4), (5, 3), (7, 2), (2, 4), (1, 3), (6, 1)]
 
 
 def part(rank: int, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What `rank` puts in: numbers whose sum depends on its order."""
+    """The gradient of `rank`: numbers whose sum depends on the order of the sum."""
     generator = torch.Generator().manual_seed(100 + rank)
     exponents = torch.randint(-12, 13, (rows, 3), generator=generator)
     return (torch.randn(rows, 3, generator=generator) * 2.0**exponents).to(dtype)
@@ -38,7 +38,7 @@ def test_bounds_cut_the_rows_without_gap_or_overlap(rows: int, ranks: int) -> No
 
 
 def reduce(rank: int, world_size: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """This rank's mean, and the bytes that the exchange was counted with."""
+    """This rank's mean, and the bytes that were counted for the exchange."""
     group = dist.group.WORLD
     assert group is not None
     BYTES_SENT.clear()
@@ -58,7 +58,7 @@ def test_the_owner_gets_the_mean_in_rank_order_bit_for_bit(rows: int, ranks: int
 
 
 def test_the_order_of_the_sum_matters_here() -> None:
-    """Negative control: summed from the last rank on, the same parts give other bits."""
+    """Negative control: summed from the last rank to the first, the same parts give other bits."""
     backwards = part(2, 5) + part(1, 5) + part(0, 5)
     assert not torch.equal(backwards / 3, mean_in_rank_order(5, 3))
 
