@@ -73,7 +73,7 @@ def _scales(statistics: list[WeightStatistics], weight: LowBitMatrix, config: Co
         dist.all_reduce(sums, group=group)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=group)
     quantization = config.quantization
-    whole = [
+    complete = [
         WeightStatistics(statistics[0].unit, row[0], row[1], row[2], abs_max)
         for row, abs_max in zip(sums, largest, strict=True)
     ]
@@ -85,6 +85,6 @@ def _scales(statistics: list[WeightStatistics], weight: LowBitMatrix, config: Co
             sigmas=quantization.scale_sigmas,
             power_of_two=quantization.scale_power_of_two,
         )
-        for s in whole
+        for s in complete
     ]
     return torch.tensor(scales, device=weight.codes.device)

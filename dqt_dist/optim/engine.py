@@ -48,11 +48,11 @@ def high_precision_adamw(model_chunks: nn.Module, config: Config) -> torch.optim
     with the same two rates. Each group keeps its own peak rate.
     """
     optimizer = config.optimizer
-    everything = parameters(model_chunks)
-    matrices = [p for p in everything if p.layout.columns > 1]
+    all_parameters = parameters(model_chunks)
+    matrices = [p for p in all_parameters if p.layout.columns > 1]
     linears = [p.tensor for p in matrices if p.layout.matrices[0].name.startswith("layers.")]
     others = [p.tensor for p in matrices if not p.layout.matrices[0].name.startswith("layers.")]
-    vectors = [p.tensor for p in everything if p.layout.columns == 1]
+    vectors = [p.tensor for p in all_parameters if p.layout.columns == 1]
     rate, linear_rate, decay = optimizer.learning_rate, optimizer.low_bit_learning_rate, optimizer.weight_decay
     param_groups = [
         {"params": others, "weight_decay": decay, "peak_learning_rate": rate},

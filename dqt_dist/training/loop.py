@@ -114,9 +114,11 @@ class Trainer:
             self.recorder.close()
 
     def _advance(self) -> None:
-        done = self.progress
+        progress = self.progress
         samples = self.config.training.global_batch_size
-        self.progress = store.Progress(done.step + 1, done.tokens + self.tokens_per_step, done.samples + samples)
+        self.progress = store.Progress(
+            progress.step + 1, progress.tokens + self.tokens_per_step, progress.samples + samples
+        )
 
     def _after_step(self, result: StepResult) -> None:
         logging, training, checkpoint = self.config.logging, self.config.training, self.config.checkpoint

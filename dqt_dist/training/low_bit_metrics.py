@@ -42,7 +42,7 @@ class LowBitMetricsCollector:
         self.names = tuple(f"layers.{i}.{part}" for i in range(config.model.num_layers) for part in parts)
         if config.quantization.embeddings:
             self.names += ("embed_tokens", "lm_head")
-        self.index = {name: row for row, name in enumerate(self.names)}
+        self.table_row = {name: row for row, name in enumerate(self.names)}
         # Without sharding every data-parallel rank updates the same rows, and only rank 0 counts them.
         self.counts_here = optimizer.sharded or groups.data.rank() == 0
 
@@ -54,10 +54,12 @@ class LowBitMetricsCollector:
                 assert rows.weight.layout is not None
                 if not rows.row_counts:  # a rank may own no row
                     continue
-                lines = torch.tensor([self.index[m.name] for m in rows.weight.layout.matrices], device=table.device)
-                row_counts = torch.bincount(rows.row_matrix, minlength=len(lines))
-                table[lines, :3] += rows.counts()
-                table[lines, 3] += row_counts * rows.weight.columns
+                table_rows = torch.tensor(
+                    [self.table_row[m.name] for m in rows.weight.layout.matrices], device=table.device
+                )
+                row_counts = torch.bincount(rows.row_matrix, minlength=len(table_rows))
+                table[table_rows, :3] += rows.counts()
+                table[table_rows, 3] += row_counts * rows.weight.columns
         dist.all_reduce(table, group=self.groups.world)
         table = table.cpu().double()
         sums = table.sum(dim=0)
@@ -74,6 +76,6 @@ class LowBitMetricsCollector:
                 assert weight.layout is not None
                 for matrix, _, row, count in weight.layout.pieces(rows.start, rows.stop):
                     codes = weight.unpack(row, row + count).flatten().long() - grid.qmin
-                    table[self.index[matrix.name]] += torch.bincount(codes, minlength=table.shape[1])
+                    table[self.table_row[matrix.name]] += torch.bincount(codes, minlength=table.shape[1])
         dist.all_reduce(table, group=self.groups.world)
         return table.cpu()

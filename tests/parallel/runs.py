@@ -79,13 +79,13 @@ def assemble(state: LogicalState) -> Whole:
 
     Elements that several ranks hold must have the same bits, and every element must be held.
     """
-    of_ranks: list[Any] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(state, of_ranks)
-    if of_ranks is None:
+    parts_per_rank: list[Any] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(state, parts_per_rank)
+    if parts_per_rank is None:
         return {}
     whole: Whole = {}
     covered: dict[str, Tensor] = {}
-    for rank, part in enumerate(of_ranks):
+    for rank, part in enumerate(parts_per_rank):
         for name, tensor in part.items():
             whole.setdefault(name, torch.zeros(tensor.shape, dtype=tensor.dtype))
             seen = covered.setdefault(name, torch.zeros(tensor.shape, dtype=torch.bool))

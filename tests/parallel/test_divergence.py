@@ -49,9 +49,9 @@ def directions(record: Record) -> list[Whole]:
 def expected_differences(found: Record, wanted: Record) -> float:
     """E of the module's docstring."""
     rate, total = wanted.config.optimizer.low_bit_learning_rate, 0.0
-    for ours, theirs in zip(directions(found), directions(wanted), strict=True):
-        for name, direction in theirs.items():
-            distance = (direction - ours[name]).abs() * (rate / wanted.final[f"scale/{name}"])
+    for found_directions, wanted_directions in zip(directions(found), directions(wanted), strict=True):
+        for name, direction in wanted_directions.items():
+            distance = (direction - found_directions[name]).abs() * (rate / wanted.final[f"scale/{name}"])
             total += float((distance.double() + 2.0**-23).clamp(max=1.0).sum())
     return total
 

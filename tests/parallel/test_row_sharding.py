@@ -43,8 +43,8 @@ def reduce(rank: int, world_size: int, rows: int, dtype: torch.dtype) -> tuple[T
     assert group is not None
     BYTES_SENT.clear()
     bounds = [(3 * start, 3 * stop) for start, stop in row_bounds(rows, world_size)]
-    mine = start_sum(part(rank, rows, dtype).view(-1), bounds, group).finish()
-    return mine.view(-1, 3), BYTES_SENT["gradients"]
+    own_mean = start_sum(part(rank, rows, dtype).view(-1), bounds, group).finish()
+    return own_mean.view(-1, 3), BYTES_SENT["gradients"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,8 +52,8 @@ def reduce(rank: int, world_size: int, rows: int, dtype: torch.dtype) -> tuple[T
 def test_the_owner_gets_the_mean_in_rank_order_bit_for_bit(rows: int, ranks: int, dtype: torch.dtype) -> None:
     wanted = mean_in_rank_order(rows, ranks, dtype)
     results = run_distributed(reduce, ranks, rows, dtype)
-    for (start, stop), (mine, sent) in zip(row_bounds(rows, ranks), results, strict=True):
-        assert torch.equal(mine, wanted[start:stop]) and mine.dtype == dtype
+    for (start, stop), (own_mean, sent) in zip(row_bounds(rows, ranks), results, strict=True):
+        assert torch.equal(own_mean, wanted[start:stop]) and own_mean.dtype == dtype
         assert sent == rows * 3 * dtype.itemsize * (ranks - 1) // ranks
 
 
@@ -67,8 +67,8 @@ def gather(rank: int, world_size: int, rows: int, dtype: torch.dtype) -> Tensor:
     group = dist.group.WORLD
     assert group is not None
     start, stop = row_bounds(rows, world_size)[rank]
-    mine = torch.arange(rows * 5).view(rows, 5).to(dtype)[start:stop].clone()
-    return start_gather(mine, rows, group, "codes").finish().clone()
+    owned = torch.arange(rows * 5).view(rows, 5).to(dtype)[start:stop].clone()
+    return start_gather(owned, rows, group, "codes").finish().clone()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float32])
