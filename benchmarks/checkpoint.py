@@ -97,8 +97,8 @@ def work(args: argparse.Namespace, task: dict[str, Any]) -> None:
     settings += ["parallel.pipeline=1", "deepspeed.zero_optimization.stage=1", *args.set]
     config = load_config(args.config or ROOT / "configs/demo_cpu.json", settings)
     groups = initialize(config, discover())
-    chunks = build_model(config, groups)
-    state = (chunks, build_engine(chunks, config, groups).optimizer, config)
+    model_chunks = build_model(config, groups)
+    state = (model_chunks, build_engine(model_chunks, config, groups).optimizer, config)
     plain = scratch / f"plain_{groups.world.rank()}"
     rows = save_rows(args, state, plain, groups.device) if task["write"] else []
     loads = [load_row(args, state, plain, scratch / name) for name in task["read"]]
@@ -132,13 +132,13 @@ def save_repeatedly(
     """Seconds that each of repeats + 1 saves blocked, bytes of one, seconds until each was complete."""
     from dqt_dist.checkpoint import store
 
-    chunks, optimizer, config = state
+    model_chunks, optimizer, config = state
     checkpoint = config.checkpoint.model_copy(update={"async_save": asynchronous})
     writer = store.open_writer(config.model_copy(update={"checkpoint": checkpoint}))
     blocked = []
     for step in range(args.repeats + 1):
         progress = store.Progress(step, step, step)
-        blocked.append(timed(lambda: store.save(writer, chunks, optimizer, config, progress, {})))  # noqa: B023
+        blocked.append(timed(lambda: store.save(writer, model_chunks, optimizer, config, progress, {})))  # noqa: B023
         writer.wait()
     writer.close()
     finished = writer.take_finished()

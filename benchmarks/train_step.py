@@ -243,9 +243,9 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
     if on_cuda:
         select_stream(config)
     batches = build_loaders(config, groups, Progress(0, 0, 0))[0].iterate(0)
-    chunks = build_model(config, groups)
-    engine = build_engine(chunks, config, groups)
-    forward_backward = choose_forward_backward(chunks, engine.optimizer, config, groups)
+    model_chunks = build_model(config, groups)
+    engine = build_engine(model_chunks, config, groups)
+    forward_backward = choose_forward_backward(model_chunks, engine.optimizer, config, groups)
     built = time.perf_counter() - start
     waited: list[float] = []
     losses: list[torch.Tensor] = []
@@ -254,7 +254,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
         begin = time.perf_counter()
         batch = next(batches)
         waited.append(time.perf_counter() - begin)
-        losses.append(train_step(engine, chunks, batch, forward_backward).loss)
+        losses.append(train_step(engine, model_chunks, batch, forward_backward).loss)
 
     def mark() -> Any:
         if not on_cuda:
@@ -283,7 +283,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
         each = [first.elapsed_time(second) / 1e3 if on_cuda else second - first for first, second in pairs]
         seconds = statistics.median(each)
         tokens = config.training.global_batch_size * config.model.seq_length
-        total, low_bit = cost.count_parameters(chunks, engine.optimizer.low_bit, groups)
+        total, low_bit = cost.count_parameters(model_chunks, engine.optimizer.low_bit, groups)
         row: dict[str, Any] = {
             "tokens_per_s": tokens / seconds,
             "wall_tokens_per_s": tokens / wall,
@@ -304,7 +304,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
         if not args.no_profile:
             row["parts"], row["kernels"] = profile(step, engine.optimizer, row["step_ms"])
         if args.sync_check and on_cuda:
-            row["sync"] = sync_check(engine, chunks, [next(batches) for _ in range(3)], forward_backward)
+            row["sync"] = sync_check(engine, model_chunks, [next(batches) for _ in range(3)], forward_backward)
         return row
     finally:
         batches.close()  # ends the loader's processes
@@ -391,14 +391,14 @@ def on_host(events: list[dict[str, Any]]) -> Iterator[tuple[str, float, bool]]:
         yield e["name"], max(0.0, microseconds) / 1e3, begin <= e["ts"] <= end
 
 
-def sync_check(engine: Any, chunks: Any, batches: list[Any], forward_backward: Any) -> str:
+def sync_check(engine: Any, model_chunks: Any, batches: list[Any], forward_backward: Any) -> str:
     """ "none", or the lines of ours that waited for the GPU. Copies of the batch to the device are inside."""
     from dqt_dist.training.step import train_step
 
     try:
         with waiting_is_an_error():
             for batch in batches:
-                train_step(engine, chunks, batch, forward_backward)
+                train_step(engine, model_chunks, batch, forward_backward)
     except RuntimeError as error:
         frames = traceback.extract_tb(error.__traceback__)
         ours = [frame for frame in frames if "dqt_dist" in frame.filename]

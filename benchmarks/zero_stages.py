@@ -87,9 +87,9 @@ def measure(config: Any, groups: Any, name: str, args: argparse.Namespace) -> li
     stage, _, offload = name.partition("+")
     zero: dict[str, Any] = {"stage": int(stage)} | ({"offload_optimizer": OFFLOAD} if offload else {})
     config = config.model_copy(update={"deepspeed": config.deepspeed | {"zero_optimization": zero}})
-    chunks = build_model(config, groups)
-    engine = build_engine(chunks, config, groups)
-    forward_backward = choose_forward_backward(chunks, engine.optimizer, config, groups)
+    model_chunks = build_model(config, groups)
+    engine = build_engine(model_chunks, config, groups)
+    forward_backward = choose_forward_backward(model_chunks, engine.optimizer, config, groups)
     on_cuda, steps = groups.device.type == "cuda", args.steps
     for step in range(1, steps + 1):
         if step == 4:
@@ -98,14 +98,14 @@ def measure(config: Any, groups: Any, name: str, args: argparse.Namespace) -> li
             if on_cuda:
                 torch.cuda.reset_peak_memory_stats()
             BYTES_SENT.clear()
-        train_step(engine, chunks, batches(config, groups, step), forward_backward)
+        train_step(engine, model_chunks, batches(config, groups, step), forward_backward)
     synchronize(groups)
     seconds = (time.perf_counter() - start) / (steps - 3)
     sent = cost.sent_bytes(steps - 3)
     static = sum(cost.low_bit_bytes(engine.optimizer.low_bit).values())
     peak = cost.peak_memory_bytes(groups) / 2**30
-    digest = "-" if args.no_digest else state_digest(chunks, engine.optimizer, groups)
-    del engine, chunks
+    digest = "-" if args.no_digest else state_digest(model_chunks, engine.optimizer, groups)
+    del engine, model_chunks
     free_memory()
     tokens = config.training.global_batch_size * config.model.seq_length / seconds
     megabytes = [f"{sent[f'{kind}_sent_bytes'] / 1e6:,.1f}" for kind in ("gradients", "codes")]
@@ -134,7 +134,7 @@ def batches(config: Any, groups: Any, step: int) -> list[dict[str, Any]]:
     return [{"tokens": t[:, :-1].contiguous(), "labels": t[:, 1:].contiguous(), "loss_mask": mask} for t in micro]
 
 
-def state_digest(chunks: Any, optimizer: Any, groups: Any) -> str:
+def state_digest(model_chunks: Any, optimizer: Any, groups: Any) -> str:
     """The digest of tools/inspect_ckpt.py, through a checkpoint in a folder that is dropped; on rank 0, elsewhere ""."""
     import tempfile
 
@@ -149,7 +149,7 @@ def state_digest(chunks: Any, optimizer: Any, groups: Any) -> str:
     checkpoint = optimizer.config.checkpoint.model_copy(update={"dir": place[0]})
     config = optimizer.config.model_copy(update={"checkpoint": checkpoint})
     writer = store.open_writer(config)
-    store.save(writer, chunks, optimizer, config, store.Progress(0, 0, 0), {})
+    store.save(writer, model_chunks, optimizer, config, store.Progress(0, 0, 0), {})
     writer.close()
     found = ""
     if groups.world.rank() == 0:

@@ -14,7 +14,9 @@ MEGATRON_NOTES = (
     r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
     "When using .* it is recommended to set the environment variable CUDA_DEVICE_MAX_CONNECTIONS",
 )
-"""Regular expressions for what megatron-core says on import or use where Transformer Engine and Apex are absent. Both
-are optional and this project needs neither. Other warnings stay. tests/conftest.py takes the list from here."""
+"""Regular expressions of the warnings that megatron-core gives where Transformer Engine and Apex are absent.
+
+The two packages are optional and this project needs neither. Other warnings stay. tests/conftest.py uses this list.
+"""
 for _note in MEGATRON_NOTES:
     warnings.filterwarnings("ignore", message=_note)

@@ -1,6 +1,6 @@
-"""What the commands of tools/ and launchers/ share: parsers whose help shows examples, and the end of a tool.
+"""What the commands of tools/ and launchers/ share: parsers whose help shows examples, and exit codes of tools.
 
-Nothing here imports torch, so that --help answers at once.
+This file does not import torch, so --help answers at once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ INTERRUPTED_EXIT_CODE = 130
 
 
 class RaisingArgumentParser(argparse.ArgumentParser):
-    """Raises UserError for a bad command line, so that one rank of many can print the message."""
+    """Raises UserError for a wrong command line, so that one rank of many can print the message."""
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"command line: {message}; --help explains")
@@ -35,9 +35,9 @@ def run_tool(
 ) -> int:
     """Calls run(args) and returns the exit code of the process.
 
-    An expected failure becomes one message on standard error that begins with the tool's `name`: 2 for wrong input, 1
-    for work that failed on good input, 130 for Ctrl-C (whose message is `interrupted`). Other exceptions keep their
-    traceback.
+    An expected failure becomes one message on standard error that begins with `name`, the name of the tool. The exit
+    code is 2 for wrong input, 1 for work that failed on good input, and 130 for Ctrl-C, whose message is `interrupted`.
+    Other exceptions keep their traceback.
     """
     try:
         run(args)

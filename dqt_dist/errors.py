@@ -1,9 +1,10 @@
 """The exceptions that speak to the user.
 
 Code anywhere raises `UserError` when the input (a config field, a file, a command line) is wrong. The message alone
-must be enough to mend it: what is wrong, where (full field path or file), which numbers disagree, and what would be
-right. Entry points print it once and leave with `EXIT_CODE`. `RunError` says, in the same way, why a run that was
-started rightly cannot go on. Every other exception is a defect of ours and keeps its traceback.
+must be enough to correct the input: what is wrong, where (full field path or file), which numbers disagree, and what
+would be right. Entry points print the message once and exit with `EXIT_CODE`. The message of a `RunError` says in the
+same way why a run with correct input cannot go on. Every other exception is a defect of this project and keeps its
+traceback.
 """
 
 from __future__ import annotations
@@ -12,17 +13,17 @@ EXIT_CODE = 2
 """Wrong input by the user."""
 
 RUN_ERROR_EXIT_CODE = 1
-"""The run cannot go on, though nothing the user gave is wrong."""
+"""The run cannot go on, though the user's input is correct."""
 
 STOPPED_EXIT_CODE = 75
-"""A signal stopped the run after it had saved a checkpoint: the same command goes on from there (EX_TEMPFAIL)."""
+"""A signal stopped the run, and the run saved a checkpoint. The same command continues from it (EX_TEMPFAIL)."""
 
 
 class UserError(Exception):
-    """Wrong input by the user; its text is shown as it is.
+    """Wrong input by the user. The text is shown as it is.
 
-    All ranks are taken to meet the same error, which rank 0 prints. `local` marks one that a single rank may meet alone
-    (a file missing on one node): the rank that raises it prints it too, with its number.
+    Normally all ranks raise the same error, and rank 0 prints it. `local` marks an error that one rank may meet alone
+    (a file missing on one node). The rank that raises a local error prints it too, with the rank's number.
     """
 
     def __init__(self, message: str, *, local: bool = False) -> None:

@@ -1,8 +1,8 @@
-"""Who am I, and where is rank 0? Answered from the environment, before torch is imported.
+"""Finds the rank of this process and the address of rank 0, from the environment, before torch is imported.
 
 Whatever started the processes, training sees one set of variables: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT, which torch.distributed reads (`env://`) and DeepSpeed too. `discover` finds the facts, the
-first line that applies deciding; `export` writes them.
+MASTER_ADDR and MASTER_PORT. torch.distributed (`env://`) and DeepSpeed read these variables. `discover` finds the
+values: the first line of the table that applies decides. `export` writes the values to the environment.
 
     found in the environment              started by            rank from           rank 0 is met at
     RANK and WORLD_SIZE                   torchrun, deepspeed   those               MASTER_ADDR, MASTER_PORT
@@ -11,10 +11,10 @@ first line that applies deciding; `export` writes them.
     PMIX_RANK, PMI_RANK                   another MPI launcher  mpi4py              broadcast by rank 0
     none of these                         a shell               0 of 1              this machine, a free port
 
-mpirun comes before srun because mpirun starts its daemons through srun inside a SLURM job, and their variables reach
-the ranks; SLURM_STEP_NUM_TASKS tells a task of srun from the batch script itself, which also has SLURM_PROCID. Under
-mpirun and srun a MASTER_ADDR or MASTER_PORT that is already set wins, for sites where the choice made here cannot be
-reached.
+mpirun comes before srun because inside a SLURM job mpirun starts its daemons through srun, and srun's variables reach
+the ranks. SLURM_STEP_NUM_TASKS distinguishes a task of srun from the batch script, which also has SLURM_PROCID. Under
+mpirun and srun a MASTER_ADDR or MASTER_PORT that is already set wins. A site needs this when the address chosen here
+cannot be reached.
 """
 
 from __future__ import annotations
@@ -34,31 +34,32 @@ from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE, RunError, UserError
 
 LOOPBACK = "127.0.0.1"
 FIRST_PORT, NUM_PORTS = 20000, 10000
-"""Ports derived from a SLURM job lie below 32768, where Linux begins to hand out ports by itself."""
+"""Ports derived from a SLURM job. They lie below 32768, where the ports begin that Linux assigns by itself."""
 
 SECONDS_FOR_RANK_0 = 3
-"""What the slowest rank 0 may take longer than the others to find an error that all ranks find."""
+"""The time by which rank 0 may find an error later than the other ranks, when all ranks find it."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process among its siblings."""
+    """The place of this process among all processes of the run."""
 
     rank: int
     world_size: int
     local_rank: int
-    """Rank among the processes of this machine: the number of its GPU."""
+    """Rank among the processes of this machine, which is also the number of the GPU."""
     local_world_size: int
     launcher: str
-    """What started us, for messages: deepspeed, torchrun, mpirun, srun, none."""
+    """What started this process, for messages: deepspeed, torchrun, mpirun, srun, none."""
     master_address: str
     master_port: int
 
 
 def discover() -> Launch:
-    """Find this process's place. Under mpirun a collective call: every rank must make it.
+    """Finds the place of this process. Under mpirun this is a collective call that every rank must make.
 
-    Raises `UserError` when the environment names a launcher but lacks, or garbles, one of its variables.
+    Raises `UserError` when the environment names a launcher and one of the launcher's variables is missing or
+    malformed.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -73,10 +74,10 @@ def discover() -> Launch:
 
 
 def export(launch: Launch) -> None:
-    """Write what must stand in this process's environment before torch is imported.
+    """Writes the environment variables that must be set before torch is imported.
 
-    That is the variables of `env://` rendezvous, and unless it is set already OMP_NUM_THREADS: a fair part of the
-    machine's cores, or the cores this process is bound to (by srun or mpirun) when these are fewer.
+    These are the variables of `env://` rendezvous and, unless it is set already, OMP_NUM_THREADS: an equal share of the
+    machine's cores, or the number of cores that this process is bound to (by srun or mpirun) when these are fewer.
     """
     os.environ.update(
         RANK=str(launch.rank),
@@ -91,15 +92,16 @@ def export(launch: Launch) -> None:
 
 
 def report(error: UserError | RunError, launch: Launch | None) -> int:
-    """Print the message once: on rank 0, or on the rank that alone can see the error. Returns the exit code."""
+    """Prints the message on rank 0, and for a local error also on the rank that raised it. Returns the exit code."""
     exit_code = RUN_ERROR_EXIT_CODE if isinstance(error, RunError) else EXIT_CODE
     if launch is None or launch.rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif isinstance(error, UserError) and error.local:
         print(f"error on rank {launch.rank}: {error}", file=sys.stderr, flush=True)
     else:
-        # Launchers kill the other ranks when one leaves: rank 0 must have spoken by then, and a rank that is killed
-        # while it waits leaves with our exit code, as srun hands on the highest.
+        # Launchers kill the other ranks when one rank exits. So this rank waits until rank 0 has printed. If it is
+        # killed while waiting, it still exits with this exit code, because srun returns the highest exit code of all
+        # ranks.
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(exit_code))
         time.sleep(SECONDS_FOR_RANK_0)
     return exit_code
@@ -110,7 +112,7 @@ def report(error: UserError | RunError, launch: Launch | None) -> int:
 
 def _from_torch_variables(env: Mapping[str, str]) -> Launch:
     launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_RANK" in env else "environment"
-    # deepspeed says LOCAL_SIZE where torchrun says LOCAL_WORLD_SIZE.
+    # deepspeed sets LOCAL_SIZE where torchrun sets LOCAL_WORLD_SIZE.
     local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "LOCAL_SIZE"
     return Launch(
         rank=_integer(env, "RANK"),
@@ -143,15 +145,15 @@ def _from_mpi(env: Mapping[str, str]) -> Launch:
         port = _integer(env, "MASTER_PORT") if "MASTER_PORT" in env else _free_port()
         meeting_point = env.get("MASTER_ADDR") or (LOOPBACK if one_node else _address_of_this_machine()), port
     address, port = world.bcast(meeting_point, root=0)
-    # MPI has done its part. Left to the end of the process, MPI_Finalize would make a rank that fails wait for the
-    # others, which wait for it in a collective of torch.
+    # MPI is not needed any more. If MPI_Finalize ran at the end of the process, a rank that fails would wait for the
+    # other ranks there, while the other ranks wait for the failed rank in a collective of torch.
     node.Free()
     MPI.Finalize()
     return Launch(rank, world_size, local_rank, local_world_size, "mpirun", address, port)
 
 
 def _address_of_this_machine() -> str:
-    """The address other machines see: that of the interface with the default route, else the host name."""
+    """The address of this machine for others: that of the interface with the default route, or the host name."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))  # documentation address: connecting a UDP socket sends nothing
@@ -173,7 +175,8 @@ def _from_srun(env: Mapping[str, str]) -> Launch:
     world_size = _integer(env, "SLURM_STEP_NUM_TASKS")
     tasks_per_node = expand_tasks_per_node(_text(env, "SLURM_STEP_TASKS_PER_NODE"))
     nodes = _text(env, "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in env else "SLURM_JOB_NODELIST")
-    # Steps of one job may run side by side, so the step takes part; a job that runs one step keeps one port.
+    # Steps of one job may run at the same time, so the port depends on the step too. Every rank of a step computes the
+    # same port.
     port = FIRST_PORT + (16 * _integer(env, "SLURM_JOB_ID") + _integer(env, "SLURM_STEP_ID")) % NUM_PORTS
     address = env.get("MASTER_ADDR") or (LOOPBACK if len(tasks_per_node) == 1 else _hostnames(nodes)[0])
     return Launch(
@@ -188,7 +191,7 @@ def _from_srun(env: Mapping[str, str]) -> Launch:
 
 
 def expand_tasks_per_node(text: str) -> list[int]:
-    """SLURM's run-length form, one number per node: "2(x3),1" is [2, 2, 2, 1]."""
+    """Expands SLURM's run-length form to one number per node: "2(x3),1" is [2, 2, 2, 1]."""
     tasks: list[int] = []
     for part in text.split(","):
         match = re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part)
@@ -207,7 +210,7 @@ def _hostnames(nodelist: str) -> list[str]:
 
 
 def expand_nodelist(nodelist: str) -> list[str]:
-    """SLURM's bracket form in full: "a[01-03,7],b" is a01, a02, a03, a7, b; several brackets multiply."""
+    """Expands SLURM's bracket form: "a[01-03,7],b" is a01, a02, a03, a7, b. Several brackets give all combinations."""
     hosts: list[str] = []
     for part in re.findall(r"(?:[^,\[]|\[[^\]]*\])+", nodelist):
         hosts += _expand_host(part)
@@ -225,7 +228,7 @@ def _expand_host(text: str) -> list[str]:
 
 
 def _expand_ranges(ranges: str) -> list[str]:
-    """ "01-03,7" is 01, 02, 03, 7: the width of the first number is kept."""
+    """ "01-03,7" is 01, 02, 03, 7. Numbers have the width of the first number of their range."""
     numbers: list[str] = []
     for part in ranges.split(","):
         first, _, last = part.partition("-")

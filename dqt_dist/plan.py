@@ -1,4 +1,4 @@
-"""What a run will look like, told before it starts: processes, batch, and the weights of one rank.
+"""Describes a run before it starts: processes, batch, and the memory of one rank.
 
 Parameters of a block of hidden size H, feed-forward size F, heads of width d, A heads and G key/value groups:
 
@@ -7,9 +7,9 @@ Parameters of a block of hidden size H, feed-forward size F, heads of width d, A
     gate, up, down        3 * H * F
     norms                 2 * H     (with sub-norms: + A*d + F)
 
-Tensor parallelism cuts the linears and the sub-norms, not the other norms. The first pipeline stage adds the embedding,
-the last one the head and the final norm. Counted is what lives as long as the step: weights, gradients, masters,
-moments. Activations and scratch come on top.
+Tensor parallelism splits the linears and the sub-norms, not the other norms. The first pipeline stage also holds the
+embedding, the last one the head and the final norm. The estimate counts weights, gradients, masters and moments.
+Activations and scratch memory come on top.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from dqt_dist.lowbit.grid import make_grid
 
 @dataclass(frozen=True)
 class RankWeights:
-    """Number of weights a rank holds."""
+    """Number of weights that a rank holds."""
 
     linear: int
-    """In the linears of its blocks, which are the low-bit ones."""
+    """In the linears of the rank's blocks. With method dqt these weights are low-bit."""
     other: int
     """In embeddings, head and norms."""
 
 
 def largest_rank(config: Config) -> RankWeights:
-    """Weights of the pipeline stage that holds most, on one tensor-parallel rank."""
+    """Weights of one tensor-parallel rank of the pipeline stage that holds the most weights."""
     model, parallel = config.model, config.parallel
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     num_layers = model.num_layers // parallel.pipeline
@@ -45,21 +45,21 @@ def largest_rank(config: Config) -> RankWeights:
 
 @dataclass(frozen=True)
 class RankBytes:
-    """Memory of the largest rank, in bytes, without activations. Rows and parameters are taken to divide evenly."""
+    """Memory of the largest rank, in bytes, without activations. Assumes that rows and parameters divide evenly."""
 
     weights: int
-    """What the model computes with."""
+    """Weights that the model computes with."""
     gradients: int
-    """Sums over micro-batches. ZeRO 2 and 3: the owned part; fused_backward: none of the low-bit weights. What is under
-    way in the backward comes on top."""
+    """Sums over micro-batches. In ZeRO 2 and 3 the owned part; with fused_backward none of the low-bit weights.
+    Gradients in flight during the backward come on top."""
     masters: int
     moments: int
     on_host: bool
-    """Masters and moments lie in the host's memory (offload_optimizer)."""
+    """Whether masters and moments lie in the host's memory (offload_optimizer)."""
 
 
 def rank_bytes(config: Config, data_parallel_size: int) -> tuple[RankBytes, RankBytes]:
-    """Of the low-bit weights and of all others; the first is all zeros without low-bit weights."""
+    """Memory of the low-bit weights, and of all other weights. Without low-bit weights the first is all zeros."""
     counts, stage, quantization = largest_rank(config), config.zero_stage, config.quantization
     linear = counts.linear if quantization.method == "dqt" else 0
     if quantization.embeddings:
@@ -78,7 +78,8 @@ def rank_bytes(config: Config, data_parallel_size: int) -> tuple[RankBytes, Rank
         share(_low_bit_moments(linear, config.optimizer), 1),
         config.offloads_optimizer,
     )
-    # Without ZeRO fp32 parameters are their own masters; DeepSpeed's stages 1 and 2 copy them, stage 3 does not.
+    # In stage 0 fp32 parameters are their own masters. DeepSpeed's stages 1 and 2 copy fp32 parameters, stage 3 does
+    # not.
     own_masters = compute_bytes == 4 and stage in (0, 3)
     high_precision = RankBytes(
         share(compute_bytes * other, 3),
@@ -91,21 +92,21 @@ def rank_bytes(config: Config, data_parallel_size: int) -> tuple[RankBytes, Rank
 
 
 def _low_bit_moments(weights: int, optimizer: OptimizerConfig) -> int:
-    """Bytes; Adafactor's sums over rows and columns are left out."""
+    """Bytes of the moments of `weights` low-bit weights. Adafactor's sums over rows and columns are left out."""
     if optimizer.name == "adafactor":
         return 4 * weights if optimizer.beta1 else 0
-    # Two moments; of 8 bits also an exponent a block of each.
+    # Two moments per weight. With 8 bits each moment also has one exponent per block.
     return 8 * weights if optimizer.state_bits == 32 else 2 * weights + 2 * weights // STATE_BLOCK
 
 
-def _shown(size: RankBytes) -> str:
+def _format_bytes(size: RankBytes) -> str:
     parts = {"weights": size.weights, "gradients": size.gradients, "masters": size.masters, "moments": size.moments}
     host = " (masters and moments on the host)" if size.on_host else ""
     return ", ".join(f"{name} {value / 2**30:,.2f}" for name, value in parts.items()) + f" GiB{host}"
 
 
 def describe(config: Config, world_size: int) -> str:
-    """A few lines of text for people; raises `UserError` when the config does not fit `world_size` processes."""
+    """The description as text. Raises `UserError` when the config does not fit `world_size` processes."""
     arrangement = process_grid(config, world_size)
     model, quantization, training = config.model, config.quantization, config.training
     weights = largest_rank(config)
@@ -124,9 +125,9 @@ def describe(config: Config, world_size: int) -> str:
         "norms",
     ]
     if low_bit.weights:
-        lines.append(f"  low-bit       {_shown(low_bit)}")
+        lines.append(f"  low-bit       {_format_bytes(low_bit)}")
     lines += [
-        f"  others        {_shown(high_precision)}",
+        f"  others        {_format_bytes(high_precision)}",
         "                (activations and scratch come on top)",
         f"run folder      {config.checkpoint.dir}",
     ]

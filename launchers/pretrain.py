@@ -81,7 +81,7 @@ def show_report(summary: dict[str, Any], config: Config) -> None:
     """Figures, sample and what to do next, after the process groups are closed; for rank 0."""
     from dqt_dist.training import report
 
-    report.show_figures(summary, config)
+    report.show_summary(summary, config)
     prompt = config.training.sample_prompt
     if prompt is not None:
         from dqt_dist.inference.run_sample import sample_run

@@ -1,4 +1,4 @@
-"""Shared by all tests: a fixed seed, and tests marked gpu or gguf only where there is what they need."""
+"""Shared by all tests: a fixed seed. Tests marked gpu or gguf run only where their requirements are met."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _seed() -> None:
 
 
 def missing_requirements() -> dict[str, str]:
-    """What this machine lacks, by the marker of the tests that need it."""
+    """What is missing on this machine, by the marker of the tests that need it."""
     missing = {}
     if not torch.cuda.is_available():
         missing["gpu"] = "needs a CUDA device"

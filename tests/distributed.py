@@ -1,13 +1,14 @@
 """Runs a test function on several gloo ranks of this machine.
 
     def check(rank, world_size, value): ...          # a module-level function, so that it can be pickled
-    results = run_distributed(check, 2, 5)           # one result a rank, in rank order
+    results = run_distributed(check, 2, 5)           # one result per rank, in rank order
 
-Importing torch, Megatron and DeepSpeed takes seconds, so it is done once, in a process that workers are forked from, and workers
-stay and are used again: each call gives them a new world (a file store of its own) and takes it down afterwards. An exception on
-any rank is raised here with that rank's traceback; when a rank does not answer in time, or others are left waiting for one that
-failed, all are killed and the next call starts new ones. What goes to and fro is pickled by value: Connection.send would share each tensor's memory through a file
-descriptor, thousands of them in the parent.
+Importing torch, Megatron and DeepSpeed takes seconds. It is done once, in a process that workers are forked from.
+Workers are used again: each call makes a new world with its own file store, and destroys the world afterwards. An
+exception on any rank is raised in the caller with that rank's traceback. When a rank does not answer in time, or other
+ranks wait for a rank that failed, all workers are killed and the next call starts new ones. Arguments and results are
+pickled by value, because Connection.send would share the memory of each tensor through a file descriptor, which makes
+thousands of descriptors in the parent.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 TIMEOUT_SECONDS = 120.0
-# How long the other ranks may take to fail too, once one has failed.
+# Time for the other ranks to fail too, after one rank has failed.
 GRACE_SECONDS = 5.0
 
-# New processes after so many calls: a bound on whatever a library keeps of a world that is gone.
+# Workers are replaced after this number of calls. This bounds the memory that libraries keep of destroyed worlds.
 CALLS_A_WORKER = 20
 
 _workers: list[tuple[BaseProcess, Connection]] = []
@@ -36,7 +37,7 @@ _calls = 0
 
 
 class RankError(AssertionError):
-    """A rank raised; the message holds its traceback."""
+    """A rank raised an exception. The message holds the traceback."""
 
 
 def run_distributed(
@@ -52,7 +53,8 @@ def run_distributed(
 
 def _start_workers(count: int) -> None:
     if parent_process() is not None:
-        # A worker imports the caller's main module: without a guard there it would start workers of its own, without end.
+        # A worker imports the main module of the caller. Without a guard in that module the worker would start workers
+        # too, without end.
         raise RuntimeError('run_distributed in a worker; put the call under `if __name__ == "__main__":`')
     global _calls
     _calls += 1
@@ -109,7 +111,7 @@ def _kill_workers() -> None:
 
 
 def _serve(connection: Connection) -> None:
-    """A worker: one world after the other, until the parent goes."""
+    """A worker. It joins one world after the other, until the parent ends."""
     import tests.preloaded  # noqa: F401
 
     while True:
@@ -137,7 +139,7 @@ def _in_world(function: Callable[..., Any], rank: int, world_size: int, store: s
 
 
 def _leave_world() -> None:
-    """Takes down what a test may have built: Megatron's groups, DeepSpeed's view of the world, the world."""
+    """Destroys what a test may have built: Megatron's groups, DeepSpeed's view of the world, the world."""
     import gc
     import sys
 
@@ -148,14 +150,15 @@ def _leave_world() -> None:
     if "deepspeed.comm.comm" in sys.modules:
         sys.modules["deepspeed.comm.comm"].cdb = None
     if "deepspeed.runtime.zero.parameter_offload" in sys.modules:
-        # Stage 3 numbers parameters and (in a default argument) modules through the life of a process and checks that ranks
-        # agree; ours have been in different worlds.
+        # Stage 3 numbers parameters and (in a default argument) modules over the life of a process, and checks that the
+        # numbers are equal on all ranks. Workers have been in different worlds, so the numbers are reset.
         sys.modules["deepspeed.runtime.zero.partition_parameters"].Init.param_id = 0
         offload = sys.modules["deepspeed.runtime.zero.parameter_offload"].DeepSpeedZeRoOffload
         offload._register_deepspeed_module.__defaults__[0][0] = 0
     if dist.is_initialized():
         dist.destroy_process_group()
-    # Engines are full of cycles, and each group they still hold keeps three gloo threads: thousands after some hundred worlds.
+    # Engines contain reference cycles, and each group that an engine still holds keeps three gloo threads. After some
+    # hundred worlds these would be thousands of threads.
     gc.collect()
-    # What is left are modules and caches, which the next collection need not go through again.
+    # The remaining objects are modules and caches. The next collection need not look at them again.
     gc.freeze()

@@ -1,4 +1,4 @@
-"""The small configurations the tests share, and the parts of a run built from them."""
+"""The small configurations of the tests, and the parts of a run that are built from them."""
 
 from __future__ import annotations
 
@@ -31,7 +31,10 @@ VALUES: dict[str, Any] = {
 
 
 def small_config(*overrides: str) -> Config:
-    """The configuration above with `section.key=value` overrides, read from a file of this process alone: ranks call it at one time."""
+    """The configuration above with `section.key=value` overrides.
+
+    It is read from a file that only this process uses, because ranks call this function at the same time.
+    """
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "small.json"
         path.write_text(json.dumps(VALUES))
@@ -39,7 +42,7 @@ def small_config(*overrides: str) -> Config:
 
 
 def random_batches(config: Config, step: int, data_rank: int, data_size: int) -> list[dict[str, torch.Tensor]]:
-    """The micro-batches of one step for one data-parallel rank; the global batch depends on the step alone."""
+    """The micro-batches of one step for one data-parallel rank. The global batch depends on the step only."""
     training, model = config.training, config.model
     generator = torch.Generator().manual_seed(step)
     tokens = torch.randint(model.vocab_size, (training.global_batch_size, model.seq_length + 1), generator=generator)

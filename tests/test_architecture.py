@@ -1,4 +1,4 @@
-"""docs/architecture.md stays true: its folders are all there are, its step is the one that runs, its picture is drawn from the source."""
+"""docs/architecture.md is correct: it lists all folders and the files of a step, and its picture matches the source."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_the_picture_is_drawn_from_the_source() -> None:
 
 
 def files_of_a_step(rank: int, world_size: int) -> list[str]:
-    """Files of the package in which code runs in the second step of a run, by a profile of every Python call of the rank."""
+    """Files of the package whose code runs in the second step, from a profile of every Python call of the rank."""
     run = start()
     run.step(1)
     seen: set[str] = set()
@@ -48,7 +48,7 @@ def files_of_a_step(rank: int, world_size: int) -> list[str]:
     def call(frame, event, argument) -> None:
         seen.add(frame.f_code.co_filename)
 
-    with torch.autograd.set_multithreading_enabled(False):  # the backward in the thread that is watched
+    with torch.autograd.set_multithreading_enabled(False):  # backward runs in the profiled thread
         sys.setprofile(call)
         run.step(2)
         sys.setprofile(None)
@@ -57,7 +57,7 @@ def files_of_a_step(rank: int, world_size: int) -> list[str]:
 
 
 def test_the_files_of_a_step_run_in_a_step() -> None:
-    """All of the list but the loop, which asks for steps. The control: a file of the export does not run."""
+    """All files of the list run, except the loop, which calls the step. Control: a file of the export does not run."""
     listed = [path for path, _ in architecture_picture.step_files()]
     assert 5 < len(listed) <= MOST_FILES
     ran = run_distributed(files_of_a_step, 1)[0]
@@ -66,7 +66,7 @@ def test_the_files_of_a_step_run_in_a_step() -> None:
 
 
 def test_calls_lead_from_each_file_of_the_list_to_the_next_ones() -> None:
-    """Each file but the first is imported by one that stands before it in the list."""
+    """Each file except the first is imported by a file before it in the list."""
     listed = [path for path, _ in architecture_picture.step_files()]
     modules = [path.removesuffix(".py").replace("/", ".") for path in listed]
     for index, module in enumerate(modules[1:], start=1):

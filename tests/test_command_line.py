@@ -1,4 +1,4 @@
-"""The end of every tool: one message and an exit code for what may be expected, a traceback for a defect."""
+"""How every tool ends: one message and an exit code for an expected failure, a traceback for a defect."""
 
 from __future__ import annotations
 

@@ -1,11 +1,12 @@
-"""Imports go down only, so that each folder can be read without the ones above it.
+"""Imports go down only, so each folder can be read without the folders above it.
 
-    errors < command_line < config < launch, dtypes < lowbit < plan < kernels < parallel < layers < optim < data < checkpoint
+    errors < command_line < config < launch, dtypes < lowbit < plan < kernels < parallel < layers < optim < data <
+    checkpoint
            < training < export < inference
 
-The order is held on the source text: every import statement counts, also inside functions and under TYPE_CHECKING,
-relative ones too. launchers/ and tools/ stand on top and may import anything of the package; nothing of the package
-imports them.
+The order is checked on the source text. Every import statement counts, also inside functions and under TYPE_CHECKING,
+and relative imports too. launchers/ and tools/ are on top and may import anything of the package. Nothing in the
+package imports launchers/ or tools/.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
 
 
 def imported(source: str, module: str, is_package: bool = False) -> Iterator[tuple[int, str]]:
-    """(line, full name) of everything `source` imports anywhere; `from a import b` gives a and a.b."""
+    """(line, full name) of every import in `source`. `from a import b` gives a and a.b."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
@@ -38,13 +39,13 @@ def imported(source: str, module: str, is_package: bool = False) -> Iterator[tup
 
 
 def layer_of(module: str) -> str | None:
-    """The second part of a name within the package; none for other packages and the package itself."""
+    """The second part of a name within the package. None for other packages and for the package itself."""
     parts = module.split(".")
     return parts[1] if parts[0] == PACKAGE and len(parts) > 1 else None
 
 
 def violations(source: str, module: str, is_package: bool = False) -> list[str]:
-    """Imports of `module` that go up or to the top, one text each."""
+    """One text per import of `module` that goes up or to the top."""
     own, found = layer_of(module), []
     for line, name in imported(source, module, is_package):
         other = layer_of(name)
@@ -72,7 +73,7 @@ def test_imports_go_down(path: Path) -> None:
 
 @pytest.mark.parametrize("path", [p for p in MODULES if "lowbit" in p.parts], ids=module_name)
 def test_lowbit_is_plain_torch(path: Path) -> None:
-    """No process group, no Megatron, no DeepSpeed: a rank's layout is data, given to it."""
+    """lowbit/ uses no process group, no Megatron and no DeepSpeed. The layout of a rank is data that it is given."""
     names = [name for _, name in imported(path.read_text(encoding="utf-8"), module_name(path))]
     wrong = ("torch.distributed", "megatron", "deepspeed")
     assert [name for name in names if any(name == w or name.startswith(w + ".") for w in wrong)] == []
@@ -92,7 +93,7 @@ def test_lowbit_is_plain_torch(path: Path) -> None:
     ],
 )
 def test_the_check_sees_every_form_of_import_that_goes_up(source: str) -> None:
-    """The control: each of these in a module of layers is found."""
+    """Control: each of these imports is found in a module of layers."""
     assert len(violations(source, "dqt_dist.layers.norm")) >= 1
 
 

@@ -1,4 +1,4 @@
-"""What --dry-run says a rank will hold is what it holds: the plan against living tensors."""
+"""The plan of --dry-run against the tensors that a rank really holds."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PADDING_BYTES = 512
 
 
 def held(rank: int, world_size: int, *overrides: str) -> tuple[RankBytes, RankBytes, dict[str, int]]:
-    """The plan, and bytes of the tensors that are there after a step."""
+    """The plan, and the bytes of the tensors that are alive after a step."""
     run = start(*overrides)
     run.step(1)
     optimizer = run.optimizer
@@ -23,7 +23,7 @@ def held(rank: int, world_size: int, *overrides: str) -> tuple[RankBytes, RankBy
     parameters = {id(s.parameter.tensor) for s in optimizer.shards}
     states = [optimizer.high_precision.torch_optimizer.state[master] for master in masters]
     tensors = {
-        "codes": [weight.codes for weight in low_bit_matrices(run.chunks)],
+        "codes": [weight.codes for weight in low_bit_matrices(run.model_chunks)],
         "low-bit moments": [moment for rows in optimizer.low_bit.rows for moment in rows.state.values()],
         "masters": [master for master in masters if id(master) not in parameters],
         "moments": [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")],
@@ -48,6 +48,6 @@ def test_the_plan_is_what_a_rank_holds(case: tuple) -> None:
     low_bit, others, found = run_distributed(held, world_size, *overrides)[0]
     assert (found["codes"], found["low-bit moments"]) == (low_bit.weights, low_bit.moments)
     in_stage_3 = "deepspeed.zero_optimization.stage=3" in overrides and "quantization.compute=fp32" in overrides
-    if not in_stage_3:  # there the masters are the parameters' own memory
+    if not in_stage_3:  # the parameters are their own masters
         assert others.masters <= found["masters"] <= others.masters + PADDING_BYTES
     assert others.moments <= found["moments"] <= others.moments + PADDING_BYTES

@@ -1,9 +1,9 @@
-"""Tolerances, each with its cause. Tests ask for equality first and come here when two computations may differ.
+"""Tolerances, each with its cause. Tests check for equality where they can, and use this file where results may differ.
 
-u is the unit roundoff of a format: one rounding changes a value by at most u relative to it. A sum of n products taken
-in any order, with one rounding a product and one an addition, is within n * u * sum |a_i b_i| of the exact value
-(Higham, Accuracy and Stability of Numerical Algorithms, section 3.1); two different orders are within twice that of
-each other.
+u is the unit roundoff of a format: one rounding changes a value by at most u relative to the value. Take a sum of n
+products in any order, with one rounding per product and one per addition. The sum is within n * u * sum |a_i b_i| of
+the exact value (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). Sums in two different orders are
+within twice this bound of each other.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}
 
 
 def product_bound(a: Tensor, b: Tensor) -> Tensor:
-    """How far two fp32 evaluations of a [m, n] @ b [n, k] may be apart; a few n u of its absolute product.
+    """Bound of the difference of two fp32 evaluations of a [m, n] @ b [n, k]: about n u of the absolute product.
 
-    The 4 beside n is for the roundings around the sum: a scale a side, applied before or after it.
+    The 4 added to n covers the roundings around the sum: one scale per side, applied before or after the sum.
     """
     magnitude = a.double().abs() @ b.double().abs()
     return 2 * (a.shape[-1] + 4) * UNIT_ROUNDOFF[torch.float32] * magnitude
 
 
 def assert_within(actual: Tensor, expected: Tensor, bound: Tensor | float) -> None:
-    """|actual - expected| <= bound for every element; says where it is worst."""
+    """Asserts |actual - expected| <= bound for every element. The message names the worst element."""
     assert actual.shape == expected.shape, (actual.shape, expected.shape)
     excess = (actual.double() - expected.double()).abs() - bound
     assert excess.isfinite().all() and excess.max() <= 0, f"worst element is {excess.max():.3e} over its bound"
@@ -34,7 +34,10 @@ def assert_within(actual: Tensor, expected: Tensor, bound: Tensor | float) -> No
 
 @dataclass(frozen=True)
 class Tolerance:
-    """Relative to the largest expected magnitude: in a network an element near zero carries the error of large ones."""
+    """Tolerance relative to the largest expected magnitude.
+
+    In a network an element near zero carries the error of large elements.
+    """
 
     relative: float
     reason: str

@@ -25,10 +25,10 @@ from dqt_dist.optim.engine import CombinedOptimizer
 from dqt_dist.optim.owned_rows import OwnedRows
 
 
-def logical_state(chunks: nn.Module, optimizer: CombinedOptimizer) -> LogicalState:
+def logical_state(model_chunks: nn.Module, optimizer: CombinedOptimizer) -> LogicalState:
     """Views of all of this rank's state, by logical name."""
     state: LogicalState = {}
-    for weight in low_bit_matrices(chunks):
+    for weight in low_bit_matrices(model_chunks):
         assert weight.layout is not None
         per_byte = weight.grid.codes_per_byte
         for matrix, row, local, count in weight.layout.pieces(*weight.held_rows):

@@ -52,17 +52,19 @@ def open_writer(config: Config) -> CheckpointWriter:
 
 def save(
     writer: CheckpointWriter,
-    chunks: nn.Module,
+    model_chunks: nn.Module,
     optimizer: CombinedOptimizer,
     config: Config,
     progress: Progress,
-    facts: dict[str, Any],
+    provenance: dict[str, Any],
 ) -> None:
     """Saves all state as it is now; training may go on when this returns. A collective call.
 
-    `facts` (layout, versions) go into the manifest as they are.
+    `provenance` (layout, versions) goes into the manifest as it is.
     """
-    writer.save(logical_state(chunks, optimizer), progress, {**facts, "config": config.model_dump(mode="json")})
+    writer.save(
+        logical_state(model_chunks, optimizer), progress, {**provenance, "config": config.model_dump(mode="json")}
+    )
 
 
 # ---- resuming ----
@@ -108,7 +110,7 @@ def start_of(checkpoint: Path | None) -> Progress:
     return Progress(0, 0, 0) if checkpoint is None else progress_of(read_manifest(checkpoint))
 
 
-def load(path: Path, chunks: nn.Module, optimizer: CombinedOptimizer, config: Config) -> Progress:
+def load(path: Path, model_chunks: nn.Module, optimizer: CombinedOptimizer, config: Config) -> Progress:
     """Restores everything in place, whatever layout wrote it. A collective call.
 
     Raises UserError for a damaged checkpoint, one of another model, or one with missing or extra tensors.
@@ -116,7 +118,7 @@ def load(path: Path, chunks: nn.Module, optimizer: CombinedOptimizer, config: Co
     manifest = read_manifest(path)
     check_sizes(path, manifest)
     check_identity(manifest, config, path)
-    state = logical_state(chunks, optimizer)
+    state = logical_state(model_chunks, optimizer)
     reader = FileSystemReader(path)
     _check_names(state, set(reader.read_metadata().state_dict_metadata), path)
     dcp_load(state, storage_reader=reader, planner=LogicalLoadPlanner())

@@ -271,10 +271,11 @@ class TrainingConfig(Section):
     eval_batches: PositiveInt = 20
     """Global batches of one validation."""
     sample_prompt: str | None = None
-    """When given, the report at the end shows a continuation of this text. To make it, rank 0 loads the whole last checkpoint after
-    training (4 bytes per weight, on the GPU where there is one): leave it out where one process cannot hold the model."""
+    """When given, the report at the end shows a continuation of this text. For it, rank 0 loads the whole last
+    checkpoint after training (4 bytes per weight, on the GPU where there is one). Leave the prompt out where one
+    process cannot hold the model."""
     sample_tokens: PositiveInt = 64
-    """Most tokens of that continuation, which also ends with the document or with the model's context."""
+    """Maximum number of tokens of the continuation. It also ends with the document or with the model's context."""
 
 
 class CheckpointConfig(Section):

@@ -63,7 +63,7 @@ def _progress(folder: HfFolder) -> Progress:
     return Progress(0, 0, 0) if folder.record is None else Progress(**folder.record["progress"])
 
 
-def _save(weights: HfWeights, config: Config, run: Path, progress: Progress, facts: dict[str, Any]) -> None:
+def _save(weights: HfWeights, config: Config, run: Path, progress: Progress, provenance: dict[str, Any]) -> None:
     """Builds model and optimizer in this process, fills the model and saves both as the trainer does."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -75,11 +75,11 @@ def _save(weights: HfWeights, config: Config, run: Path, progress: Progress, fac
     training = one_process.training.model_copy(update={"global_batch_size": one_process.training.micro_batch_size})
     one_process = one_process.model_copy(update={"training": training})
     with world_of_one(one_process) as groups:
-        chunks = build_model(one_process, groups)
-        fill(chunks, weights)
-        engine = build_engine(chunks, one_process, groups)
+        model_chunks = build_model(one_process, groups)
+        fill(model_chunks, weights)
+        engine = build_engine(model_chunks, one_process, groups)
         writer = store.open_writer(_with_folder(one_process, run))
         try:
-            store.save(writer, chunks, engine.optimizer, config, progress, facts)
+            store.save(writer, model_chunks, engine.optimizer, config, progress, provenance)
         finally:
             writer.close()

@@ -87,41 +87,41 @@ def trainer_model(weights: Weights, activation: str) -> Iterator[Logits]:
 
     config = alone(weights.config, activation)
     with world_of_one(config) as groups:
-        chunks = build_model(config, groups)
-        fill(chunks, weights)
-        chunks.eval()
+        model_chunks = build_model(config, groups)
+        fill(model_chunks, weights)
+        model_chunks.eval()
 
         @torch.no_grad()
         def logits(tokens: Tensor) -> Tensor:
             tokens = tokens.to(groups.device)
             positions = torch.arange(tokens.shape[1], device=groups.device).expand_as(tokens)
             with cuda_or_cpu():
-                return chunks[0](tokens, positions, None).float().cpu()
+                return model_chunks[0](tokens, positions, None).float().cpu()
 
         yield logits
 
 
 @torch.no_grad()
-def fill(chunks: nn.ModuleList, weights: WeightSource) -> None:
+def fill(model_chunks: nn.ModuleList, weights: WeightSource) -> None:
     """Overwrites every weight of a model of one process by the exported values, a logical matrix at a time."""
     from dqt_dist.layers.low_bit_embedding import LowBitHead
     from dqt_dist.layers.parameters import low_bit_matrices, parameters
 
-    for matrix in low_bit_matrices(chunks):
+    for matrix in low_bit_matrices(model_chunks):
         assert matrix.layout is not None
         for index, logical in enumerate(matrix.layout.matrices):
             codes, matrix.scale[index] = weights.codes(logical.name)
             for part, row, local, count in matrix.layout.pieces(0, matrix.rows):
                 if part == logical:
                     matrix.set_codes(codes[row : row + count].to(matrix.codes.device), local)
-    for parameter in parameters(chunks):
+    for parameter in parameters(model_chunks):
         local_rows = parameter.tensor.view(parameter.layout.rows, parameter.layout.columns)
         for logical in parameter.layout.matrices:
             value = _trainer_value(weights, logical.name).view(logical.rows, logical.columns)
             for part, row, local, count in parameter.layout.pieces(0, parameter.layout.rows):
                 if part == logical:
                     local_rows[local : local + count] = value[row : row + count]
-    for module in chunks.modules():
+    for module in model_chunks.modules():
         if isinstance(module, LowBitHead):
             # No export rounds the input of the head: engines keep it a float matrix.
             module.compute = replace(module.compute, activation_dtype=None)

@@ -1,8 +1,8 @@
-"""Attention for the layer spec: rotary embedding where qkv is taken apart, and a causal, grouped-query core through torch's
-fused scaled_dot_product_attention.
+"""Attention for the layer spec: causal and grouped-query, through torch's fused scaled_dot_product_attention.
 
-Megatron's local DotProductAttention materialises the S x S scores; this one never does. On CUDA cuDNN's kernel is preferred:
-476 / 334 TFLOP/s forward / backward against 278 / 200 for flash on one H200 (head 128, 8 x 16 x 2048, torch 2.11).
+The rotary embedding is applied in the pass that splits qkv. Megatron's local DotProductAttention materialises the S x S
+scores; the fused attention never does. On CUDA cuDNN's kernel is preferred: 476 / 334 TFLOP/s forward / backward
+against 278 / 200 for flash on one H200 (head 128, 8 x 16 x 2048, torch 2.11).
 """
 
 from __future__ import annotations
@@ -22,13 +22,16 @@ CUDA_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBack
 
 
 class RotarySelfAttention(SelfAttention):
-    """megatron-core's self-attention, with the rotary embedding in the pass that takes qkv apart.
+    """megatron-core's self-attention, with the rotary embedding in the pass that splits qkv.
 
-    The model is then built without position embedding: Megatron's own rotates in half a dozen passes over q and k.
+    The model is built without Megatron's position embedding, which rotates in half a dozen passes over q and k.
     """
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden_states [s, b, h] -> q [s, b, heads, d], k and v [s, b, groups, d] of this TP rank; s is the whole sequence."""
+        """hidden_states [s, b, h] -> q [s, b, heads, d], k and v [s, b, groups, d], s being the whole sequence.
+
+        heads and groups are those of this TP rank.
+        """
         mixed = apply_module(self.linear_qkv)(hidden_states)[0]
         head = self.hidden_size_per_attention_head
         cos, sin = angles(mixed.shape[0], head, self.config.rope_base, mixed.device)
@@ -36,14 +39,17 @@ class RotarySelfAttention(SelfAttention):
 
 
 class CausalAttention(nn.Module):
-    """Signature of Megatron's core attention; the mask argument is unused, causality is fixed."""
+    """Core attention with the signature of Megatron's. It is always causal and does not use the mask argument."""
 
     def __init__(self, config: TransformerConfig, softmax_scale: float | None = None, **_: Any) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **_: Any) -> Tensor:
-        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d], heads and groups of this TP rank."""
+        """query [s, b, heads, d], key and value [s, b, groups, d] -> [s, b, heads * d].
+
+        heads and groups are those of this TP rank.
+        """
         # [s, b, n, d] -> [b, n, s, d]
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query, key, value))
         grouped = query.shape[1] != key.shape[1]

@@ -1,9 +1,9 @@
-"""BitNet b1.58 as a baseline: a float master weight, ternarised in every forward, straight-through in the backward.
+"""BitNet b1.58 as a baseline: a float master weight, ternarised in every forward, with a straight-through backward.
 
     s = mean|W| over the logical matrix       W_q = clamp(round(W / s), -1, 1) * s       (arXiv 2402.17764, eq. 1 to 3)
-    y = quantize_8_bit(x) @ W_q^T             dW and dx pass both roundings unchanged
+    y = quantize_8_bit(x) @ W_q^T             dW and dx pass the two roundings unchanged
 
-Megatron's own parallel linears compute the product; only their operands are replaced, on the way into `_forward_impl`.
+Megatron's own parallel linears compute the product. Only the operands are replaced, at the entry of `_forward_impl`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from dqt_dist.parallel.collectives import Group, reduce_in_place
 
 
 class _StraightThrough(torch.autograd.Function):
-    """`quantized` forward, the gradient to x backward.
+    """Forward: returns `quantized`. Backward: passes the gradient to x.
 
-    The usual x + (quantized - x).detach() rounds twice and lands beside the grid: the weights would not be ternary.
+    The usual x + (quantized - x).detach() rounds twice and ends beside the grid: the weights would not be ternary.
     """
 
     @staticmethod
@@ -39,26 +39,29 @@ class _StraightThrough(torch.autograd.Function):
 
 @lru_cache(maxsize=512)
 def _matrices_of_rows(layout: ShardLayout, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Matrix of each row and weights of each matrix, on `device`: a copy made in every forward would wait for the device."""
+    """Index of the matrix of each row and number of weights of each matrix, on `device`.
+
+    Cached, because a copy to the device in every forward would wait for the device.
+    """
     numel = torch.tensor([m.rows * m.columns for m in layout.matrices], device=device)
     return layout.row_matrix().to(device), numel
 
 
 def ternarize(weight: Tensor, layout: ShardLayout, group: Group) -> Tensor:
-    """Fake-quantised `weight` [rows, columns] of a shard; the scale is the mean over each whole logical matrix."""
+    """Fake-quantised `weight` [rows, columns] of a shard. The scale is mean|W| over each whole logical matrix."""
     row_matrix, numel = _matrices_of_rows(layout, weight.device)
     with torch.no_grad():
-        wide = weight.float()
+        weight_fp32 = weight.float()
         abs_sum = torch.zeros(len(layout.matrices), device=weight.device)
-        abs_sum.index_add_(0, row_matrix, wide.abs().sum(dim=1))
+        abs_sum.index_add_(0, row_matrix, weight_fp32.abs().sum(dim=1))
         reduce_in_place(abs_sum, group, "activations")
         scale = (abs_sum / numel).clamp(min=BITNET_SCALE_FLOOR)[row_matrix][:, None]
-        quantized = (wide / scale).round().clamp(-1, 1) * scale
+        quantized = (weight_fp32 / scale).round().clamp(-1, 1) * scale
     return _StraightThrough.apply(weight, quantized)
 
 
 def fake_quantize_tokens(x: Tensor, width_group: Group | None = None) -> Tensor:
-    """x rounded to 8 bits a token over the full width, which `width_group` splits; straight-through."""
+    """x rounded to 8 bits with one scale per token over the full width. `width_group` splits the width, if given."""
     with torch.no_grad():
         absmax = token_absmax(x)
         if width_group is not None:
@@ -69,10 +72,10 @@ def fake_quantize_tokens(x: Tensor, width_group: Group | None = None) -> Tensor:
 
 
 class _BitNetOperands:
-    """Mixin: replaces the operands of Megatron's product by their quantised forms."""
+    """Mixin that replaces the operands of Megatron's product by their quantised forms."""
 
     layout: ShardLayout
-    """Set when the model is built: which logical matrices this shard belongs to."""
+    """The logical coordinates of this shard. Set when the model is built."""
     splits_width: bool
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:

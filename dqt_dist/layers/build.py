@@ -1,7 +1,7 @@
 """Builds this rank's part of the model.
 
-build_model     megatron-core's GPTModel from our layer spec (spec.py), one per virtual pipeline stage
-placement.py    which rows and columns of which logical matrix each local shard is
+build_model     megatron-core's GPTModel from the layer spec of spec.py, one per virtual pipeline stage
+placement.py    which rows and columns of which logical matrix each local shard holds
 initialize.py   the same initial values in every layout
 """
 
@@ -26,7 +26,7 @@ def build_model(config: Config, groups: Groups) -> nn.ModuleList:
     """The model chunks of this rank, in pipeline order, on `groups.device`, with initial values."""
     on_cpu = groups.device.type == "cpu"
     megatron_config = transformer_config(config, on_cpu)
-    chunks = nn.ModuleList()
+    model_chunks = nn.ModuleList()
     with megatron_cpu.cuda_or_cpu():
         for stage in range(config.parallel.virtual_pipeline or 1):
             virtual_stage = stage if config.parallel.virtual_pipeline else None
@@ -38,24 +38,24 @@ def build_model(config: Config, groups: Groups) -> nn.ModuleList:
                 pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=virtual_stage),
                 post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=virtual_stage),
                 share_embeddings_and_output_weights=False,
-                position_embedding_type="none",  # it is inside attention
+                position_embedding_type="none",  # attention applies the rotary embedding
                 vp_stage=virtual_stage,
             )
-            # Megatron has a number of blocks for "full" only.
+            # Megatron's own number of recomputed blocks works for "full" only.
             for layer in chunk.decoder.layers[config.recompute_layers :]:
                 layer.recompute_mlp = False
             if config.quantization.embeddings:
                 _quantize_embeddings(chunk, megatron_config, config, groups)
-            chunks.append(chunk.to(groups.device))
-    assign_layouts(chunks, config, groups.tensor)
-    initialize(chunks, config, groups.tensor)
-    return chunks
+            model_chunks.append(chunk.to(groups.device))
+    assign_layouts(model_chunks, config, groups.tensor)
+    initialize(model_chunks, config, groups.tensor)
+    return model_chunks
 
 
 def _quantize_embeddings(
     chunk: GPTModel, megatron_config: LlamaTransformerConfig, config: Config, groups: Groups
 ) -> None:
-    """Puts low-bit modules in the place of embedding and head."""
+    """Replaces embedding and head by low-bit modules."""
     vocabulary = config.model.vocab_size
     if chunk.pre_process:
         chunk.embedding.word_embeddings = LowBitEmbedding(megatron_config, vocabulary, groups.tensor, groups.device)

@@ -15,8 +15,9 @@ from dqt_dist.parallel.collectives import Group, reduce_in_place
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     """logits [s, b, vocabulary / tp], labels int64 [s, b] -> loss fp32 [s, b].
 
-    The backward overwrites the logits with their gradient: nobody else may need them by then, and the output layer that made them
-    does not. A second backward through the same graph is refused by autograd, which sees that a saved tensor has changed.
+    The backward overwrites the logits with their gradient. This is safe because the output layer that made the logits
+    does not need them in its backward, and nothing else uses them. Autograd refuses a second backward through the same
+    graph, because a saved tensor has changed.
     """
 
     @staticmethod
@@ -24,16 +25,16 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         flat, local = logits.view(-1, logits.shape[-1]), labels.reshape(-1)
         if group.size() > 1:
             local = local - group.rank() * logits.shape[-1]
-        largest, sum_exp, own = statistics(flat, local)
+        largest, sum_exp, label_logit = statistics(flat, local)
         if group.size() > 1:
-            here = largest.clone()
+            local_largest = largest.clone()
             reduce_in_place(largest, group, "activations", op=dist.ReduceOp.MAX)
-            sums = torch.stack([sum_exp * torch.exp(here - largest), own])
+            sums = torch.stack([sum_exp * torch.exp(local_largest - largest), label_logit])
             reduce_in_place(sums, group, "activations")
-            sum_exp, own = sums
+            sum_exp, label_logit = sums
         log_sum = largest + torch.log(sum_exp)
         ctx.save_for_backward(logits, local, log_sum)
-        return (log_sum - own).view(labels.shape)
+        return (log_sum - label_logit).view(labels.shape)
 
     @staticmethod
     @once_differentiable
@@ -44,7 +45,7 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
 
 
 class LlamaModel(GPTModel):
-    """What a pipeline stage holds."""
+    """One model chunk: the part of the model that one (virtual) pipeline stage holds."""
 
     def compute_language_model_loss(self, labels: Tensor, logits: Tensor) -> Tensor:
         """Loss fp32 [b, s] of labels [b, s] and logits [s, b, vocabulary / tp]."""

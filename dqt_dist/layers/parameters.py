@@ -12,20 +12,20 @@ from dqt_dist.lowbit.matrix import LowBitMatrix
 
 @dataclass(frozen=True)
 class Parameter:
-    """A high-precision parameter and what it is of the model."""
+    """A high-precision parameter and its place in the model."""
 
     tensor: nn.Parameter
     layout: ShardLayout
-    """Coordinates of its rows; a vector is a matrix with one column."""
+    """Logical coordinates. A vector is a matrix with one column."""
     replicated: bool
-    """The same values on every tensor-parallel rank (norms)."""
+    """Whether every tensor-parallel rank holds the same values (norms)."""
 
 
-def low_bit_matrices(chunks: nn.Module) -> list[LowBitMatrix]:
+def low_bit_matrices(model_chunks: nn.Module) -> list[LowBitMatrix]:
     """All low-bit shards of this rank, in model order."""
-    return [module for module in chunks.modules() if isinstance(module, LowBitMatrix)]
+    return [module for module in model_chunks.modules() if isinstance(module, LowBitMatrix)]
 
 
-def parameters(chunks: nn.Module) -> list[Parameter]:
+def parameters(model_chunks: nn.Module) -> list[Parameter]:
     """All high-precision parameters of this rank, in model order."""
-    return [parameter.description for parameter in chunks.parameters()]  # type: ignore[attr-defined]
+    return [parameter.description for parameter in model_chunks.parameters()]  # type: ignore[attr-defined]

@@ -1,8 +1,8 @@
-"""Which rows and columns of which logical matrix each local shard is.
+"""Which rows and columns of which logical matrix each local shard holds.
 
-Logical names are those of Hugging Face's LLaMA: `layers.17.self_attn.q_proj`, `layers.17.mlp.up_proj`, `embed_tokens`. `assign_layouts`
-gives every low-bit matrix and every parameter of a rank its `ShardLayout`; everything that depends on a place in the model
-(initial values, rounding, digest, checkpoint, export) reads the place there.
+Logical names are those of Hugging Face's LLaMA: `layers.17.self_attn.q_proj`, `layers.17.mlp.up_proj`, `embed_tokens`.
+`assign_layouts` gives every low-bit matrix and every parameter of a rank a `ShardLayout`. All code that depends on a
+place in the model (initial values, rounding, digest, checkpoint, export) reads the place from the `ShardLayout`.
 """
 
 from __future__ import annotations
@@ -23,12 +23,13 @@ from dqt_dist.parallel.groups import Group
 
 
 def _columns_split(matrix: LogicalMatrix, group: Group) -> ShardLayout:
+    """All rows of the matrix, and this rank's share of its columns."""
     columns = matrix.columns // group.size()
     return ShardLayout((matrix,), (RowBlock(0, 0, matrix.rows),), columns, group.rank() * columns)
 
 
 def _rows_split(group: Group, *matrices: LogicalMatrix) -> ShardLayout:
-    """Matrices stacked one after the other, each contributing this rank's share of its rows."""
+    """This rank's share of the rows of each matrix, one matrix after the other."""
     blocks = [
         RowBlock(i, group.rank() * (m.rows // group.size()), m.rows // group.size()) for i, m in enumerate(matrices)
     ]
@@ -40,7 +41,7 @@ def _linear(config: Config, layer: str, part: str) -> LogicalMatrix:
 
 
 def _qkv_layout(config: Config, layer: str, group: Group) -> ShardLayout:
-    """Megatron interleaves by query group: its query heads, then its key head, then its value head."""
+    """Megatron interleaves by query group: the query heads of the group, then its key head, then its value head."""
     model, head = config.model, config.model.head_dim
     queries = model.num_attention_heads // model.num_query_groups * head
     matrices = tuple(_linear(config, layer, f"self_attn.{part}_proj") for part in "qkv")
@@ -54,23 +55,24 @@ def _qkv_layout(config: Config, layer: str, group: Group) -> ShardLayout:
 
 
 def _linear_layouts(layer: TransformerLayer, config: Config, group: Group) -> Iterator[tuple[nn.Module, ShardLayout]]:
-    """The four fused linears of a layer with their coordinates."""
+    """The four fused linears of a layer with their logical coordinates."""
     name = f"layers.{layer.layer_number - 1}"
     attention, mlp = layer.self_attention, layer.mlp
     yield attention.linear_qkv, _qkv_layout(config, name, group)
-    yield _inner(attention.linear_proj), _columns_split(_linear(config, name, "self_attn.o_proj"), group)
+    yield _without_sub_norm(attention.linear_proj), _columns_split(_linear(config, name, "self_attn.o_proj"), group)
     gate, up = (_linear(config, name, f"mlp.{part}_proj") for part in ("gate", "up"))
     yield mlp.linear_fc1, _rows_split(group, gate, up)
-    yield _inner(mlp.linear_fc2), _columns_split(_linear(config, name, "mlp.down_proj"), group)
+    yield _without_sub_norm(mlp.linear_fc2), _columns_split(_linear(config, name, "mlp.down_proj"), group)
 
 
-def _inner(linear: nn.Module) -> nn.Module:
+def _without_sub_norm(linear: nn.Module) -> nn.Module:
+    """The linear inside a SubNormLinear, or `linear` itself."""
     inner = linear.linear if isinstance(linear, SubNormLinear) else linear
     assert isinstance(inner, nn.Module)
     return inner
 
 
-def _set(parameter: nn.Parameter | LowBitMatrix, layout: ShardLayout, replicated: bool = False) -> None:
+def _assign(parameter: nn.Parameter | LowBitMatrix, layout: ShardLayout, replicated: bool = False) -> None:
     if isinstance(parameter, LowBitMatrix):
         parameter.assign(layout)
         return
@@ -79,45 +81,45 @@ def _set(parameter: nn.Parameter | LowBitMatrix, layout: ShardLayout, replicated
     parameter.tensor_model_parallel = not replicated  # type: ignore[attr-defined]
 
 
-def _set_vector(parameter: nn.Parameter, name: str, rows: int, group: Group | None = None) -> None:
+def _assign_vector(parameter: nn.Parameter, name: str, rows: int, group: Group | None = None) -> None:
     vector = LogicalMatrix(name, rows, 1)
     if group is None:
-        _set(parameter, ShardLayout((vector,), (RowBlock(0, 0, rows),), 1), replicated=True)
+        _assign(parameter, ShardLayout((vector,), (RowBlock(0, 0, rows),), 1), replicated=True)
     else:
-        _set(parameter, _rows_split(group, vector))
+        _assign(parameter, _rows_split(group, vector))
 
 
-def assign_layouts(chunks: nn.ModuleList, config: Config, group: Group) -> None:
-    """Tells every low-bit matrix and every parameter which part of the model it is. `group` is the TP group."""
+def assign_layouts(model_chunks: nn.ModuleList, config: Config, group: Group) -> None:
+    """Sets the logical coordinates of every low-bit matrix and every parameter. `group` is the TP group."""
     hidden, ffn, vocabulary = config.model.hidden_size, config.model.ffn_hidden_size, config.model.vocab_size
-    for chunk in chunks:
+    for chunk in model_chunks:
         if chunk.pre_process:
             weight = chunk.embedding.word_embeddings.weight
-            _set(weight, _rows_split(group, LogicalMatrix("embed_tokens", vocabulary, hidden)))
+            _assign(weight, _rows_split(group, LogicalMatrix("embed_tokens", vocabulary, hidden)))
         for layer in cast(Iterable[TransformerLayer], chunk.decoder.layers):
             _assign_layer(layer, config, group, hidden, ffn)
         if chunk.post_process:
-            _set_vector(chunk.decoder.final_layernorm.weight, "norm", hidden)
-            _set(chunk.output_layer.weight, _rows_split(group, LogicalMatrix("lm_head", vocabulary, hidden)))
+            _assign_vector(chunk.decoder.final_layernorm.weight, "norm", hidden)
+            _assign(chunk.output_layer.weight, _rows_split(group, LogicalMatrix("lm_head", vocabulary, hidden)))
 
 
 def _assign_layer(layer: TransformerLayer, config: Config, group: Group, hidden: int, ffn: int) -> None:
     name = f"layers.{layer.layer_number - 1}"
     for linear, layout in _linear_layouts(layer, config, group):
-        _set(linear.weight, layout)
+        _assign(linear.weight, layout)
         if isinstance(linear, ColumnParallelBitLinear | RowParallelBitLinear):
             linear.layout = layout
     input_norm, ffn_norm = _norm_weights(layer, config)
-    _set_vector(input_norm, f"{name}.input_layernorm", hidden)
-    _set_vector(ffn_norm, f"{name}.post_attention_layernorm", hidden)
+    _assign_vector(input_norm, f"{name}.input_layernorm", hidden)
+    _assign_vector(ffn_norm, f"{name}.post_attention_layernorm", hidden)
     if config.model.sub_norm:
         attention_norm, ffn_norm = layer.self_attention.linear_proj.norm, layer.mlp.linear_fc2.norm
-        _set_vector(attention_norm.weight, f"{name}.self_attn.attn_sub_norm", hidden, group)
-        _set_vector(ffn_norm.weight, f"{name}.mlp.ffn_sub_norm", ffn, group)
+        _assign_vector(attention_norm.weight, f"{name}.self_attn.attn_sub_norm", hidden, group)
+        _assign_vector(ffn_norm.weight, f"{name}.mlp.ffn_sub_norm", ffn, group)
 
 
 def _norm_weights(layer: TransformerLayer, config: Config) -> tuple[nn.Parameter, nn.Parameter]:
-    """Of the norms before attention and before the feed-forward half; low-bit modules have them inside."""
+    """Weights of the norms before attention and before the feed-forward half. Low-bit modules contain these norms."""
     if config.quantization.method != "dqt":
         return layer.input_layernorm.weight, layer.pre_mlp_layernorm.weight
     feed_forward = layer.mlp.linear_fc1 if config.model.sub_norm else layer.mlp

@@ -5,7 +5,8 @@ dqt       low-bit codes, no float copy           dqt_dist.layers.low_bit_linear,
 bitnet    float master, ternarised each forward   dqt_dist.layers.bitnet
 none      Megatron's own                          megatron.core.tensor_parallel
 
-The low-bit linears have the block's norms inside, as Megatron's fused ones do; the spec's own norms are then identities.
+The low-bit linears contain the norms of the block, as Megatron's fused linears do. For method dqt the norms of the spec
+are identities.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ LINEARS: dict[str, tuple[type[nn.Module], type[nn.Module]]] = {
 
 
 class SubNormLinear(nn.Module):
-    """A row-parallel linear behind an RMSNorm of its own, before o_proj and down_proj (the DQT authors' architecture)."""
+    """A row-parallel linear with an RMSNorm before it, for o_proj and down_proj (the DQT authors' architecture)."""
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ def layer_spec(config: LlamaTransformerConfig) -> ModuleSpec:
             self_attention=ModuleSpec(RotarySelfAttention, {"attn_mask_type": AttnMaskType.causal}, attention),
             self_attn_bda=get_bias_dropout_add,
             pre_mlp_layernorm=norm,
-            # With a norm between SwiGLU and down_proj the two are no single pass.
+            # With a norm between SwiGLU and down_proj the two cannot be one pass.
             mlp=LowBitFeedForward if low_bit and not config.sub_norm else unfused,
             mlp_bda=get_bias_dropout_add,
         ),
@@ -88,6 +89,6 @@ def layer_spec(config: LlamaTransformerConfig) -> ModuleSpec:
 
 
 def block_spec(config: LlamaTransformerConfig, virtual_stage: int | None = None) -> TransformerBlockSubmodules:
-    """Spec of the layers of this pipeline stage, with our norm as the final one."""
+    """Spec of the layers of this pipeline stage. RMSNorm of norm.py is the final norm."""
     num_layers = get_num_layers_to_build(config, vp_stage=virtual_stage)
     return TransformerBlockSubmodules(layer_specs=[layer_spec(config)] * num_layers, layer_norm=RMSNorm)

@@ -1,4 +1,4 @@
-"""The run as megatron-core sees it: its TransformerConfig, with the fields that our layers add."""
+"""megatron-core's TransformerConfig for a run, with the fields that the layers of this project add."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from dqt_dist.dtypes import TORCH_DTYPES
 
 @dataclass
 class LlamaTransformerConfig(TransformerConfig):
-    """Every Megatron module gets this object, so the low-bit layers find their settings without a global."""
+    """Every Megatron module gets this object, so the low-bit layers read their settings here and need no global."""
 
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     sub_norm: bool = False
     rope_base: float = 10000.0
 
 
-# training.recompute in Megatron's words.
+# Megatron's fields for each value of training.recompute.
 RECOMPUTE: dict[str, dict[str, Any]] = {
     "none": {},
     "mlp": {"recompute_granularity": "selective", "recompute_modules": ["mlp"]},
@@ -32,13 +32,13 @@ RECOMPUTE: dict[str, dict[str, Any]] = {
 
 
 def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
-    """Megatron's view of the run."""
+    """Translates the config of a run to Megatron's fields."""
     model, parallel = config.model, config.parallel
     dtype = TORCH_DTYPES[config.quantization.dtype]
     recompute = dict(RECOMPUTE[config.training.recompute])
     if config.training.recompute == "full":
         recompute["recompute_num_layers"] = config.recompute_layers
-    # SwiGLU of the methods without low-bit codes: Megatron's own fused one, which torch.compile makes.
+    # The methods without low-bit codes use Megatron's own fused SwiGLU, which torch.compile makes.
     fused_swiglu = not on_cpu and config.quantization.method != "dqt"
     return LlamaTransformerConfig(
         num_layers=model.num_layers,
@@ -62,7 +62,7 @@ def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
         use_cpu_initialization=on_cpu,
-        # Values come from `initialize`, which knows the logical coordinates.
+        # `initialize` sets the values, from the logical coordinates.
         perform_initialization=False,
         # gloo has no batched point-to-point calls.
         batch_p2p_comm=not on_cpu,
@@ -80,5 +80,8 @@ def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
 
 
 def silu_of_half(gate: Tensor) -> Tensor:
-    """SiLU of a strided half of gate|up, for Megatron's unfused SwiGLU; see kernels/quantize.py `_halves` for why it is copied."""
+    """SiLU of the gate, a strided half of gate|up, for Megatron's unfused SwiGLU.
+
+    `_halves` in kernels/quantize.py says why the gate is copied.
+    """
     return F.silu(gate.contiguous())

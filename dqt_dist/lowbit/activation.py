@@ -1,11 +1,13 @@
-"""Operands of low-bit products in 8 bits: one scale a token, symmetric, over the full width of the input.
+"""Operands of low-bit products in 8 bits: symmetric, one scale per token over the full width of the input.
 
     scale = max|x| / q over the features of a token          codes = round(x / scale)
 
-    int8    q = 127, integers, half to even      the convention of BitNet b1.58, with its floor of 1e-5 on the maximum
-    e4m3    q = 448, 8-bit floats with 4 bits of exponent and 3 of mantissa (OCP FP8, arXiv 2209.05433), half to even
+    int8    q = 127, integers, half to even      the convention of BitNet b1.58, with its floor of 1e-5 on max|x|
+    e4m3    q = 448, half to even                8-bit floats with 4 bits of exponent and 3 bits of mantissa (OCP FP8,
+                                                 arXiv 2209.05433)
 
-Gradients pass straight through: the backward of a linear uses the quantised activation for dW and ignores the rounding for dX.
+Gradients pass straight through: the backward of a linear uses the quantised activation for dW and ignores the rounding
+for dx.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from torch import Tensor
 
 ACTIVATION_QMAX = 127
 ACTIVATION_CODES = {"int8": torch.int8, "e4m3": torch.float8_e4m3fn, "none": None}
-"""Type of the codes of a `quantization.activation`."""
+"""Type of the codes for each value of `quantization.activation`."""
 CODE_MAX = {torch.int8: ACTIVATION_QMAX, torch.float8_e4m3fn: 448}
-"""The code of the largest magnitude of a token."""
-# The floor of BitNet b1.58's act_quant, so that a token of zeros has a scale; exported engines use the same one.
+"""The code of the element of largest magnitude of a token, by type of the codes."""
+# The floor of BitNet b1.58's act_quant. With it a token of zeros has a scale. Exported engines use the same floor.
 ABSMAX_FLOOR = 1e-5
-# Gradients are smaller than activations by any factor; this only keeps q / max|x| finite for a token without a gradient.
+# Gradients may be smaller than activations by any factor. This floor only keeps q / max|x| finite for a token without a
+# gradient.
 GRADIENT_ABSMAX_FLOOR = 2.0**-100
 
 
@@ -30,12 +33,12 @@ def token_absmax(x: Tensor) -> Tensor:
 
 
 def token_scale(absmax: Tensor, dtype: torch.dtype = torch.int8, floor: float = ABSMAX_FLOOR) -> Tensor:
-    """What one code of `dtype` (int8 or float8_e4m3fn) stands for, from the per-token maximum over the FULL width."""
+    """The value of one code of `dtype` (int8 or float8_e4m3fn), from the per-token maximum over the FULL width."""
     return absmax.clamp(min=floor) / CODE_MAX[dtype]
 
 
 def codes_at(x: Tensor, scale: Tensor, dtype: torch.dtype = torch.int8) -> Tensor:
-    """Codes of x [..., features] at the scale [..., 1]: the same again whenever the scale is the same."""
+    """Codes of x [..., features] at the scale [..., 1]. Equal x and scale give equal codes."""
     codes, largest = x.float() * (1.0 / scale), CODE_MAX[dtype]
     if dtype == torch.int8:
         codes = codes.round_()
@@ -44,6 +47,6 @@ def codes_at(x: Tensor, scale: Tensor, dtype: torch.dtype = torch.int8) -> Tenso
 
 
 def quantize_tokens(x: Tensor, absmax: Tensor, dtype: torch.dtype = torch.int8) -> tuple[Tensor, Tensor]:
-    """Codes of x's shape in `dtype` and fp32 scale [..., 1], from the per-token maximum over the FULL width."""
+    """Codes of the shape of x in `dtype`, and fp32 scale [..., 1], from the per-token maximum over the FULL width."""
     scale = token_scale(absmax, dtype)
     return codes_at(x, scale, dtype), scale

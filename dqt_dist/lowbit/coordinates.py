@@ -1,14 +1,15 @@
-"""Logical coordinates: where each local element lies in the model, whatever the layout of the cluster.
+"""Logical coordinates: where each local element lies in the model, independent of the process grid.
 
-A *logical matrix* is one Hugging Face linear (`layers.17.mlp.up_proj`). A *shard* is the 2-D tensor a rank really holds; it
-may be a slice of a logical matrix, or a fusion of several (Megatron's qkv, interleaved per query group, and gate|up):
+A *logical matrix* is one Hugging Face linear (`layers.17.mlp.up_proj`). A *shard* is the 2-D tensor that a rank holds.
+A shard may be a slice of a logical matrix, or a fusion of several matrices (Megatron's qkv, interleaved per query
+group, and gate|up):
 
     shard rows            logical rows                         columns
     0    .. n0-1          matrix a, rows r0 .. r0+n0-1         column_offset ..
     n0   .. n0+n1-1       matrix b, rows r1 .. r1+n1-1         column_offset + columns - 1
     ...
 
-Every random draw and every statistic is a function of these coordinates, so it cannot depend on TP, PP, DP or ZeRO:
+Every random draw and every statistic is a function of these coordinates, so neither can depend on TP, PP, DP or ZeRO:
 
     u(purpose, seed, step, matrix, row, column) = Philox4x32-10(counter, key) mapped to [0, 1)
     counter = (e >> 2 low word, e >> 2 high word, step, id(matrix))    e = row * in_features + column, lane e & 3
@@ -32,7 +33,7 @@ from dqt_dist.lowbit.philox import CPU_CHUNK, MASK32, philox4x32, to_unit_interv
 
 
 class Purpose(IntEnum):
-    """What a draw is for: the second key word, so that two purposes never share a random number."""
+    """What a draw is for. It is the second key word, so two purposes never share a random number."""
 
     INIT = 1
     ROUND = 2
@@ -40,7 +41,7 @@ class Purpose(IntEnum):
 
 @dataclass(frozen=True)
 class LogicalMatrix:
-    """One weight of the model as its users know it. A vector (a norm's weight) is a matrix with one column."""
+    """One weight of the model under its Hugging Face name. A vector (a norm's weight) is a matrix with one column."""
 
     name: str
     rows: int
@@ -65,12 +66,15 @@ class RowBlock:
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """What each row and column of a shard is. Blocks are in shard order; all matrices have the same number of columns."""
+    """The logical coordinates of each row and column of a shard.
+
+    Blocks are in shard order. All matrices have the same number of columns.
+    """
 
     matrices: tuple[LogicalMatrix, ...]
     blocks: tuple[RowBlock, ...]
     columns: int
-    """Local columns."""
+    """Number of local columns."""
     column_offset: int = 0
 
     @property
@@ -115,7 +119,7 @@ def random_words(
     key = (seed, int(purpose))
     step_word = torch.tensor(step, device=device)
     if not any(n % CODES_PER_GROUP for n in (layout.in_features, layout.column_offset, layout.columns)):
-        # Each group of four columns is one counter: one call gives all its lanes.
+        # Four neighbouring columns share one counter. One call gives the words of all four lanes.
         group = torch.arange(layout.columns // CODES_PER_GROUP, device=device)
         words = torch.empty(stop - start, len(group), CODES_PER_GROUP, dtype=torch.int64, device=device)
         rows_at_once = max(1, CPU_CHUNK // max(1, len(group))) if device.type == "cpu" else stop - start
@@ -145,8 +149,9 @@ NORMAL_LEVELS = 1 << 16
 def normal_quantiles() -> Tensor:
     """Standard normal quantiles at (k + 1/2) / 65536, fp32 [65536].
 
-    A table instead of Box-Muller: logarithms and cosines differ in the last bit between devices and between the vector body
-    and the tail of a CPU loop, a table look-up cannot. It ends at 4.32 standard deviations.
+    A table replaces Box-Muller because logarithms and cosines differ in the last bit between devices, and between the
+    vector body and the tail of a CPU loop. A table look-up gives the same bits everywhere. The table ends at 4.32
+    standard deviations.
     """
     inverse = NormalDist().inv_cdf
     half = [inverse((k + 0.5) / NORMAL_LEVELS) for k in range(NORMAL_LEVELS // 2)]
@@ -154,6 +159,6 @@ def normal_quantiles() -> Tensor:
 
 
 def normal(seed: int, layout: ShardLayout, start: int, stop: int, device: torch.device) -> Tensor:
-    """Standard normal initial values for shard rows [start, stop): fp32, bit-identical in every layout and on every device."""
+    """Standard normal values for shard rows [start, stop), fp32: the same bits in every layout and on every device."""
     words = random_words(Purpose.INIT, seed, 0, layout, start, stop, device)
     return normal_quantiles().to(device)[words >> 16]

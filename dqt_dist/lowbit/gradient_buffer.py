@@ -1,16 +1,17 @@
-"""GradientBuffer: the gradient of one weight on its way from the backward passes to the update.
+"""GradientBuffer: the gradient of one weight, from the backward passes to the update.
 
 A buffer is in one of three states:
 
-    ACCUMULATE   backward passes add micro-batches to `local`, this rank's sum                [rows, columns]
-    REDUCE       `local` has left; the mean over data-parallel ranks is on its way to the owners of the rows
-    TAKE         `mean` is here and waits for the update                                      [owned rows, columns]
+    ACCUMULATE   backward passes add micro-batches to `local`, this rank's sum              [rows, columns]
+    REDUCE       `local` was sent; the mean over data-parallel ranks is on its way to the owners of the rows
+    TAKE         `mean` has arrived and waits for the update                                [owned rows, columns]
 
     ACCUMULATE --send--> REDUCE --receive--> TAKE --take--> ACCUMULATE
 
-`optim/gradient_reducer.py` moves a buffer from ACCUMULATE to TAKE and decides when (`ReduceWhen`). With EVERY_BACKWARD a buffer goes
-round once per micro-batch and `mean` is a sum of means. A buffer with a consumer never waits in TAKE: the consumer gets the mean at
-once. Codes and ordinary parameters use the same buffer; a parameter is a matrix with one column.
+`optim/gradient_reducer.py` moves a buffer from ACCUMULATE to TAKE, at the time that `ReduceWhen` says. With
+EVERY_BACKWARD a buffer passes ACCUMULATE and REDUCE once per micro-batch, and `mean` is a sum of means. A buffer with a
+consumer never waits in TAKE: the consumer gets the mean at once. Codes and ordinary parameters use the same buffer. A
+parameter is a matrix with one column.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import Tensor
 
 
 class GradientState(Enum):
-    """Where a gradient is; see the table above."""
+    """The state of a buffer; see the table above."""
 
     ACCUMULATE = auto()
     REDUCE = auto()
@@ -33,18 +34,18 @@ class GradientState(Enum):
 
 
 class ReduceWhen(Enum):
-    """When a gradient leaves for its owners."""
+    """When a gradient is sent to its owners."""
 
     END_OF_STEP = auto()
     """After all backward passes of a step."""
     LAST_BACKWARD = auto()
     """In the backward pass of the last micro-batch, as soon as the gradient is complete."""
     EVERY_BACKWARD = auto()
-    """In each backward pass: owned rows only are ever added up, for as many exchanges as there are micro-batches."""
+    """In each backward pass. Only owned rows are added up over micro-batches; there is one exchange per micro-batch."""
 
 
 class Reducer(Protocol):
-    """Who is told about micro-batches."""
+    """What a buffer calls after each micro-batch."""
 
     def micro_batch_added(self, buffer: GradientBuffer) -> None: ...
 
@@ -58,39 +59,40 @@ class GradientBuffer:
         """Type in which micro-batches are added up and in which the gradient travels."""
         self.state = GradientState.ACCUMULATE
         self.micro_batches = 0
-        """Micro-batches of this step that have been added."""
+        """Number of micro-batches of this step that have been added."""
         self.local: Tensor | None = None
-        """This rank's sum over micro-batches, `rows * columns` elements; None before the first."""
+        """This rank's sum over micro-batches, `rows * columns` elements. None before the first micro-batch."""
         self.mean: Tensor | None = None
         """Mean over data-parallel ranks, [owned rows, columns], or all rows with `on_every_rank`."""
         self.recorded: Tensor | None = None
-        """Memory that a CUDA graph writes this rank's sum to. The memory stays allocated and stays where it is between steps."""
+        """Memory that a CUDA graph writes this rank's sum to. It keeps its address between steps."""
         # The fields below are set when the buffer is registered with a reducer.
         self.owners: list[tuple[int, int]] = []
-        """[start, stop) of the rows that each data-parallel rank owns."""
+        """[start, stop) per data-parallel rank: the rows that the rank owns."""
         self.on_every_rank = False
-        """Every rank gets the mean of every row (ZeRO stage 0)."""
+        """Whether every rank gets the mean of every row (ZeRO stage 0)."""
         self.reduce_when = ReduceWhen.END_OF_STEP
         self.consumer: Callable[[Tensor], None] | None = None
-        """Takes the mean as soon as it is here."""
+        """Called with the mean as soon as the mean has arrived."""
         self.square_sum: Tensor | None = None
-        """Sum of squares of the mean that was consumed last, in parts, fp64."""
+        """Sum of squares of the mean that was consumed last, in parts to be added up, fp64."""
         self._reducer: weakref.ref[Reducer] | None = None
 
     def attach(self, reducer: Reducer) -> None:
-        """Has `reducer` told about each micro-batch.
+        """Makes the buffer call `reducer` after each micro-batch.
 
-        The reference is weak. Autograd holds hooks of parameters where Python's garbage collector does not look for cycles: by way of
-        a hook, its buffer and the reducer, a parameter would keep itself alive.
+        The reference is weak. Autograd holds the hooks of a parameter where Python's garbage collector finds no cycles.
+        A strong reference would close the cycle parameter, hook, buffer, reducer, parameter, and the parameter would
+        never be freed.
         """
         self._reducer = weakref.ref(reducer)
 
     # ---- accumulate ----
 
     def accumulator(self, device: torch.device) -> tuple[Tensor, bool]:
-        """`local` as [rows, columns], and whether it holds a sum that must be added to rather than overwritten.
+        """Returns `local` as [rows, columns], and whether to add to it. If False, the memory must be overwritten.
 
-        Whoever writes to the accumulator calls `micro_batch_added` afterwards.
+        The caller writes to the accumulator and then calls `micro_batch_added`.
         """
         if self.local is None:
             self.local = torch.empty(self.rows, self.columns, dtype=self.dtype, device=device)
@@ -98,7 +100,7 @@ class GradientBuffer:
         return self.local, True
 
     def add(self, gradient: Tensor) -> None:
-        """Adds the gradient of one micro-batch; the first of a step becomes `local` itself where the type is the same."""
+        """Adds the gradient of one micro-batch. The first of a step becomes `local` itself if its type is `dtype`."""
         if self.local is None:
             self.local = gradient.to(self.dtype)
         else:
@@ -106,7 +108,7 @@ class GradientBuffer:
         self.micro_batch_added()
 
     def micro_batch_added(self) -> None:
-        """Counts a micro-batch and tells the reducer."""
+        """Counts a micro-batch and calls the reducer."""
         self.micro_batches += 1
         reducer = None if self._reducer is None else self._reducer()
         if reducer is not None:
@@ -121,7 +123,7 @@ class GradientBuffer:
         return local
 
     def receive(self, mean: Tensor) -> None:
-        """Takes in the mean of the owned rows, or adds it to those of earlier micro-batches."""
+        """Stores the mean of the owned rows, or adds it to the means of earlier micro-batches."""
         assert self.state is GradientState.REDUCE, (self.name, self.state)
         self.mean = mean if self.mean is None else self.mean.add_(mean)
         self.state = GradientState.TAKE
@@ -137,10 +139,13 @@ class GradientBuffer:
     # ---- CUDA graphs ----
 
     def record(self) -> None:
-        """After a CUDA graph was recorded: what the graph writes to is kept. Recording computes nothing, so the buffer is empty."""
+        """Called after a CUDA graph was recorded. Keeps the memory that the graph writes to.
+
+        Recording computes nothing, so the buffer counts no micro-batch.
+        """
         assert self.local is not None, self.name
         self.recorded, self.local, self.micro_batches = self.local, None, 0
 
     def replayed(self, num_micro_batches: int) -> None:
-        """After the graphs of a step have run: their sum is this rank's sum."""
+        """Called after the graphs of a step have run. The sum that the graphs wrote is this rank's sum."""
         self.local, self.micro_batches = self.recorded, num_micro_batches

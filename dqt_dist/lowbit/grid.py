@@ -1,14 +1,14 @@
-"""Grids: the integers a low-bit weight may take, and how many of them share a byte.
+"""Grids: the integers that a low-bit weight may take, and how many codes share a byte.
 
-    name      codes           stored as               bytes a weight
-    ternary   -1 .. 1         4 codes a byte, 2 bits   1/4
-    2 bit     -2 .. 1         4 codes a byte, 2 bits   1/4
-    3 bit     -4 .. 3         2 codes a byte, 4 bits   1/2
-    4 bit     -8 .. 7         2 codes a byte, 4 bits   1/2
-    5..8 bit  -2^(b-1) ..     one int8                 1
+    name      codes           stored as                  bytes per weight
+    ternary   -1 .. 1         4 codes per byte, 2 bits   1/4
+    2 bit     -2 .. 1         4 codes per byte, 2 bits   1/4
+    3 bit     -4 .. 3         2 codes per byte, 4 bits   1/2
+    4 bit     -8 .. 7         2 codes per byte, 4 bits   1/2
+    5..8 bit  -2^(b-1) ..     one int8                   1
 
-A code is an integer on the grid; the weight it stands for is `scale * code`. Two's complement fixes Qn = -2^(b-1) and
-Qp = 2^(b-1) - 1; ternary is symmetric and is the 1.58 bit of the BitNet b1.58 paper (arXiv 2402.17764).
+A code is an integer on the grid. The weight of a code is `scale * code`. Two's complement fixes Qn = -2^(b-1) and Qp =
+2^(b-1) - 1. The ternary grid is symmetric; it is the 1.58 bit of the BitNet b1.58 paper (arXiv 2402.17764).
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from dqt_dist.config import Bits
 
 @dataclass(frozen=True)
 class Grid:
-    """One grid. `qmin` and `qmax` are the ends (Qn, Qp in the papers), both reachable."""
+    """One grid. `qmin` and `qmax` are its smallest and largest code (Qn, Qp in the papers)."""
 
     bits: Bits
     qmin: int
     qmax: int
     storage_bits: int
-    """Bits one code takes in memory: 2, 4 or 8."""
+    """Bits that one code takes in memory: 2, 4 or 8."""
 
     @property
     def codes_per_byte(self) -> int:
         return 8 // self.storage_bits
 
     def packed_columns(self, columns: int) -> int:
-        """Bytes that hold one row of `columns` codes; a row always ends on a byte."""
+        """Bytes that hold one row of `columns` codes. A row always fills whole bytes."""
         return -(-columns // self.codes_per_byte)
 
 

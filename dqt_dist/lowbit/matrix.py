@@ -1,14 +1,15 @@
-"""LowBitMatrix: the codes a rank holds, their scales, and where they lie in the model.
+"""LowBitMatrix: the codes that a rank holds, their scales, and their place in the model.
 
-Everything is a buffer, not an nn.Parameter: integers cannot require a gradient, and DeepSpeed would clone a float master of
-whatever parameter it is given. The gradient has a buffer of its own, which the linear's backward fills and the optimizer empties, the
-way Megatron's main_grad works (`gradient_buffer.py`).
+All tensors are buffers, none is an nn.Parameter: integers cannot require a gradient, and DeepSpeed would clone a float
+master of each parameter. The gradient has its own `GradientBuffer`. The linear's backward fills the gradient buffer and
+the optimizer empties it, as with Megatron's main_grad (`gradient_buffer.py`).
 
     codes   uint8 or int8 [held rows, packed_columns]   the only copy of the weight
-    scale   fp32 [matrices]                             one a logical matrix, the same on every rank, fixed after initialisation
+    scale   fp32 [matrices]                             one per logical matrix, equal on every rank, fixed after
+                                                        initialisation
 
-A rank holds all rows of its shard, or after `keep_rows` some of them (ZeRO stage 3); whoever computes with the matrix then gets
-the others through `gather`. Row numbers are always those of the shard.
+A rank holds all rows of its shard. After `keep_rows` (ZeRO stage 3) it holds some rows, and `gather` returns all rows
+for a product. Row numbers are always those of the shard.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from dqt_dist.lowbit.rounding import round_nearest
 
 
 class LowBitMatrix(nn.Module):
-    """Packed codes of one shard. Built empty; `assign` gives it its place in the model, `set_codes` its values."""
+    """Packed codes of one shard. Built with zeros. `assign` sets the place in the model, `set_codes` the values."""
 
     codes: Tensor
     scale: Tensor
@@ -38,8 +39,8 @@ class LowBitMatrix(nn.Module):
         self.layout: ShardLayout | None = None
         self.first_row = 0
         self.gather: Callable[[], Tensor] | None = None
-        """Returns the packed codes of all rows where this rank does not hold them."""
-        # Made again when the scale has been written to; products ask for it several times a step.
+        """Returns the packed codes of all rows. None where this rank holds all rows."""
+        # Cached, because products ask for the row scale several times per step. Recomputed after the scale was written.
         self._row_scale: tuple[tuple[int, int], Tensor] | None = None
         self.gradient = GradientBuffer("", rows, columns)
         codes = torch.zeros(rows, grid.packed_columns(columns), dtype=storage_dtype(grid), device=device)
@@ -48,7 +49,7 @@ class LowBitMatrix(nn.Module):
         self.register_buffer("row_matrix", torch.zeros(rows, dtype=torch.uint8, device=device), persistent=False)
 
     def assign(self, layout: ShardLayout) -> None:
-        """Gives the shard its logical coordinates; raises ValueError when the shapes disagree."""
+        """Sets the logical coordinates of the shard. Raises ValueError when the shapes disagree."""
         if (layout.rows, layout.columns) != (self.rows, self.columns):
             raise ValueError(f"layout {layout.rows} x {layout.columns} for a shard of {self.rows} x {self.columns}")
         device = self.codes.device
@@ -71,7 +72,7 @@ class LowBitMatrix(nn.Module):
         self.codes, self.first_row, self.gather = self.codes[start:stop].clone(), start, gather
 
     def row_scale(self) -> Tensor:
-        """The scale of each row, fp32 [rows]; applied in the GEMM's epilogue, never multiplied into stored codes."""
+        """The scale of each row, fp32 [rows]. Applied in the GEMM's epilogue, never multiplied into stored codes."""
         version = (id(self.scale), self.scale._version)
         if self._row_scale is None or self._row_scale[0] != version:
             self._row_scale = (version, self.scale[self.row_matrix.int()])
@@ -84,11 +85,11 @@ class LowBitMatrix(nn.Module):
         return self.codes[start - first : stop - first]
 
     def whole(self) -> Tensor:
-        """Packed codes of all rows; scratch for one use where this rank does not hold them."""
+        """Packed codes of all rows. Where this rank does not hold all rows, the result is scratch for one use."""
         return self.codes if self.gather is None else self.gather()
 
     def unpack(self, start: int | None = None, stop: int | None = None) -> Tensor:
-        """int8 codes of held rows [start, stop), or of all rows: scratch for one use, [stop - start, columns]."""
+        """int8 codes of held rows [start, stop), or of all rows, [stop - start, columns]. Scratch for one use."""
         packed = self.whole() if start is None or stop is None else self.packed(start, stop)
         return unpack(packed, self.grid, self.columns)
 
@@ -97,12 +98,15 @@ class LowBitMatrix(nn.Module):
         self.packed(start, start + codes.shape[0]).copy_(pack(codes, self.grid))
 
     def set_weights(self, weights: Tensor, start: int = 0) -> None:
-        """Quantises float weights [n, columns] to nearest, with the scales as they are, into held rows from `start` on."""
+        """Rounds float weights [n, columns] to the nearest codes, with the present scales, and writes the codes.
+
+        The first row written is the held row `start`.
+        """
         row_scale = self.row_scale()[start : start + weights.shape[0], None]
         self.set_codes(round_nearest(weights.float() / row_scale, self.grid), start)
 
     def dequantize(self) -> Tensor:
-        """fp32 [rows, columns]: what the codes stand for. For tests and export; training never calls it."""
+        """The weights, scale * code, as fp32 [rows, columns]. For tests and export; training never calls it."""
         return self.unpack().float() * self.row_scale()[:, None]
 
     def extra_repr(self) -> str:

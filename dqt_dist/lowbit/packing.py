@@ -1,13 +1,14 @@
 """Packing: codes as the bytes that are stored, sent over the wire and written to a checkpoint.
 
-Below 5 bits a code c is kept as the unsigned field u = c - qmin, several fields a byte, the first column lowest:
+Below 5 bits a code c is stored as the unsigned field u = c - qmin. A byte holds several fields, the first column in the
+lowest bits:
 
     2 storage bits   byte = u0 | u1 << 2 | u2 << 4 | u3 << 6      columns 4i .. 4i+3
     4 storage bits   byte = u0 | u1 << 4                          columns 2i .. 2i+1
     8 storage bits   byte = c as int8, no offset
 
-Rows are packed one by one, so any range of rows is a contiguous range of bytes: that is what ZeRO shards and gathers.
-A row whose length does not fill its last byte is padded with u = 0, which unpacking drops.
+Rows are packed one by one, so any range of rows is a contiguous range of bytes. ZeRO shards and gathers such ranges. A
+row whose length does not fill its last byte is padded with u = 0, and unpacking drops the padding.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from dqt_dist.lowbit.grid import Grid
 
 
 def storage_dtype(grid: Grid) -> torch.dtype:
-    """uint8 for packed fields, int8 where a code fills its byte."""
+    """uint8 for packed fields, int8 where a code fills a byte."""
     return torch.int8 if grid.storage_bits == 8 else torch.uint8
 
 

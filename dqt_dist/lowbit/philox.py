@@ -1,11 +1,12 @@
 """Philox4x32-10: random words as a pure function of a counter and a key.
 
-Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). One call maps a 128-bit counter and a 64-bit key to
-four 32-bit words through ten rounds of two 32x32 -> 64 bit products and a few xors. There is no state: the word for a given
-(counter, key) is the same on every device and in every layout, which is what lets every rank draw exactly its own part.
+Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC 2011). One call maps a 128-bit counter and a 64-bit key
+to four 32-bit words through ten rounds of two 32x32 -> 64 bit products and a few xors. There is no state: the words of
+a given (counter, key) are the same on every device and in every layout. So every rank can draw exactly the words of its
+own shard.
 
-Torch has no unsigned 32-bit product, so words live in int64. A product of two 32-bit words wraps modulo 2^64 exactly as an
-unsigned one does; shifting right by 32 and masking then gives the high word whatever the sign bit says.
+Torch has no unsigned 32-bit product, so words are stored in int64. An int64 product of two 32-bit words has the same 64
+bits as the unsigned product. Shifting right by 32 and masking then gives the high word, whatever the sign bit is.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ WEYL_0 = 0x9E3779B9
 WEYL_1 = 0xBB67AE85
 ROUNDS = 10
 
-# Counters worked on at once on the CPU, so that the int64 temporaries of a round stay in the cache.
-# Chosen by a sweep on 4 M numbers, 2 cores of a Xeon: 2^12 0.36 s, 2^16 0.10 s, everything at once 0.20 s.
+# Counters processed at once on the CPU, so that the int64 temporaries of a round stay in the cache.
+# Chosen by a sweep on 4 M numbers, 2 cores of a Xeon: 2^12 0.36 s, 2^16 0.10 s, all numbers at once 0.20 s.
 CPU_CHUNK = 1 << 16
 
 
@@ -54,5 +55,5 @@ def philox4x32(counter: Sequence[Tensor], key: tuple[int, int]) -> tuple[Tensor,
 
 
 def to_unit_interval(words: Tensor) -> Tensor:
-    """32-bit words to fp32 in [0, 1): the top 24 bits, which fp32 holds exactly, so 1.0 can never appear."""
+    """Maps 32-bit words to fp32 in [0, 1). It uses the top 24 bits, which fp32 holds exactly, so 1.0 never appears."""
     return (words >> 8).to(torch.float32) * 2.0**-24

@@ -1,8 +1,8 @@
-"""Scales: the size of one code, chosen once from the initial weights and then fixed.
+"""Scales: the weight of the code 1, chosen once from the initial weights and then fixed.
 
-A scale belongs to a logical matrix, so its rule needs statistics of the whole matrix while each rank holds a part. Sums are
-taken in fixed point: integer addition is associative, so partial sums may be added in any order and by any collective and
-the scale has the same bits in every layout.
+A scale belongs to a logical matrix, so its rule needs statistics of the whole matrix, while each rank holds a part.
+Sums are taken in fixed point. Integer addition is associative: partial sums may be added in any order and by any
+collective, and the scale has the same bits in every layout.
 
     rule      s                      for
     absmean   mean|W|                ternary (BitNet b1.58, arXiv 2402.17764, eq. 3; also the DQT paper)
@@ -10,8 +10,8 @@ the scale has the same bits in every layout.
     absmax    max|W| / qmax          n bits, nothing clipped
     paper     mean|W| / qmax         the DQT paper's rule, which clips 42 % of a Gaussian; for parity only
 
-With `power_of_two` the scale is rounded to the nearest power of two (in the exponent). Then s * C is exact in bf16 for every
-b <= 8, in fp8 e4m3 for b <= 4, and every export format is lossless.
+With `power_of_two` the scale is rounded to the nearest power of two (in the exponent). Then s * C is exact in bf16 for
+every b <= 8, in fp8 e4m3 for b <= 4, and every export format is lossless.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from torch import Tensor
 from dqt_dist.config import ScaleRule
 from dqt_dist.lowbit.grid import Grid
 
-# BitNet b1.58's floor on mean|W|, in its published weight_quant, against a matrix of zeros: of the layer that trains it and of
-# whatever derives its codes elsewhere.
+# The floor of BitNet b1.58 on mean|W|, from its published weight_quant. It gives a matrix of zeros a scale. The layer
+# that trains and the code that derives codes elsewhere use the same floor.
 BITNET_SCALE_FLOOR = 1e-5
 
-# Resolution of the fixed-point sums relative to `unit`. 2^20 steps a unit and values up to 2^3 units (the normal table ends
-# at 4.32) give squares below 2^26 steps: 2^37 of them fit in an int64, more weights than any matrix has.
+# Resolution of the fixed-point sums relative to `unit`: 2^20 steps per unit. Values up to 2^3 units (the normal table
+# ends at 4.32) have squares below 2^26 steps. An int64 holds the sum of 2^37 such squares, and no matrix has so many
+# weights.
 FIXED_POINT = float(1 << 20)
 
 
 @dataclass
 class WeightStatistics:
-    """Exact partial statistics of a part of a matrix, int64 scalars; add sums and take the maximum to combine parts."""
+    """Exact statistics of a part of a matrix, int64 scalars. `merge` combines the statistics of two parts."""
 
     unit: float
-    """The weight that counts as one: a power-of-two-free reference such as the initial standard deviation."""
+    """The weight that counts as 1, such as the initial standard deviation. It need not be a power of two."""
     count: Tensor
     abs_sum: Tensor
     square_sum: Tensor
@@ -55,7 +56,7 @@ class WeightStatistics:
         return cls(unit, fixed.new_tensor(weights.numel()), fixed.sum(), squares.sum(), largest)
 
     def merge(self, other: WeightStatistics) -> WeightStatistics:
-        """Statistics of both parts together. Raises ValueError when they were taken in different units."""
+        """Statistics of the two parts together. Raises ValueError when the units differ."""
         if self.unit != other.unit:
             raise ValueError(f"cannot add statistics in units of {self.unit} and {other.unit}")
         return WeightStatistics(
@@ -72,7 +73,7 @@ def choose_scale(
 ) -> float:
     """The scale of a matrix from its complete statistics.
 
-    `sigmas` is the k of the sigma rule. Raises ValueError for an all-zero matrix, which has no scale.
+    `sigmas` is k of the sigma rule. Raises ValueError for a matrix of zeros, which has no scale.
     """
     count = int(statistics.count)
     mean_abs = int(statistics.abs_sum) / count / FIXED_POINT * statistics.unit
@@ -88,5 +89,5 @@ def choose_scale(
         raise ValueError("a matrix of zeros has no scale")
     if power_of_two:
         scale = 2.0 ** round(math.log2(scale))
-    # The stored scale is fp32; round here so that every use sees the stored value.
+    # The stored scale is fp32. Rounding here makes every use see the stored value.
     return float(torch.tensor(scale, dtype=torch.float32))

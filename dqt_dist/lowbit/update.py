@@ -1,9 +1,9 @@
-"""The update of Direct Quantized Training (arXiv 2412.04787): a direction lands on the grid by stochastic rounding.
+"""The update of Direct Quantized Training (arXiv 2412.04787): new weights are rounded stochastically onto the grid.
 
     t  = C - (lr / s) * direction - lr * wd * C          the wanted weight in units of one code, fp32
     C' = clamp(floor(t) + [u < t - floor(t)])            u = Philox(ROUND, seed, step, matrix, row, column)
 
-There is no float weight before or after: t lives for one block of rows. A step that is not finite keeps the codes.
+No float weight is stored: t exists for one block of rows at a time. Where t is not finite, the code is kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dqt_dist.lowbit.rounding import round_nearest, round_stochastic
 
 @dataclass(frozen=True)
 class RoundingKey:
-    """Which draws an update takes: with the logical coordinates it fixes every u."""
+    """Which random numbers an update uses. The key and the logical coordinates determine every u."""
 
     seed: int
     step: int
@@ -33,7 +33,7 @@ class RoundingKey:
 def wanted_codes(
     codes: Tensor, direction: Tensor, row_scale: Tensor, learning_rate: float, weight_decay: float
 ) -> Tensor:
-    """t in fp32 for codes and direction [rows, columns], row_scale [rows]."""
+    """t in fp32 [rows, columns], for codes and direction [rows, columns] and row_scale [rows]."""
     wanted = codes.float()
     if weight_decay:
         wanted = wanted * (1.0 - learning_rate * weight_decay)
@@ -41,12 +41,12 @@ def wanted_codes(
 
 
 def round_to_grid(wanted: Tensor, uniforms: Tensor | None, grid: Grid) -> Tensor:
-    """Stochastic rounding with `uniforms`, to nearest without."""
+    """Rounds stochastically with `uniforms`, to nearest without."""
     return round_nearest(wanted, grid) if uniforms is None else round_stochastic(wanted, uniforms, grid)
 
 
 def rounding_words(weight: LowBitMatrix, start: int, stop: int, key: RoundingKey) -> Tensor:
-    """The 32-bit words that rows [start, stop) are rounded with: int64 [stop - start, columns]."""
+    """The 32-bit random words for the rounding of rows [start, stop): int64 [stop - start, columns]."""
     assert weight.layout is not None
     return random_words(Purpose.ROUND, key.seed, key.step, weight.layout, start, stop, weight.codes.device)
 
@@ -62,8 +62,9 @@ def update_rows_reference(
 ) -> Tensor:
     """Updates rows [start, start + len(direction)) of `weight` in place.
 
-    `direction` is fp32 [n, columns]; `words` are the rows' `rounding_words` where the caller has drawn them. Returns int64 [n, 1, 3]
-    of each row, in one part: codes that changed, codes that are now zero, wanted weights that lay outside the grid.
+    `direction` is fp32 [n, columns]. `words` are the `rounding_words` of the rows, where the caller has drawn them
+    already. Returns int64 [n, 1, 3], one part per row: codes that changed, codes that are now zero, wanted weights that
+    lay outside the grid.
     """
     stop = start + direction.shape[0]
     codes = weight.unpack(start, stop)
@@ -74,7 +75,8 @@ def update_rows_reference(
         uniforms = to_unit_interval(rounding_words(weight, start, stop, key) if words is None else words)
     clamped = (wanted < weight.grid.qmin) | (wanted > weight.grid.qmax)
     updated = round_to_grid(wanted, uniforms, weight.grid)
-    # Before the write: codes of 5 to 8 bits are not packed, so `codes` shares the memory that is about to change.
+    # Counted before the write, because codes of 5 to 8 bits are not packed and `codes` shares the memory that is
+    # written.
     counts = torch.stack([(updated != codes).sum(1), (updated == 0).sum(1), clamped.sum(1)], dim=1)[:, None]
     weight.set_codes(updated, start)
     return counts

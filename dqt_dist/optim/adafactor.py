@@ -5,8 +5,9 @@ The second moment of a matrix is kept as its row means r and column means c only
     r = b r + (1 - b) mean over columns (g^2 + eps)      c likewise over rows      b = 1 - t^-decay_rate
     U = g / sqrt(V)            U = U / max(1, RMS(U) / clip_threshold)
 
-Means and the RMS belong to the logical matrix. What a rank sees of a matrix must therefore be summed over the ranks that hold the rest.
-The three phases are pure functions that know nothing of process groups; `AdafactorRule` makes the sums between them.
+The means and the RMS are taken over the whole logical matrix. A rank holds a part of the matrix, so its sums are
+completed by sums over the ranks that hold the other parts. The three phases are pure functions without process groups.
+`AdafactorRule` makes the sums over ranks between the phases.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ from dqt_dist.kernels.low_bit_update import update_rows
 from dqt_dist.optim.owned_rows import OwnedRows, UpdateSettings
 from dqt_dist.parallel.groups import Groups
 
-# Epsilon_1 of the paper, section 6: keeps r and c positive.
+# Epsilon_1 of the paper, section 6. It keeps r and c positive.
 SQUARE_EPSILON = 1e-30
 
 GradientOfRows = Callable[[slice], Tensor]
-"""The clipped fp32 gradient of a range of owned rows."""
+"""Returns the clipped fp32 gradient of a range of owned rows."""
 
 
 def square_sums(gradient: Tensor, row_matrix: Tensor, num_matrices: int) -> tuple[Tensor, Tensor]:
-    """Phase 1: local sums of g^2. Returns rows [rows] over local columns and columns [matrices, columns] over local rows."""
+    """Phase 1: local sums of g^2.
+
+    Returns the sums over local columns, [rows], and the sums over local rows, [matrices, columns].
+    """
     squares = gradient.square().add_(SQUARE_EPSILON)
     column_sums = squares.new_zeros(num_matrices, gradient.shape[1])
     column_sums.index_add_(0, row_matrix, squares)
@@ -38,15 +42,15 @@ def square_sums(gradient: Tensor, row_matrix: Tensor, num_matrices: int) -> tupl
 
 
 def decay_at(step: int, decay_rate: float) -> float:
-    """beta2 of step t >= 1: 0 at the first step, so no bias correction is needed (section 7.2)."""
+    """beta2 of step t >= 1. It is 0 at the first step, so no bias correction is needed (section 7.2)."""
     return 1.0 - step**-decay_rate
 
 
 def factored_direction(gradient: Tensor, row: Tensor, column: Tensor, mean_row: Tensor, row_matrix: Tensor) -> Tensor:
     """Phase 2: U before clipping, fp32 [rows, columns].
 
-    row [rows] and column [matrices, columns] are the averaged means, mean_row [matrices] the mean of `row` over each whole
-    logical matrix, row_matrix [rows] says which matrix a row belongs to.
+    row [rows] and column [matrices, columns] are the moving averages of the means. mean_row [matrices] is the mean of
+    `row` over each whole logical matrix. row_matrix [rows] is the index of the matrix that a row belongs to.
     """
     row_factor = (row / mean_row[row_matrix]).rsqrt()[:, None]
     return gradient * row_factor * column.rsqrt()[row_matrix]
@@ -58,9 +62,10 @@ def clip_by_rms(direction: Tensor, rms: Tensor, row_matrix: Tensor, clip_thresho
 
 
 class AdafactorRule:
-    """Row and column means of the second moment; a first moment only when beta1 is given.
+    """Keeps row and column means of the second moment, and a first moment when beta1 is given.
 
-    Means run over whole logical matrices, so sums are completed over the ranks that share the matrix (`_over_rows`, `_over_columns`).
+    Means are taken over whole logical matrices: `_complete_row_sum` and `_complete_column_sum` add the parts of the
+    other ranks.
     """
 
     def __init__(self, config: OptimizerConfig, groups: Groups, rows_sharded: bool) -> None:
@@ -79,15 +84,16 @@ class AdafactorRule:
             state["exp_avg"] = torch.zeros(num_rows, weight.columns, device=device)
         return state
 
-    def _over_rows(self, total: Tensor, rows: OwnedRows) -> Tensor:
-        """Completes a sum over rows: rows are split over owners, and over TP when columns are not."""
+    def _complete_row_sum(self, total: Tensor, rows: OwnedRows) -> Tensor:
+        """Completes a sum over rows. Rows are split over owners, and over TP ranks where TP does not split columns."""
         if self.row_owners is not None and self.row_owners.size() > 1:
             dist.all_reduce(total, group=self.row_owners)
         if not self._splits_columns(rows) and self.tensor.size() > 1:
             dist.all_reduce(total, group=self.tensor)
         return total
 
-    def _over_columns(self, total: Tensor, rows: OwnedRows) -> Tensor:
+    def _complete_column_sum(self, total: Tensor, rows: OwnedRows) -> Tensor:
+        """Completes a sum over columns, which TP may split."""
         if self._splits_columns(rows) and self.tensor.size() > 1:
             dist.all_reduce(total, group=self.tensor)
         return total
@@ -99,49 +105,51 @@ class AdafactorRule:
         return layout.columns != layout.in_features
 
     def update(self, rows: OwnedRows, mean: Tensor, settings: UpdateSettings) -> Iterator[Tensor]:
-        """Updates moments and codes of the owned rows; yields the counts of each block's rows."""
+        """Updates moments and codes of the owned rows. Yields the counts of the rows of each block."""
         clip = settings.clip
         assert clip is not None, "the config allows fused_backward with AdamW only"
 
-        def clipped(block: slice) -> Tensor:
-            # clip is 0 for a step whose norm is not finite; 0 * inf is nan, which becomes 0.
+        def clipped_gradient(block: slice) -> Tensor:
+            # clip is 0 for a step whose norm is not finite. 0 * inf is nan, which becomes 0.
             return (mean[block].float() * clip).nan_to_num_(nan=0.0)
 
-        # A step that is clipped to nothing must not move codes by its first moment either.
-        moves = clip > 0
+        # A step with clip 0 must not move codes by the first moment either.
+        step_enabled = clip > 0
         decay = self.config.low_bit_weight_decay
-        for block, direction in self.directions(rows, clipped, settings.key.step):
+        for block, direction in self.directions(rows, clipped_gradient, settings.key.step):
             start = rows.start + block.start
-            yield update_rows(rows.weight, direction * moves, start, settings.learning_rate, decay, settings.key)
+            yield update_rows(rows.weight, direction * step_enabled, start, settings.learning_rate, decay, settings.key)
 
     def directions(self, rows: OwnedRows, gradient: GradientOfRows, step: int) -> Iterator[tuple[slice, Tensor]]:
-        """Yields the direction of each block of owned rows, after updating the factored moments of the shard."""
+        """Updates the factored moments of the shard, then yields the direction of each block of owned rows."""
         layout, state, row_matrix = rows.weight.layout, rows.state, rows.row_matrix
         assert layout is not None
         device, num_matrices = row_matrix.device, len(layout.matrices)
         matrix_rows = torch.tensor([float(m.rows) for m in layout.matrices], device=device)
         row_sums = torch.zeros(rows.stop - rows.start, device=device)
         column_sums = torch.zeros(num_matrices, layout.columns, device=device)
-        for block in rows.chunks():
-            row_sums[block], of_block = square_sums(gradient(block), row_matrix[block], num_matrices)
-            column_sums += of_block
-        weight = 1 - decay_at(step, self.config.adafactor_decay_rate)
-        state["row_mean"].lerp_(self._over_columns(row_sums, rows) / layout.in_features, weight)
-        state["column_mean"].lerp_(self._over_rows(column_sums, rows) / matrix_rows[:, None], weight)
+        for block in rows.row_blocks():
+            row_sums[block], block_column_sums = square_sums(gradient(block), row_matrix[block], num_matrices)
+            column_sums += block_column_sums
+        new_share = 1 - decay_at(step, self.config.adafactor_decay_rate)
+        state["row_mean"].lerp_(self._complete_column_sum(row_sums, rows) / layout.in_features, new_share)
+        state["column_mean"].lerp_(self._complete_row_sum(column_sums, rows) / matrix_rows[:, None], new_share)
         mean_row = torch.zeros(num_matrices, device=device).index_add_(0, row_matrix, state["row_mean"])
-        mean_row = self._over_rows(mean_row, rows) / matrix_rows
+        mean_row = self._complete_row_sum(mean_row, rows) / matrix_rows
 
-        def unclipped(block: slice) -> Tensor:
+        def unclipped_direction(block: slice) -> Tensor:
             factors = (state["row_mean"][block], state["column_mean"], mean_row, row_matrix[block])
             return factored_direction(gradient(block), *factors)
 
         squares = torch.zeros(num_matrices, device=device)
-        for block in rows.chunks():
-            squares.index_add_(0, row_matrix[block], unclipped(block).square().sum(dim=1))
-        squares = self._over_columns(self._over_rows(squares, rows), rows)
+        for block in rows.row_blocks():
+            squares.index_add_(0, row_matrix[block], unclipped_direction(block).square().sum(dim=1))
+        squares = self._complete_column_sum(self._complete_row_sum(squares, rows), rows)
         rms = (squares / (matrix_rows * layout.in_features)).sqrt()
-        for block in rows.chunks():
-            direction = clip_by_rms(unclipped(block), rms, row_matrix[block], self.config.adafactor_clip_threshold)
+        for block in rows.row_blocks():
+            direction = clip_by_rms(
+                unclipped_direction(block), rms, row_matrix[block], self.config.adafactor_clip_threshold
+            )
             if self.config.beta1:
                 direction = state["exp_avg"][block].lerp_(direction, 1 - self.config.beta1)
             yield block, direction

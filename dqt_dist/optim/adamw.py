@@ -154,7 +154,7 @@ class AdamWRule:
     def update(self, rows: OwnedRows, mean: Tensor, settings: UpdateSettings) -> Iterator[Tensor]:
         """Updates moments and codes of the owned rows; yields the counts of each block's rows."""
         device = rows.weight.codes.device
-        for block in rows.chunks(whole=device.type == "cuda" and not self.offload):
+        for block in rows.row_blocks(whole=device.type == "cuda" and not self.offload):
             kept = {name: tensor[block] for name, tensor in rows.state.items()}
             # The kept tensors themselves, unless they are offloaded.
             moments = {name: tensor.to(device, non_blocking=True) for name, tensor in kept.items()}

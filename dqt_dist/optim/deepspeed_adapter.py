@@ -1,23 +1,23 @@
-"""Everything this project reads of DeepSpeed's insides, behind one small class.
+"""The only file that uses internals of DeepSpeed; the rest of the project uses the class `HighPrecisionOptimizer`.
 
-DeepSpeed keeps fp32 masters and AdamW's moments of the high-precision parameters and divides them over the data-parallel ranks. The rest
-of this project needs five things of that, the same five in every ZeRO stage (`HighPrecisionOptimizer`):
+DeepSpeed keeps fp32 masters and AdamW's moments of the high-precision parameters, and divides masters and moments over
+the data-parallel ranks. The rest of this project needs five things, the same five in every ZeRO stage:
 
     shards                 which elements of which parameter this rank updates, and where their masters lie
     moments                the optimizer state of a shard
-    put_gradients          where reduced gradients go
-    step                   one AdamW step of all masters, and the parameters made of them
-    refresh_parameters     the parameters made of masters that were loaded
+    put_gradients          takes the reduced gradients
+    step                   one AdamW step of all masters; the parameters are set from the new masters
+    refresh_parameters     sets the parameters from masters that were loaded
 
 Where DeepSpeed keeps the fp32 master of a parameter:
 
     stage 0, fp32    the parameter itself
     stage 0, bf16    an fp32 copy of each parameter
-    stage 1 and 2    all parameters of a group, flattened one after the other, cut into D equal pieces: a rank owns one
-    stage 3          each parameter, flattened, cut into D equal pieces; a rank's pieces of a group lie one after the other
+    stage 1 and 2    all parameters of a group, flattened one after the other, cut into D equal pieces, one per rank
+    stage 3          each parameter, flattened, cut into D equal pieces; the pieces of a rank follow each other
 
-DeepSpeed reduces no gradient here (`gradient_reducer.py`). `INTERNALS` names each inner attribute that is used; a DeepSpeed without one of
-them is refused with a sentence, and a test compares the list with this file.
+DeepSpeed reduces no gradient here (`gradient_reducer.py` does). `INTERNALS` names each internal attribute that is used.
+A DeepSpeed that lacks one of the attributes is refused with a message. A test compares the list with this file.
 """
 
 from __future__ import annotations
@@ -55,20 +55,20 @@ _STAGE_3 = (
     "_get_norm_groups",
 )
 INTERNALS: dict[int, tuple[str, ...]] = {0: (), 1: _STAGE_1_AND_2, 2: _STAGE_1_AND_2, 3: _STAGE_3}
-"""Inner attributes of DeepSpeed's optimizer that each ZeRO stage needs."""
+"""Internal attributes of DeepSpeed's optimizer that each ZeRO stage needs."""
 
 PARAMETER_INTERNALS: dict[int, tuple[str, ...]] = {0: (), 1: ("_hp_mapping",), 2: ("_hp_mapping",), 3: ("ds_numel",)}
-"""Attributes that DeepSpeed hangs on each parameter."""
+"""Attributes that DeepSpeed sets on each parameter."""
 
 BF16_STAGE_0_INTERNALS = ("fp16_groups", "fp32_groups")
-"""Of the optimizer of stage 0 under bf16; under fp32 that optimizer is torch's own."""
+"""Internal attributes of the optimizer of stage 0 in bf16. In fp32 this optimizer is torch's own."""
 
 ENGINE_INTERNALS = ("enable_backward_allreduce", "optimizer")
-"""Attributes of the engine that are written to."""
+"""Attributes of the engine that this file writes to."""
 
 
 def require_internals(holder: Any, names: tuple[str, ...]) -> None:
-    """Raises RunError when `holder`, an object of DeepSpeed's, lacks one of `names`."""
+    """Raises RunError when `holder`, an object of DeepSpeed, lacks one of the attributes `names`."""
     missing = [name for name in names if not hasattr(holder, name)]
     if missing:
         raise RunError(
@@ -82,27 +82,27 @@ def require_internals(holder: Any, names: tuple[str, ...]) -> None:
 
 @dataclass
 class MasterShard:
-    """The fp32 values of one parameter that this rank updates."""
+    """The part of one parameter's fp32 master that this rank updates."""
 
     parameter: Parameter
     bounds: Bounds
-    """Elements of the flattened parameter that each data-parallel rank owns; all of them in stage 0."""
+    """[start, stop) of the elements of the flattened parameter that each data-parallel rank owns."""
     start: int
     """First element that this rank owns."""
     numel: int
-    """How many elements this rank owns, possibly none."""
+    """Number of elements that this rank owns, possibly 0."""
     master: Tensor | None
-    """The tensor that torch's optimizer updates, of this parameter or of several; None when nothing is owned."""
+    """The tensor that torch's optimizer updates. It may hold several parameters. None when the rank owns nothing."""
     offset: int
     """Where the owned elements begin in the flattened master."""
 
     def view(self, like_master: Tensor) -> Tensor:
-        """The owned elements, flat, of a tensor shaped like the master (the master itself, a moment, a gradient)."""
+        """The owned elements, flat, of a tensor of the master's shape (the master itself, a moment, a gradient)."""
         return like_master.view(-1).narrow(0, self.offset, self.numel)
 
 
 class HighPrecisionOptimizer:
-    """DeepSpeed's optimizer of the high-precision parameters; a subclass per way of keeping masters."""
+    """DeepSpeed's optimizer of the high-precision parameters. A subclass per way of keeping masters."""
 
     def __init__(
         self,
@@ -112,18 +112,21 @@ class HighPrecisionOptimizer:
         config: Config,
         groups: Groups,
     ) -> None:
-        """A collective call over the data-parallel ranks. `inner` is what deepspeed.initialize made of `torch_optimizer`."""
+        """A collective call over the data-parallel ranks.
+
+        `inner` is DeepSpeed's optimizer, which deepspeed.initialize has made of `torch_optimizer`.
+        """
         self.inner, self.torch_optimizer, self.group = inner, torch_optimizer, groups.data
         require_internals(inner, INTERNALS[config.zero_stage])
         for parameter in parameters:
             require_internals(parameter.tensor, PARAMETER_INTERNALS[config.zero_stage])
         self.shards = list(self._locate(parameters))
         """One per parameter, in the order of `parameters`."""
-        _share_bounds(self.shards, self.group)
+        _exchange_bounds(self.shards, self.group)
         self._create_moments()
         masters = self.masters
         self.device = masters[0].device if masters else groups.device
-        """Where masters live: the host's memory with offload_optimizer."""
+        """Where masters lie: in the host's memory with offload_optimizer."""
         self._take_over_gradients()
 
     @property
@@ -132,21 +135,27 @@ class HighPrecisionOptimizer:
         return list({id(shard.master): shard.master for shard in self.shards if shard.master is not None}.values())
 
     def moments(self, shard: MasterShard) -> dict[str, Tensor]:
-        """AdamW's state of the tensor that holds the master of `shard`, which must own something."""
+        """AdamW's state of the tensor that holds the master of `shard`. The shard must own at least one element."""
         return {name: value for name, value in self.torch_optimizer.state[shard.master].items() if name != "step"}
 
     def set_step(self, step: int) -> None:
-        """Sets AdamW's count of steps, after moments were loaded."""
+        """Sets AdamW's step count, after moments were loaded."""
         for value in self.torch_optimizer.state.values():
             value["step"].fill_(float(step))
 
-    def set_learning_rates(self, multiplier: float, moves: Tensor) -> None:
-        """Each group's peak rate times `multiplier`, and times `moves`, 0-dim on `device`: 1, or 0 for a step that must move nothing."""
+    def set_learning_rates(self, multiplier: float, step_enabled: Tensor) -> None:
+        """Sets each group's rate to peak rate * `multiplier` * `step_enabled`.
+
+        `step_enabled` is 0-dim on `device`: 1, or 0 for a step that must change no weight.
+        """
         for group in self.torch_optimizer.param_groups:
-            group["lr"] = group["peak_learning_rate"] * multiplier * moves
+            group["lr"] = group["peak_learning_rate"] * multiplier * step_enabled
 
     def put_gradients(self, gradients: list[Tensor], clip: Tensor) -> None:
-        """Takes the gradient of the owned elements of each shard, flat, in the order of the shards; times `clip`, in fp32."""
+        """Gives gradients, multiplied by `clip` in fp32, to the torch optimizer.
+
+        `gradients` has one flat tensor per shard, in the order of `shards`: the gradient of the owned elements.
+        """
         flat: dict[int, Tensor] = {}
         for shard, gradient in zip(self.shards, gradients, strict=True):
             if shard.master is None:
@@ -155,22 +164,23 @@ class HighPrecisionOptimizer:
                 flat[id(shard.master)] = gradient.new_zeros(shard.master.numel(), dtype=torch.float32)
             shard.view(flat[id(shard.master)]).copy_(gradient)
         for gradient in flat.values():
-            # clip is 0 for a step whose norm is not finite; 0 * inf is nan, which becomes 0.
+            # clip is 0 for a step whose norm is not finite. 0 * inf is nan, which becomes 0.
             gradient.mul_(clip).nan_to_num_(nan=0.0)
         self._put(flat, gradients[0].device)
 
     def step(self) -> None:
-        """One step of all masters with the gradients that were put; the parameters follow."""
+        """One AdamW step of all masters with the gradients of `put_gradients`. Sets parameters from masters."""
         self.inner.step()
 
     def zero_grad(self) -> None:
         self.inner.zero_grad()
 
     def refresh_parameters(self) -> None:
-        """Copies masters into the parameters the model computes with, after masters were loaded. A collective call."""
+        """Copies masters, after a load, into the parameters that the model computes with. A collective call."""
         raise NotImplementedError
 
     def _locate(self, parameters: list[Parameter]) -> Iterator[MasterShard]:
+        """Finds the master of each parameter. `bounds` are filled later."""
         raise NotImplementedError
 
     def _take_over_gradients(self) -> None:
@@ -178,13 +188,14 @@ class HighPrecisionOptimizer:
         raise NotImplementedError
 
     def _put(self, flat: dict[int, Tensor], device: torch.device) -> None:
-        """Puts gradients, flat by id of their master, where the torch optimizer will look for them."""
+        """Puts gradients where the torch optimizer reads them. `flat` has a flat gradient per id of a master."""
         raise NotImplementedError
 
     def _create_moments(self) -> None:
-        """Makes AdamW's state now instead of at its first step, so that a checkpoint can be loaded into it.
+        """Makes AdamW's state before its first step, so that a checkpoint can be loaded into the state.
 
-        DeepSpeed's bf16 optimizer without ZeRO has made a step on zero gradients when it was built: that does not count.
+        DeepSpeed's bf16 optimizer without ZeRO makes a step on zero gradients when it is built. The new state here has
+        step count 0, so the step on zero gradients leaves no trace.
         """
         for master in self.masters:
             self.torch_optimizer.state[master] = {
@@ -209,17 +220,17 @@ class Stage0(HighPrecisionOptimizer):
             yield MasterShard(parameter, [], 0, numel, masters.get(id(parameter.tensor), parameter.tensor), 0)
 
     def _take_over_gradients(self) -> None:
-        self._waiting: dict[int, Tensor] = {}
+        self._gradients: dict[int, Tensor] = {}
         self.torch_optimizer.register_step_pre_hook(self._set_gradients)
 
     def _put(self, flat: dict[int, Tensor], device: torch.device) -> None:
-        self._waiting = flat
+        self._gradients = flat
 
     def _set_gradients(self, torch_optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Pre-step hook of the torch optimizer: DeepSpeed's bf16 optimizer puts gradients of its own there before."""
+        """Pre-step hook of the torch optimizer. It overwrites the gradients that DeepSpeed's bf16 optimizer has set."""
         for group in torch_optimizer.param_groups:
             for parameter in group["params"]:
-                gradient = self._waiting.pop(id(parameter), None)
+                gradient = self._gradients.pop(id(parameter), None)
                 if gradient is not None:
                     parameter.grad = gradient.view_as(parameter)
 
@@ -231,10 +242,10 @@ class Stage0(HighPrecisionOptimizer):
 
 
 class _Partitioned(HighPrecisionOptimizer):
-    """What stages 1 to 3 share: one flat master per group."""
+    """What stages 1 to 3 have in common: one flat master per group."""
 
     def _held_masters(self) -> list[Tensor]:
-        """Flat masters in DeepSpeed's order, those that hold nothing but padding too."""
+        """Flat masters in DeepSpeed's order, including masters that hold only padding."""
         raise NotImplementedError
 
     def _take_over_gradients(self) -> None:
@@ -245,7 +256,7 @@ class _Partitioned(HighPrecisionOptimizer):
     def _put(self, flat: dict[int, Tensor], device: torch.device) -> None:
         for index, master in enumerate(self._held_masters()):
             gradient = flat.get(id(master))
-            if gradient is None:  # nothing but padding
+            if gradient is None:  # the master holds only padding
                 gradient = torch.zeros(master.numel(), device=device)
             if master.grad is not None:  # with offload_optimizer DeepSpeed holds a buffer on the host
                 master.grad.copy_(gradient)
@@ -254,7 +265,7 @@ class _Partitioned(HighPrecisionOptimizer):
 
 
 class Stage1And2(_Partitioned):
-    """All parameters of a group flattened together; each rank owns an equal piece."""
+    """All parameters of a group flattened together. Each rank owns an equal piece of the whole."""
 
     def _locate(self, parameters: list[Parameter]) -> Iterator[MasterShard]:
         for parameter in parameters:
@@ -263,8 +274,8 @@ class Stage1And2(_Partitioned):
                 yield MasterShard(parameter, [], 0, 0, None, 0)
                 continue
             master = self.inner.single_partition_of_fp32_groups[mapping.param_group_index]
-            owned, place = mapping.lp_fragment_address, mapping.hp_fragment_address
-            yield MasterShard(parameter, [], owned.start, owned.numel, master, place.start)
+            in_parameter, in_master = mapping.lp_fragment_address, mapping.hp_fragment_address
+            yield MasterShard(parameter, [], in_parameter.start, in_parameter.numel, master, in_master.start)
 
     def _held_masters(self) -> list[Tensor]:
         return self.inner.single_partition_of_fp32_groups
@@ -275,7 +286,7 @@ class Stage1And2(_Partitioned):
 
 
 class Stage3(_Partitioned):
-    """Each parameter flattened by itself; each rank owns an equal piece of each."""
+    """Each parameter flattened by itself. Each rank owns an equal piece of each parameter."""
 
     def _locate(self, parameters: list[Parameter]) -> Iterator[MasterShard]:
         for parameter in parameters:
@@ -290,10 +301,10 @@ class Stage3(_Partitioned):
 
     def _take_over_gradients(self) -> None:
         super()._take_over_gradients()
-        # Memory for gradients that never come.
+        # Memory for gradients that DeepSpeed does not get.
         self.inner.grad_partitions_flat_buffer = None
         self.inner._DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition.clear()
-        # DeepSpeed's own norm is a pass over all gradients and a wait for the device, for a number nobody reads.
+        # DeepSpeed's own norm costs a pass over all gradients and a wait for the device, and is not used.
         self.inner._get_norm_groups = lambda: [0.0]
 
     @torch.no_grad()
@@ -306,17 +317,25 @@ class Stage3(_Partitioned):
             inner.persistent_parameters[0].all_gather(inner.persistent_parameters)
 
 
-OF_STAGE: dict[int, type[HighPrecisionOptimizer]] = {0: Stage0, 1: Stage1And2, 2: Stage1And2, 3: Stage3}
+HIGH_PRECISION_OPTIMIZERS: dict[int, type[HighPrecisionOptimizer]] = {
+    0: Stage0,
+    1: Stage1And2,
+    2: Stage1And2,
+    3: Stage3,
+}
 
 
-def _share_bounds(shards: list[MasterShard], group: Group) -> None:
-    """Tells every rank what each one owns. Ranks that own nothing get an empty piece where the piece before theirs ends."""
-    mine = torch.tensor([[shard.start, shard.numel] for shard in shards])
-    everybody: list[Any] = [None] * group.size()
-    dist.all_gather_object(everybody, mine, group=group)
+def _exchange_bounds(shards: list[MasterShard], group: Group) -> None:
+    """Fills `bounds` of each shard with what every rank owns.
+
+    A rank that owns nothing gets an empty range at the end of the range of the rank before.
+    """
+    own_ranges = torch.tensor([[shard.start, shard.numel] for shard in shards])
+    ranges_per_rank: list[Any] = [None] * group.size()
+    dist.all_gather_object(ranges_per_rank, own_ranges, group=group)
     for index, shard in enumerate(shards):
         stop = 0
-        for start, numel in (owned[index].tolist() for owned in everybody):
+        for start, numel in (ranges[index].tolist() for ranges in ranges_per_rank):
             first = start if numel else stop
             stop = first + numel
             shard.bounds.append((first, stop))
@@ -333,33 +352,34 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "train_batch_size": training.global_batch_size,
         "train_micro_batch_size_per_gpu": training.micro_batch_size,
         "gradient_accumulation_steps": process_grid(config, world_size).num_microbatches,
-        # Megatron's schedule runs the micro-batches; engine.step() is the boundary.
+        # Megatron's schedule runs the micro-batches. engine.step() is called once per optimizer step.
         "managed_gradient_accumulation": False,
         "gradient_clipping": 0.0,
-        # Gradients come to DeepSpeed finite; DeepSpeed's own check would wait for the device in every step.
+        # Gradients given to DeepSpeed are finite. DeepSpeed's own check would wait for the device in every step.
         "bf16": {"enabled": config.quantization.dtype == "bf16", "check_grad_overflow": False},
-        # torch's AdamW also updates what is offloaded to the host.
+        # torch's AdamW also updates masters that are offloaded to the host.
         "zero_force_ds_cpu_optimizer": False,
     }
     settings.setdefault("zero_allow_untested_optimizer", True)
     settings.setdefault("steps_per_print", None)
-    # DeepSpeed's measurement of throughput waits for the device at the beginning and the end of each step; ours is in the training loop.
+    # DeepSpeed's measurement of throughput waits for the device at the beginning and the end of each step. The training
+    # loop measures throughput.
     settings.setdefault("timers", {"throughput": {"enabled": False}})
     zero = settings.setdefault("zero_optimization", {})
     zero.setdefault("stage", config.zero_stage)
-    # Buffers for a reduction that is not DeepSpeed's: a GB in stage 3 if left alone.
+    # Buffers for DeepSpeed's reduction, which is not used. In stage 3 they would take a GB.
     zero["contiguous_gradients"] = False
     if config.zero_stage in (1, 2):
         zero["overlap_comm"] = False
-        zero["compute_grad_norm"] = False  # the norm is ours
+        zero["compute_grad_norm"] = False  # CombinedOptimizer computes the norm
         if config.offloads_optimizer:
-            # DeepSpeed insists on a norm of its own there: a pass over the gradients, unused.
+            # With offload_optimizer DeepSpeed requires its own norm: an unused pass over the gradients.
             del zero["compute_grad_norm"]
     return settings
 
 
 class ModelParallelUnit:
-    """The `mpu` DeepSpeed asks for: groups, sizes and ranks by method name."""
+    """The `mpu` object that DeepSpeed asks for groups, sizes and ranks."""
 
     def __init__(self, groups: Groups) -> None:
         self.groups = groups
@@ -402,14 +422,15 @@ class ModelParallelUnit:
 
 
 def initialize_engine(module: nn.Module, torch_optimizer: torch.optim.AdamW, config: Config, groups: Groups) -> Any:
-    """deepspeed.initialize over the parameters of `module` that `torch_optimizer` has, with reductions switched off."""
+    """Calls deepspeed.initialize for the parameters in `torch_optimizer`, and turns DeepSpeed's reductions off."""
     import deepspeed
     from deepspeed.utils import logger
 
-    # DeepSpeed reports memory and choices at level INFO while building; warnings stay.
+    # DeepSpeed reports memory and choices at level INFO while building. Warnings stay.
     logger.setLevel(logging.WARNING)
-    # DeepSpeed would compile a shared-memory collective with ninja at first use on a CPU; gloo does without, and a build
-    # that was killed leaves a lock that hangs every later run.
+    # At first use on a CPU DeepSpeed would compile a shared-memory collective with ninja. gloo does not need the
+    # collective, and a build that was killed leaves a lock that hangs every later run. So the collective is marked as
+    # not available.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(
         dist_backend="nccl" if groups.device.type == "cuda" else "gloo", dist_init_required=False
@@ -422,6 +443,6 @@ def initialize_engine(module: nn.Module, torch_optimizer: torch.optim.AdamW, con
         dist_init_required=False,
     )
     require_internals(engine, ENGINE_INTERNALS)
-    # Stages 0 and 1 would reduce at the boundary; see gradient_reducer.py.
+    # Stages 0 and 1 would reduce in engine.step(). gradient_reducer.py reduces instead.
     engine.enable_backward_allreduce = False
     return engine

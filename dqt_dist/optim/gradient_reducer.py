@@ -1,20 +1,22 @@
-"""Takes gradients from this rank's backward passes to the ranks that own pieces of them.
+"""Reduces gradients: from the backward passes of this rank to the ranks that own pieces of the gradients.
 
     backward of micro-batch m  ->  local sum over micro-batches  ->  mean over data-parallel ranks, at the owner
 
-There is one way for codes and ordinary parameters (`lowbit/gradient_buffer.py` has the states of a gradient). The second arrow is
-taken at one of three times (`ReduceWhen`):
+Codes and ordinary parameters take the same path (`lowbit/gradient_buffer.py` has the states of a gradient).
+`ReduceWhen` says when the second arrow is taken:
 
     END_OF_STEP      ZeRO stages 0 and 1: weight after weight, after the backward passes
-    LAST_BACKWARD    ZeRO stages 2 and 3: in the backward pass of the last micro-batch, as soon as a gradient is complete. The exchange
-                     runs beside the backward of the layers below. The whole gradient is freed as soon as it has been sent.
-                     optimizer.fused_backward: the same for low-bit matrices in every stage; their consumer gets the mean at once.
+    LAST_BACKWARD    ZeRO stages 2 and 3: in the backward pass of the last micro-batch, as soon as a gradient is
+                     complete. The exchange overlaps with the backward of the layers below. The whole gradient is freed
+                     as soon as it has been sent. optimizer.fused_backward: low-bit matrices do the same in every stage,
+                     and the consumer gets the mean at once.
     EVERY_BACKWARD   optimizer.gradient_reduction = "micro_batch", in every stage
 
-An element is first added up over micro-batches on its rank, then over ranks in rank order by its owner (`parallel/row_sharding.py`).
-With EVERY_BACKWARD the order of the two sums is the other way round. All four ZeRO stages therefore give the same bits. DeepSpeed
-reduces nothing: DeepSpeed's sums follow the backend's algorithm and the sizes of buckets, and divide before or after the sum depending
-on the stage, so stages would differ.
+An element is first summed over micro-batches by each rank, then over ranks in rank order by its owner
+(`parallel/row_sharding.py`). With EVERY_BACKWARD the two sums change places. The order of the sums does not depend on
+the ZeRO stage, so all four stages give the same bits. DeepSpeed reduces no gradient. The order of DeepSpeed's sums
+depends on the backend's algorithm and on bucket sizes, and DeepSpeed divides before or after the sum depending on the
+stage: stages would differ.
 """
 
 from __future__ import annotations
@@ -31,7 +33,8 @@ from dqt_dist.lowbit.gradient_buffer import GradientBuffer, GradientState, Reduc
 from dqt_dist.parallel.groups import Group
 from dqt_dist.parallel.row_sharding import Bounds, PendingSum, start_gather, start_sum
 
-# Exchanges under way at once: one travels while the next weight's gradient is computed. Each holds its gradient twice.
+# Exchanges in flight at once. One exchange runs while the gradient of the next weight is computed. Each exchange holds
+# its gradient twice.
 MAX_IN_FLIGHT = 2
 
 
@@ -43,7 +46,7 @@ def reduce_when(config: Config) -> ReduceWhen:
 
 
 class GradientReducer:
-    """Reduces each registered buffer when its time has come; after `finish` all of them are reduced."""
+    """Reduces each registered buffer at the time its `reduce_when` says. `finish` reduces the buffers that are left."""
 
     def __init__(self, group: Group, num_micro_batches: int) -> None:
         self.group, self.num_micro_batches = group, num_micro_batches
@@ -59,9 +62,9 @@ class GradientReducer:
         on_every_rank: bool,
         consumer: Callable[[Tensor], None] | None = None,
     ) -> None:
-        """Registers a buffer, in the same order on every rank; the arguments are fields of `GradientBuffer`.
+        """Registers a buffer, in the same order on every rank. The arguments are fields of `GradientBuffer`.
 
-        A consumer is called in a backward pass, so END_OF_STEP becomes LAST_BACKWARD for a buffer that has one.
+        A consumer is called in a backward pass, so END_OF_STEP becomes LAST_BACKWARD for a buffer with a consumer.
         """
         if consumer is not None and when is ReduceWhen.END_OF_STEP:
             when = ReduceWhen.LAST_BACKWARD
@@ -72,7 +75,7 @@ class GradientReducer:
 
     @torch.no_grad()
     def micro_batch_added(self, buffer: GradientBuffer) -> None:
-        """Called by a buffer when a backward pass has added to it."""
+        """Called by a buffer after a backward pass has added to the buffer."""
         complete = buffer.micro_batches == self.num_micro_batches
         if buffer.reduce_when is ReduceWhen.EVERY_BACKWARD or (
             buffer.reduce_when is ReduceWhen.LAST_BACKWARD and complete
@@ -81,7 +84,7 @@ class GradientReducer:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Reduces what is left. Afterwards every buffer is in TAKE, or its mean was consumed.
+        """Reduces what the backward passes have not reduced. Then every buffer is in TAKE, or its mean was consumed.
 
         Raises RuntimeError for a gradient that did not come from every micro-batch.
         """
@@ -101,10 +104,11 @@ class GradientReducer:
                 buffer.mean = self._gather(buffer, buffer.mean)
 
     def square_norm(self, buffers: list[GradientBuffer]) -> Tensor:
-        """Sum of squares over `buffers` of the elements that this data-parallel rank alone counts, fp64 scalar.
+        """Sum of squares over the elements of `buffers` that this data-parallel rank counts, fp64 scalar.
 
-        In fp64 the way in which elements are divided over ranks moves the sum by 1e-16 of itself. The fp32 norm and the clip factor made
-        of this sum are then the same in every ZeRO stage but for about one step in 10^8.
+        Each element is counted by one data-parallel rank. In fp64 the division of the elements over ranks changes the
+        sum by 1e-16 of its value. The fp32 norm and the clip factor made of this sum are then the same in every ZeRO
+        stage, except for about one step in 10^8.
         """
         counted = [buffer for buffer in buffers if not buffer.on_every_rank or self.group.rank() == 0]
         sums = [buffer.square_sum if buffer.mean is None else square_sum(buffer.mean) for buffer in counted]
@@ -112,8 +116,8 @@ class GradientReducer:
         return torch.cat(sums).sum() if sums else torch.zeros((), dtype=torch.float64)
 
     def _start(self, buffer: GradientBuffer) -> None:
-        """Sends this rank's sum to the owners."""
-        while buffer.state is GradientState.REDUCE:  # an earlier micro-batch is still under way
+        """Starts to send this rank's sum to the owners."""
+        while buffer.state is GradientState.REDUCE:  # an earlier micro-batch is still in flight
             self._finish_oldest()
         local = buffer.send()
         if self.group.size() == 1:
@@ -129,7 +133,7 @@ class GradientReducer:
         self._deliver(buffer, pending.finish().view(-1, buffer.columns))
 
     def _deliver(self, buffer: GradientBuffer, mean: Tensor) -> None:
-        """Gives the mean of the owned rows to the buffer, and from there to its consumer if there is one."""
+        """Gives the mean of the owned rows to the buffer, and to the buffer's consumer if there is one."""
         buffer.receive(mean)
         if buffer.consumer is None:
             return

@@ -1,24 +1,30 @@
-"""The rounding optimizer: gradients to their owners, update, packed codes to everybody.
+"""The optimizer of the low-bit weights: gradient rows go to their owners, owners update, packed codes go to all ranks.
 
-A low-bit shard is divided by ROWS over the data-parallel group. dW leaves its product row-major and packed rows are contiguous bytes,
-so neither direction needs a flat copy. Rows need not divide evenly. D ranks, rank r owns rows [start_r, stop_r):
+A low-bit shard is divided by ROWS over the data-parallel group. dW is row-major and packed rows are contiguous bytes,
+so neither direction needs a flat copy. Rows need not divide evenly. There are D ranks, and rank r owns rows [start_r,
+stop_r):
 
-    stage 0   every rank owns every row; all get the mean gradient and compute the same update from the same draws
-    stage 1   a rank owns its rows: gradient rows go to their owner, the owner updates, PACKED codes are all-gathered
-    stage 2   the same, and gradient rows leave during the backward pass
-    stage 3   codes of owned rows only; the packed codes are gathered just before use (parallel/code_shards.py)
+    stage 0   every rank owns every row; all ranks get the mean gradient and compute the same update from the same draws
+    stage 1   a rank owns some rows: gradient rows go to their owner, the owner updates, PACKED codes are all-gathered
+    stage 2   as stage 1, and gradient rows leave during the backward pass
+    stage 3   a rank holds the codes of owned rows only; packed codes are gathered before use (parallel/code_shards.py)
 
-The owner of a row takes the mean in rank order in every stage (gradient_reducer.py), so all stages give the same bits. Moments exist for
-owned rows only, on the device or, with deepspeed.zero_optimization.offload_optimizer, in pinned memory of the host.
+In every stage the owner of a row takes the mean in rank order (gradient_reducer.py), so all stages give the same bits.
+Moments exist for owned rows only. They lie on the device or, with deepspeed.zero_optimization.offload_optimizer, in
+pinned memory of the host.
 
-The class sequences phases; the update itself is a rule of `adamw.py` or `adafactor.py`:
+The class sequences the phases of a step. The update itself is a rule of `adamw.py` or `adafactor.py`:
 
-    Phase 1 GradientReducer.finish   Phase 2 square_norm, clip (the caller's)   Phase 3 update   Phase 4 gather_codes
+    Phase 1 reduce           GradientReducer.finish, called by CombinedOptimizer
+    Phase 2 norm and clip    GradientReducer.square_norm, called by CombinedOptimizer
+    Phase 3 update           `update`
+    Phase 4 gather           `gather_codes`
 
-With optimizer.fused_backward phase 3 comes first and in pieces. The reducer hands over the mean of a matrix's gradient while the backward
-pass is under way, the matrix is updated at once with the same step number, rate and draws, and the gradient is freed. Nobody needs the
-codes of that matrix any more in this step, because a linear's backward takes dx before dW. There is no clip factor then, as the norm is
-not known yet; elements that are not finite count as zero (`adamw_update_rows`).
+With optimizer.fused_backward phase 3 runs during the backward pass, one matrix at a time. The reducer hands over the
+mean gradient of a matrix, the matrix is updated at once with the same step number, rate and draws, and the gradient is
+freed. This is safe because the backward of a linear computes dx before dW: nothing later in the step reads the codes of
+the matrix. The norm is not known yet, so there is no clip factor, and elements that are not finite count as zero
+(`adamw_update_rows`).
 """
 
 from __future__ import annotations
@@ -48,7 +54,7 @@ class LowBitOptimizer:
     """Owns the moments and the update of every low-bit shard of this rank."""
 
     rates: StepRates
-    """Of the step under way; `begin_step` sets them."""
+    """Learning rates of the current step. `begin_step` sets them."""
 
     def __init__(
         self,
@@ -59,7 +65,7 @@ class LowBitOptimizer:
     ) -> None:
         self.config, self.group = config, groups.data
         self.stage = config.zero_stage
-        self.used = config.quantization.method == "dqt"
+        self.enabled = config.quantization.method == "dqt"
         self.grid = make_grid(config.quantization.bits)
         optimizer = config.optimizer
         self.rule = (
@@ -67,19 +73,21 @@ class LowBitOptimizer:
             if optimizer.name == "adamw"
             else AdafactorRule(optimizer, groups, rows_sharded=self.sharded)
         )
-        self.rows = [self._own(index, weight, reducer) for index, weight in enumerate(weights)]
+        self.rows = [self._register(index, weight, reducer) for index, weight in enumerate(weights)]
         self.gatherer = CodeGatherer(weights, self.group) if self.stage == 3 and self.group.size() > 1 else None
 
     @property
     def sharded(self) -> bool:
-        """Whether a rank updates some rows only."""
+        """Whether the rows of a shard are divided over the data-parallel ranks."""
         return self.stage >= 1
 
     @property
     def gradients(self) -> list[GradientBuffer]:
+        """One buffer per low-bit shard."""
         return [rows.gradient for rows in self.rows]
 
-    def _own(self, index: int, weight: LowBitMatrix, reducer: GradientReducer) -> OwnedRows:
+    def _register(self, index: int, weight: LowBitMatrix, reducer: GradientReducer) -> OwnedRows:
+        """Creates the state of the rows that this rank owns, and registers the gradient with the reducer."""
         assert weight.layout is not None
         bounds = row_bounds(weight.rows, self.group.size())
         rows = OwnedRows(weight, *(bounds[self.group.rank()] if self.sharded else (0, weight.rows)))
@@ -95,20 +103,20 @@ class LowBitOptimizer:
         return rows
 
     def begin_step(self, rates: StepRates) -> None:
-        """Before the first backward pass of a step, as fused_backward updates there."""
+        """Sets the rates. Called before the first backward pass of a step, because fused_backward updates there."""
         self.rates = rates
 
     @torch.no_grad()
     def update(self, clip: Tensor) -> None:
-        """Phase 3: gradients times `clip` (0-dim), direction, stochastic rounding onto the codes of the owned rows."""
-        self.codes_change()
+        """Phase 3 for all owned rows: gradient times `clip` (0-dim), direction, stochastic rounding onto the codes."""
+        self.invalidate_gathered_codes()
         for rows in self.rows:
             self._update(rows, rows.gradient.take(), clip)
 
     def _update_in_backward(self, index: int, mean: Tensor) -> None:
-        """Phase 3 for one matrix, when its gradient has come."""
+        """Phase 3 for one matrix, as soon as the mean of its gradient is known."""
         if self.gatherer is not None:
-            self.gatherer.forget(index)
+            self.gatherer.invalidate(index)
         self._update(self.rows[index], mean, None)
 
     def _update(self, rows: OwnedRows, mean: Tensor, clip: Tensor | None) -> None:
@@ -116,14 +124,17 @@ class LowBitOptimizer:
         settings = UpdateSettings(self.rates.low_bit_learning_rate, key, clip)
         rows.row_counts = list(self.rule.update(rows, mean, settings))
 
-    def codes_change(self) -> None:
-        """To be called before anybody writes to codes: what stage 3 has gathered ahead is out of date then."""
+    def invalidate_gathered_codes(self) -> None:
+        """Drops the codes that stage 3 has gathered. Call this before codes are written."""
         if self.gatherer is not None:
-            self.gatherer.forget()
+            self.gatherer.invalidate()
 
     @torch.no_grad()
     def gather_codes(self) -> None:
-        """Phase 4: every rank gets the packed codes of every row, storage_bits a weight on the wire; not in stage 3."""
+        """Phase 4: every rank gets the packed codes of every row, storage_bits per weight on the wire.
+
+        Nothing happens in stage 0, where every rank updates all rows, and in stage 3, which gathers before use.
+        """
         if self.stage not in (1, 2) or self.group.size() == 1:
             return
         for rows in self.rows:

@@ -1,4 +1,7 @@
-"""The part of a low-bit shard that this rank updates: some rows of its codes, their optimizer state, and what an update takes."""
+"""The part of a low-bit shard that this rank updates: some rows of the codes and the optimizer state of these rows.
+
+`UpdateSettings` holds what an update needs besides gradient and state.
+"""
 
 from __future__ import annotations
 
@@ -13,38 +16,39 @@ from dqt_dist.lowbit.gradient_buffer import GradientBuffer
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey
 
-# Elements updated at once where the update has temporaries. An update has about a dozen of them, fp32 and int64; blocks of this size
-# keep them small beside the moments.
-UPDATE_CHUNK = {"cpu": 1 << 19, "cuda": 1 << 24}
+# Elements updated at once where the update has temporaries. An update has about a dozen temporaries, fp32 and int64.
+# With blocks of this size the temporaries take little memory compared with the moments.
+ELEMENTS_PER_BLOCK = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
 @dataclass
 class OwnedRows:
-    """One low-bit shard and the part of it this rank updates."""
+    """Rows [start, stop) of one low-bit shard, which this rank updates."""
 
     weight: LowBitMatrix
     start: int
     stop: int
     state: dict[str, Tensor] = field(default_factory=dict)
     row_counts: list[Tensor] = field(default_factory=list)
-    """Of each block of the last update, [rows, parts of a row, 3]: flips, zeros, clamped."""
+    """One tensor per block of the last update, [rows, parts of a row, 3]: flips, zeros, clamped."""
 
     @property
     def gradient(self) -> GradientBuffer:
-        """The gradient of the whole shard; the update takes the mean of the owned rows."""
+        """The gradient of the whole shard. The update takes the mean of the owned rows."""
         return self.weight.gradient
 
     @property
     def row_matrix(self) -> Tensor:
+        """Index of the logical matrix of each owned row, int64 [rows]."""
         return self.weight.row_matrix[self.start : self.stop].long()
 
     def counts(self) -> Tensor:
-        """Flips, zeros and clamped weights of the last update, owned rows only: int64 [matrices, 3]."""
+        """Flips, zeros and clamped weights of the last update, of owned rows only: int64 [matrices, 3]."""
         return sum_by_matrix(self.weight, self.start, torch.cat(self.row_counts))
 
-    def chunks(self, whole: bool = False) -> Iterator[slice]:
-        """Row ranges, relative to `start`, that are updated at once: all there are for `whole`."""
-        rows_at_once = max(1, UPDATE_CHUNK[self.weight.codes.device.type] // self.weight.columns)
+    def row_blocks(self, whole: bool = False) -> Iterator[slice]:
+        """Row ranges, relative to `start`, to update one after the other. With `whole` one range has all rows."""
+        rows_at_once = max(1, ELEMENTS_PER_BLOCK[self.weight.codes.device.type] // self.weight.columns)
         if whole:
             rows_at_once = max(1, self.stop - self.start)
         for low in range(0, self.stop - self.start, rows_at_once):
@@ -53,9 +57,9 @@ class OwnedRows:
 
 @dataclass(frozen=True)
 class UpdateSettings:
-    """What an update needs beside gradient and state."""
+    """What an update needs besides gradient and state."""
 
     learning_rate: float
     key: RoundingKey
     clip: Tensor | None
-    """fp32 scalar on the device that gradients are multiplied with; None before the global norm is known."""
+    """fp32 scalar on the device, a factor of the gradients. None when the global norm is not known yet."""

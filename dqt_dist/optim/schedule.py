@@ -1,4 +1,4 @@
-"""Learning-rate schedules as a function of the step: nothing to save, nothing to restore.
+"""Learning-rate schedules as functions of the step. A schedule has no state to save or restore.
 
 warm-up   linear from 1/warmup_steps to 1 over the first warmup_steps updates
 cosine    half a cosine from 1 to the floor at the last update
@@ -17,16 +17,16 @@ from dqt_dist.config import Config, OptimizerConfig
 
 @dataclass(frozen=True)
 class StepRates:
-    """The learning rates of one step, made once: update, kernels and log read them here."""
+    """The learning rates of one step. Made once per step; update, kernels and log read them here."""
 
     step: int
     """Counts from 1."""
     multiplier: float
-    """Of every peak rate."""
+    """Factor of every peak rate."""
     learning_rate: float
-    """Of embeddings, head and norms."""
+    """Rate of embeddings, head and norms."""
     low_bit_learning_rate: float
-    """Of the linears of the blocks."""
+    """Rate of the linears of the blocks."""
 
 
 def step_rates(step: int, config: Config) -> StepRates:

@@ -1,11 +1,11 @@
-"""The collectives of this project. Each one counts what it sends.
+"""The collectives of this project. Each collective counts the bytes that this rank sends.
 
-Two of them are autograd pairs, where the backward is the conjugate of the forward. The others are called inside the forward and the
-backward of the low-bit linears, on 8-bit codes and on sums that are not scaled yet. Megatron-core's own pairs
-(`tensor_parallel/mappings.py`) take activations in floating point and count nothing.
+Two collectives are autograd pairs, where the backward is the conjugate of the forward. The others are called inside the
+forward and the backward of the low-bit linears, on 8-bit codes and on sums that are not scaled yet. Megatron-core's own
+pairs (`tensor_parallel/mappings.py`) take activations in floating point and count nothing.
 
-A collective adds what this rank sends to BYTES_SENT, under the kind of thing that travels. The figure follows from sizes by the usual ring
-algorithms, whatever the backend does. For n ranks and a whole tensor of B bytes:
+A collective adds the bytes to BYTES_SENT under the kind of its contents. The number of bytes is computed from sizes for
+the usual ring algorithms, whatever algorithm the backend uses. For n ranks and a full tensor of B bytes:
 
     all-gather, reduce-scatter, all-to-all   B * (n - 1) / n         all-reduce   2 * B * (n - 1) / n
 """
@@ -27,13 +27,13 @@ BYTES_SENT: Counter[str] = Counter()
 """Bytes that this process has sent so far, by Kind."""
 
 
-def count_sent(kind: Kind, whole: Tensor, group: Group, passes: int = 1) -> None:
-    """Counts a collective over `whole`, the tensor before it is scattered or after it is gathered."""
+def count_sent(kind: Kind, full_tensor: Tensor, group: Group, passes: int = 1) -> None:
+    """Counts a collective over `full_tensor`, the tensor before a scatter or after a gather."""
     num_ranks = group.size()
-    BYTES_SENT[kind] += passes * whole.numel() * whole.element_size() * (num_ranks - 1) // num_ranks
+    BYTES_SENT[kind] += passes * full_tensor.numel() * full_tensor.element_size() * (num_ranks - 1) // num_ranks
 
 
-# torch 2.13 renamed these two and warns about the old names, which are all that torch 2.11 has.
+# torch 2.13 renamed these two functions and warns about the old names. torch 2.11 has only the old names.
 all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
@@ -56,7 +56,7 @@ class _SumPartials(torch.autograd.Function):
 
 
 class _SumGradient(torch.autograd.Function):
-    """Replicated parameter, each rank sees other tokens: identity forward, all-reduce backward."""
+    """A replicated parameter used on different tokens by each rank: identity forward, all-reduce backward."""
 
     @staticmethod
     def forward(ctx, parameter: Tensor, group: Group) -> Tensor:
@@ -76,7 +76,7 @@ def sum_partials(x: Tensor, group: Group) -> Tensor:
 
 
 def sum_gradient(parameter: Tensor, group: Group) -> Tensor:
-    """`parameter` itself; its gradient is summed over `group`."""
+    """`parameter` itself. The gradient is summed over `group`."""
     return parameter if group.size() == 1 else _SumGradient.apply(parameter, group)
 
 
@@ -104,7 +104,7 @@ def scatter_sum_sequence(x: Tensor, group: Group) -> Tensor:
 def reduce_in_place(
     x: Tensor, group: Group, kind: Kind, op: Any = dist.ReduceOp.SUM, async_op: bool = False
 ) -> dist.Work | None:
-    """All-reduce of `x` over `group`; nothing for one rank. Not differentiable. Returns the work when `async_op`."""
+    """All-reduce of `x` over `group`; no call for one rank. Not differentiable. Returns the work when `async_op`."""
     if group.size() == 1:
         return None
     count_sent(kind, x, group, passes=2)

@@ -1,7 +1,7 @@
-"""Process groups: who shares a matrix (tensor), a batch (data), the layers (pipeline).
+"""Process groups: which ranks share a matrix (tensor), a batch (data), the layers (pipeline).
 
-megatron-core makes the groups. Every function of this project takes the group it needs as an argument, from the one object below. Ranks
-are laid out tensor-parallel first, so that the ranks that exchange most are neighbours on a node:
+megatron-core makes the groups. Every function of this project takes the group that it needs as an argument, from
+`Groups`. Ranks are numbered along the tensor axis first, so that the ranks that exchange most are neighbours on a node:
 
     rank = tensor_rank + tensor * (data_rank + data * pipeline_rank)
 """
@@ -25,13 +25,13 @@ Group = dist.ProcessGroup
 
 @dataclass(frozen=True)
 class Groups:
-    """The groups of this rank. Sizes and ranks come from the groups themselves (`.size()`, `.rank()`)."""
+    """The groups of this rank. `.size()` and `.rank()` of a group give its size and the rank in it."""
 
     tensor: Group
     data: Group
     pipeline: Group
     model: Group
-    """tensor x pipeline: the ranks that together hold one copy of the model."""
+    """tensor x pipeline: the ranks that hold one copy of the model."""
     world: Group
     device: torch.device
     local_rank: int
@@ -46,7 +46,10 @@ class Groups:
 
 
 def initialize(config: Config, launch: Launch) -> Groups:
-    """Joins the world of `launch` (env:// rendezvous or an already initialised one) and builds Megatron's groups."""
+    """Joins the process group of `launch` and builds Megatron's groups.
+
+    The process group comes from the env:// rendezvous, unless torch.distributed is already initialised.
+    """
     from megatron.core import parallel_state, tensor_parallel
 
     megatron_cpu.prepare()
@@ -56,7 +59,7 @@ def initialize(config: Config, launch: Launch) -> Groups:
         device = torch.device("cuda", launch.local_rank)
         torch.cuda.set_device(device)
         select_stream(config)
-        # gloo beside NCCL carries the few CPU tensors (checkpoint plans, messages).
+        # gloo carries the few CPU tensors (checkpoint plans, messages), NCCL all others.
         backend, device_id = "cpu:gloo,cuda:nccl", device
     else:
         device, backend, device_id = torch.device("cpu"), "gloo", None
@@ -69,7 +72,8 @@ def initialize(config: Config, launch: Launch) -> Groups:
         create_gloo_process_groups=False,
     )
     if torch.cuda.is_available():
-        # Only forked under sequence parallelism, around a dropout of zero; our draws never use it.
+        # Under sequence parallelism Megatron forks this generator around a dropout of zero. This project draws nothing
+        # from the generator.
         tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
     assert dist.group.WORLD is not None
     return Groups(
@@ -84,17 +88,19 @@ def initialize(config: Config, launch: Launch) -> Groups:
 
 
 def select_stream(config: Config) -> None:
-    """Selects the CUDA stream that everything after it runs on. Where the config wants CUDA graphs, that is a stream of its own, because
-    no graph can be recorded on the default stream. Called before the model is built: autograd adds up a parameter's gradient on the
-    stream that was current when the parameter's hooks were made."""
+    """Selects the CUDA stream of the run: a new stream where the config uses CUDA graphs, else the default stream.
+
+    No graph can be recorded on the default stream. Call this before the model is built, because autograd adds up a
+    parameter's gradient on the stream that was current when the parameter's hooks were made.
+    """
     torch.cuda.set_stream(torch.cuda.Stream() if uses_cuda_graph(config) else torch.cuda.default_stream())
 
 
 def _use_deterministic_kernels() -> None:
-    # cuBLAS reads it when its first product is made (NVIDIA, cuBLAS documentation, 2.1.4 Results Reproducibility).
+    # cuBLAS reads this variable at its first product (NVIDIA, cuBLAS documentation, 2.1.4 Results Reproducibility).
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    # Otherwise every torch.empty would be filled, in case somebody reads it before writing.
+    # With True, torch would fill every torch.empty, to make a read before the first write deterministic.
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 

@@ -1,8 +1,9 @@
 """Lets megatron-core's schedules run where there is no CUDA.
 
-Its pipeline code names the device "cuda" literally, asks torch.cuda for the current device, synchronises it, and forks a CUDA
-random-number tracker under sequence parallelism (for a dropout that LLaMA does not have). On a machine without CUDA each of
-these is answered by its CPU counterpart; on one with CUDA this module does nothing.
+Megatron's pipeline code names the device "cuda" literally, asks torch.cuda for the current device, synchronises the
+device, and under sequence parallelism forks a CUDA random-number tracker (for a dropout that LLaMA does not have). On a
+machine without CUDA this module replaces each of these calls by a CPU counterpart. On a machine with CUDA this module
+does nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 @contextlib.contextmanager
 def cuda_or_cpu() -> Iterator[None]:
-    """Context for every call of a Megatron schedule or constructor."""
+    """The context in which every Megatron schedule and constructor is called."""
     if torch.cuda.is_available():
         yield
     else:
@@ -37,13 +38,14 @@ def cuda_or_cpu() -> Iterator[None]:
 
 
 def prepare() -> None:
-    """Once per process, before megatron-core is used."""
+    """Replaces the CUDA calls. Called once per process, before megatron-core is used."""
     if torch.cuda.is_available():
         return
     from megatron.core.tensor_parallel import random
     from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    # Activation checkpointing saves and restores the state of the device's generator, which nothing here draws from.
+    # Activation checkpointing saves and restores the state of the device's generator. This project draws nothing from
+    # the generator.
     random._get_cuda_rng_state = lambda *_, **__: torch.empty(0, dtype=torch.uint8)
     random._set_cuda_rng_state = lambda *_, **__: None
     torch.cuda.current_device = lambda: torch.device("cpu")

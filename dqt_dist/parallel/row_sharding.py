@@ -1,9 +1,10 @@
 """Pieces of a flat tensor over a process group: who owns which, summing to the owner, gathering from the owners.
 
-The owner of an element sums it in rank order, ((g_0 + g_1) + g_2) + ..., in fp32, after an all-to-all has brought the D parts together.
-This is THE order of every sum over data-parallel ranks, in every ZeRO stage, for codes and ordinary parameters alike. The order depends
-neither on the backend's algorithm nor on how pieces are cut. The all-to-all moves as many bytes as a ring reduce-scatter and takes pieces
-of any size. Its price is a buffer of D parts of the owned piece, which is as large as the gradient itself.
+An all-to-all brings the D parts of an element to its owner. The owner sums the parts in rank order, ((g_0 + g_1) + g_2)
++ ..., in fp32. This is THE order of every sum over data-parallel ranks, in every ZeRO stage, for codes and ordinary
+parameters alike. The order depends neither on the backend's algorithm nor on how pieces are cut. The all-to-all moves
+as many bytes as a ring reduce-scatter and takes pieces of any size. It needs a buffer for D parts of the owned piece,
+which is as large as the gradient itself.
 """
 
 from __future__ import annotations
@@ -17,27 +18,27 @@ from dqt_dist.parallel.collectives import Kind, all_gather_single, count_sent
 from dqt_dist.parallel.groups import Group
 
 Bounds = list[tuple[int, int]]
-"""[start, stop) of each rank of a group, in rank order, without gaps."""
+"""[start, stop) per rank of a group, in rank order, without gaps."""
 
 
 def row_bounds(num_rows: int, num_ranks: int) -> Bounds:
-    """[start, stop) of each rank: ceil(rows / ranks) rows each; the last ranks get fewer or none."""
+    """[start, stop) per rank. A rank gets ceil(rows / ranks) rows; the last ranks get fewer rows or none."""
     share = -(-num_rows // num_ranks)
     return [(min(num_rows, rank * share), min(num_rows, (rank + 1) * share)) for rank in range(num_ranks)]
 
 
 @dataclass
 class PendingSum:
-    """Parts of the owned piece on their way from all ranks."""
+    """The parts of the owned piece, on their way from all ranks."""
 
     parts: Tensor
     """[ranks, elements of the piece], in the type of the gradients."""
     sent: Tensor
-    """What the other ranks read from; alive until they have read it."""
+    """The memory that the other ranks read. It must stay allocated until the exchange has finished."""
     work: dist.Work | None
 
     def finish(self) -> Tensor:
-        """Waits for the parts. Returns the mean of the owned piece over the group, flat, in the type of the gradients."""
+        """Waits for the parts. Returns the mean of the owned piece, flat, in the type of the gradients."""
         if self.work is not None:
             self.work.wait()
         total = self.parts[0].float()  # the parts themselves when they are fp32
@@ -48,7 +49,7 @@ class PendingSum:
 
 
 def start_sum(flat: Tensor, bounds: Bounds, group: Group) -> PendingSum:
-    """Sends each owner its piece of a contiguous 1-D `flat`, asynchronously; `finish` gives this rank's mean."""
+    """Sends each owner its piece of `flat` (contiguous, 1-D), asynchronously. `finish` returns this rank's mean."""
     start, stop = bounds[group.rank()]
     parts = flat.new_empty(group.size(), stop - start)
     work = dist.all_to_all_single(
@@ -65,7 +66,7 @@ def start_sum(flat: Tensor, bounds: Bounds, group: Group) -> PendingSum:
 
 @dataclass
 class PendingGather:
-    """Rows of all ranks on their way."""
+    """The rows of all ranks, on their way."""
 
     gathered: Tensor
     """[ranks * largest share, ...]"""
@@ -74,18 +75,18 @@ class PendingGather:
     num_rows: int
 
     def finish(self) -> Tensor:
-        """Waits for the rows. Returns [num_rows, ...] of all ranks, a view."""
+        """Waits for the rows. Returns the rows of all ranks, [num_rows, ...], a view."""
         if self.work is not None:
             self.work.wait()
         return self.gathered[: self.num_rows]
 
 
 def start_gather(owned: Tensor, num_rows: int, group: Group, kind: Kind) -> PendingGather:
-    """Gathers [num_rows, ...] from the rows each rank owns by `row_bounds`, asynchronously; `owned` are this rank's."""
+    """Gathers all rows, [num_rows, ...], asynchronously. `owned` are this rank's rows, as `row_bounds` divides them."""
     share = -(-num_rows // group.size())
     gathered = owned.new_empty(share * group.size(), *owned.shape[1:])
     if owned.shape[0] < share:
-        # Rows are uneven: the part is padded to the largest share, which costs at most one share.
+        # Rows are divided unevenly. The part is padded to the largest share, which costs at most one share.
         padded = owned.new_zeros(share, *owned.shape[1:])
         padded[: owned.shape[0]] = owned
         owned = padded

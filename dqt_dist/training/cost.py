@@ -1,8 +1,13 @@
-"""What a step costs: arithmetic, memory, and what a low-bit weight really takes.
+"""What a step costs: arithmetic, memory, and the bytes that a low-bit weight really takes.
 
-Model FLOPs follow the PaLM paper (arXiv 2204.02311, appendix B) with causal attention counted once: a matrix product costs
-6 FLOPs a weight and token over forward and backward, scores and values 6 * layers * hidden * sequence a token; recomputation
-and the embedding look-up count nothing. MFU = model FLOP/s over the peak of all devices.
+Model FLOPs follow the PaLM paper (arXiv 2204.02311, appendix B), with causal attention counted once:
+
+    matrix products       6 FLOPs per weight and token, forward and backward together
+    scores and values     6 * layers * hidden * sequence FLOPs per token
+    recomputation         not counted
+    embedding look-up     not counted
+
+MFU = model FLOP/s over the peak of all devices.
 """
 
 from __future__ import annotations
@@ -39,29 +44,32 @@ def flops_per_token(model: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class Peak:
-    """Peak of all devices of the run together."""
+    """Peak FLOP/s of all devices of the run together, and where the number comes from."""
 
     flops: float
     source: str
 
 
 def peak_flops(config: Config, groups: Groups) -> Peak:
-    """From the config, the datasheet table, or (a device not in it) a product all ranks run at once. A collective call."""
+    """Peak from the config, else from the datasheet table, else measured. A collective call.
+
+    A device that is not in the table is measured by a matrix product that all ranks run at once.
+    """
     world = groups.world.size()
     if config.logging.peak_tflops is not None:
         return Peak(config.logging.peak_tflops * 1e12 * world, "logging.peak_tflops")
     if groups.device.type == "cuda":
         name = torch.cuda.get_device_name(groups.device)
-        for known, tflops in PEAK_BF16_TFLOPS.items():
-            if known in name:
-                return Peak(tflops * 1e12 * world, f"datasheet, {known} bf16")
+        for model, tflops in PEAK_BF16_TFLOPS.items():
+            if model in name:
+                return Peak(tflops * 1e12 * world, f"datasheet, {model} bf16")
     measured = torch.tensor(_measure_matmul(groups), dtype=torch.float64)
     dist.all_reduce(measured)
     return Peak(float(measured), f"measured, fp32 product of {MATMUL_SIZE} x {MATMUL_SIZE} on every rank at once")
 
 
 def _measure_matmul(groups: Groups) -> float:
-    """FLOP/s of this rank while all ranks compute, so that shared cores are shared here too."""
+    """FLOP/s of this rank while all ranks compute. Ranks that share cores share them in this measurement too."""
     a = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=groups.device)
     torch.mm(a, a)
     dist.barrier()
@@ -87,10 +95,11 @@ def peak_memory_bytes(groups: Groups) -> int:
 
 
 def sent_bytes(steps: int) -> dict[str, float]:
-    """Bytes all ranks together have sent per step since `forget_sent_bytes`, by kind. A collective call.
+    """Bytes that all ranks together have sent per step since `reset_sent_bytes`, by kind. A collective call.
 
-    Counted are the collectives that are ours, see parallel/collectives.py: not Megatron's messages between pipeline stages, its
-    embedding and loss, nor DeepSpeed's gathers of high-precision parameters.
+    Only the collectives of parallel/collectives.py and parallel/row_sharding.py are counted. Not counted are Megatron's
+    messages between pipeline stages, the collectives of Megatron's embedding and loss, and DeepSpeed's gathers of
+    high-precision parameters.
     """
     kinds = get_args(Kind)
     totals = torch.tensor([BYTES_SENT[kind] for kind in kinds], dtype=torch.float64)
@@ -98,47 +107,53 @@ def sent_bytes(steps: int) -> dict[str, float]:
     return {f"{kind}_sent_bytes": float(total) / max(1, steps) for kind, total in zip(kinds, totals, strict=True)}
 
 
-def forget_sent_bytes() -> None:
+def reset_sent_bytes() -> None:
+    """Starts the count of `sent_bytes` at 0 on this rank."""
     BYTES_SENT.clear()
 
 
 def storage_bytes(tensors: list[Tensor]) -> int:
-    """Bytes of the distinct memory behind `tensors`, whole allocations, views counted once."""
+    """Bytes of the allocations behind `tensors`. Each allocation counts once and in full, however many views it has."""
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
     return sum(storages.values())
 
 
 def low_bit_bytes(optimizer: LowBitOptimizer) -> dict[str, float]:
-    """Bytes a low-bit weight takes between steps, from the tensors alive on all ranks. A collective call.
+    """Bytes per low-bit weight between steps, by kind, from the tensors alive on all ranks. A collective call.
 
-    Codes, scales with their row index, moments, and a gradient buffer that outlives the step; each summed over all ranks and
-    divided by the weights all ranks hold. Empty without low-bit weights.
+    The kinds are codes, scales with their row index, moments, and gradient buffers that outlive the step. Each kind is
+    summed over all ranks and divided by the number of weights on all ranks. Empty without low-bit weights.
     """
     kinds = ("codes", "scales", "moments", "gradient")
     tensors: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
-    held = 0
+    num_weights = 0
     for rows in optimizer.rows:
         weight = rows.weight
-        held += weight.numel
+        num_weights += weight.numel
         tensors["codes"].append(weight.codes)
         tensors["scales"] += [weight.scale, weight.row_matrix]
         tensors["moments"] += list(rows.state.values())
         buffer = rows.gradient
         tensors["gradient"] += [t for t in (buffer.local, buffer.recorded, buffer.mean) if t is not None]
-    totals = torch.tensor([held, *(storage_bytes(tensors[kind]) for kind in kinds)], dtype=torch.int64)
+    totals = torch.tensor([num_weights, *(storage_bytes(tensors[kind]) for kind in kinds)], dtype=torch.int64)
     dist.all_reduce(totals)
     if totals[0] == 0:
         return {}
     return {kind: float(totals[i + 1] / totals[0]) for i, kind in enumerate(kinds)}
 
 
-def count_parameters(chunks: nn.Module, optimizer: LowBitOptimizer, groups: Groups) -> tuple[int, int]:
-    """Weights of the whole model and the low-bit ones among them, each counted once. A collective call."""
+def count_parameters(model_chunks: nn.Module, optimizer: LowBitOptimizer, groups: Groups) -> tuple[int, int]:
+    """Number of weights of the whole model, and of the low-bit weights among them. A collective call.
+
+    A weight that several ranks hold counts once.
+    """
     from dqt_dist.layers.parameters import parameters
 
     low_bit = sum(rows.weight.numel for rows in optimizer.rows)
     other = sum(
-        p.layout.rows * p.layout.columns for p in parameters(chunks) if not (p.replicated and groups.tensor.rank() > 0)
+        p.layout.rows * p.layout.columns
+        for p in parameters(model_chunks)
+        if not (p.replicated and groups.tensor.rank() > 0)
     )
     if groups.data.rank() > 0:
         low_bit, other = 0, 0
@@ -148,7 +163,7 @@ def count_parameters(chunks: nn.Module, optimizer: LowBitOptimizer, groups: Grou
 
 
 def versions() -> dict[str, Any]:
-    """Versions a result depends on."""
+    """Versions of the software that a result depends on."""
     import platform
     from importlib.metadata import version
 

@@ -1,6 +1,6 @@
 """The training loop: build, resume, step until done, evaluate, record, save.
 
-Everything a step does is in `step.train_step`; here is what happens between steps and how often.
+`step.train_step` runs one step. This file says what happens between steps, and how often.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from dqt_dist.optim.engine import build_engine
 from dqt_dist.parallel.groups import Groups, finalize, initialize
 from dqt_dist.training import cost
 from dqt_dist.training.cuda_graph import choose_forward_backward
-from dqt_dist.training.low_bit_figures import LowBitTable
+from dqt_dist.training.low_bit_metrics import LowBitMetricsCollector
 from dqt_dist.training.recorder import Recorder
 from dqt_dist.training.replica_check import check_replicas
 from dqt_dist.training.step import StepResult, evaluate, mean_over_data, train_step
@@ -35,8 +35,8 @@ from dqt_dist.training.stop import StopSignal
 def train(config: Config, launch: Launch, resume: str) -> dict[str, Any] | None:
     """Trains as the config says, on this rank. `resume` is "auto", "none" or a path.
 
-    Returns the summary of a finished run (rank 0's is the one to show), or None when a signal stopped the run, with its
-    state saved. Raises UserError for wrong data or checkpoints.
+    Returns the summary of a finished run; the summary of rank 0 is the one to show. Returns None when a signal stopped
+    the run after its state was saved. Raises UserError for wrong data or checkpoints.
     """
     groups = initialize(config, launch)
     try:
@@ -46,7 +46,7 @@ def train(config: Config, launch: Launch, resume: str) -> dict[str, Any] | None:
 
 
 class Trainer:
-    """One run on this rank: holds its parts and sequences what happens between steps."""
+    """One run on this rank. Holds the parts of the run and sequences what happens between steps."""
 
     def __init__(self, config: Config, groups: Groups, resume: str) -> None:
         self.config, self.groups = config, groups
@@ -54,13 +54,13 @@ class Trainer:
         checkpoint = store.find(config, resume)
         self.progress = store.start_of(checkpoint)
         self.train_loader, self.valid_loader = build_loaders(config, groups, self.progress)
-        self.chunks = build_model(config, groups)
-        self.engine = build_engine(self.chunks, config, groups)
+        self.model_chunks = build_model(config, groups)
+        self.engine = build_engine(self.model_chunks, config, groups)
         self.optimizer = self.engine.optimizer
-        self.forward_backward = choose_forward_backward(self.chunks, self.optimizer, config, groups)
-        self.low_bit_table = LowBitTable(self.optimizer.low_bit, config, groups)
+        self.forward_backward = choose_forward_backward(self.model_chunks, self.optimizer, config, groups)
+        self.low_bit_metrics = LowBitMetricsCollector(self.optimizer.low_bit, config, groups)
         if checkpoint is not None:
-            store.load(checkpoint, self.chunks, self.optimizer, config)
+            store.load(checkpoint, self.model_chunks, self.optimizer, config)
         self.checkpoint_writer = store.open_writer(config)
         self.recorder = Recorder(config, groups.world.rank(), self.step)
         if checkpoint is not None:
@@ -82,16 +82,20 @@ class Trainer:
         return self.config.training.global_batch_size * self.config.model.seq_length
 
     def run(self) -> dict[str, Any] | None:
-        """From the current step to the last one, then validation, checkpoint and summary, which is returned."""
+        """Runs from the current step to the last, then validates, saves and returns the summary.
+
+        Returns None when a signal stopped the run.
+        """
         training = self.config.training
         stop = StopSignal()
-        # Modules and optimizer stay: the collector need not walk them again and again, 15 ms of each step of a 1.36 B model.
+        # Modules and optimizer live as long as the run. Frozen, they cost the garbage collector no time; otherwise it
+        # walks them again and again, which takes 15 ms per step of a 1.36 B model.
         gc.collect()
         gc.freeze()
         try:
             batches = self.train_loader.iterate(self.progress.samples)
             while self.step < training.steps:
-                result = train_step(self.engine, self.chunks, next(batches), self.forward_backward)
+                result = train_step(self.engine, self.model_chunks, next(batches), self.forward_backward)
                 self._advance()
                 self._after_step(result)
                 if stop.agreed() and self.step < training.steps:
@@ -105,14 +109,16 @@ class Trainer:
             return summary
         finally:
             gc.unfreeze()
-            # A write that is under way is finished even when the step after it failed.
+            # A checkpoint write in flight is finished even when a later step has failed.
             self.checkpoint_writer.close()
             self.recorder.close()
 
     def _advance(self) -> None:
-        done = self.progress
+        progress = self.progress
         samples = self.config.training.global_batch_size
-        self.progress = store.Progress(done.step + 1, done.tokens + self.tokens_per_step, done.samples + samples)
+        self.progress = store.Progress(
+            progress.step + 1, progress.tokens + self.tokens_per_step, progress.samples + samples
+        )
 
     def _after_step(self, result: StepResult) -> None:
         logging, training, checkpoint = self.config.logging, self.config.training, self.config.checkpoint
@@ -130,7 +136,7 @@ class Trainer:
         self._record_saves()
 
     def _stop_clock(self) -> float:
-        """Seconds a step since the clock was started, validation and saving not counted."""
+        """Seconds per step since the clock was started. Validation and saving are not counted."""
         if self.groups.device.type == "cuda":
             torch.cuda.synchronize()
         seconds, steps = time.perf_counter() - self.clock, self.step - self.clock_step
@@ -139,14 +145,14 @@ class Trainer:
 
     def _start_clock(self) -> None:
         self.clock, self.clock_step = time.perf_counter(), self.step
-        cost.forget_sent_bytes()
+        cost.reset_sent_bytes()
 
     def _log(self, result: StepResult) -> None:
-        """One line of metrics; the only place where numbers of a step come to the host."""
+        """Writes one line of metrics. Only here numbers of a step are copied to the host."""
         seconds = self._stop_clock()
         self.tokens_per_second = self.tokens_per_step / seconds
         self.last_loss = float(mean_over_data(result.loss, self.groups))
-        figures = self.low_bit_table.figures().overall if self.optimizer.low_bit.used else {}
+        code_metrics = self.low_bit_metrics.collect().overall if self.optimizer.low_bit.enabled else {}
         flops = cost.flops_per_token(self.config.model) * self.tokens_per_second
         self.recorder.log(
             {
@@ -160,7 +166,7 @@ class Trainer:
                 "mfu": flops / self.peak.flops,
                 "peak_memory_bytes": cost.peak_memory_bytes(self.groups),
                 **cost.sent_bytes(self.step - self.clock_step),
-                **figures,
+                **code_metrics,
             }
         )
         if not math.isfinite(self.last_loss):
@@ -168,18 +174,18 @@ class Trainer:
         self._start_clock()
 
     def _log_codes(self) -> None:
-        if not self.optimizer.low_bit.used or not self.config.logging.tensorboard:
+        if not self.optimizer.low_bit.enabled or not self.config.logging.tensorboard:
             return
         self._stop_clock()
         grid = self.optimizer.low_bit.grid
         self.recorder.log_codes(
-            self.step, self.low_bit_table.figures(), self.low_bit_table.code_histograms(grid), grid.qmin
+            self.step, self.low_bit_metrics.collect(), self.low_bit_metrics.code_histograms(grid), grid.qmin
         )
         self._start_clock()
 
     def _validate(self) -> None:
         self._stop_clock()
-        self.valid_loss = evaluate(self.chunks, self.valid_loader.iterate(), self.config, self.groups)
+        self.valid_loss = evaluate(self.model_chunks, self.valid_loader.iterate(), self.config, self.groups)
         self.recorder.log_validation(self.step, self.valid_loss, math.exp(min(self.valid_loss, 700.0)))
         self._start_clock()
 
@@ -187,22 +193,22 @@ class Trainer:
         if self.step == self.saved_step:
             return
         if self.config.training.replica_check_interval:
-            self._check_replicas()  # what is saved must be sound
+            self._check_replicas()  # no checkpoint of a run whose replicas differ
         self._stop_clock()
-        facts = {"layout": asdict(self.process_grid), "versions": cost.versions()}
-        store.save(self.checkpoint_writer, self.chunks, self.optimizer, self.config, self.progress, facts)
+        provenance = {"layout": asdict(self.process_grid), "versions": cost.versions()}
+        store.save(self.checkpoint_writer, self.model_chunks, self.optimizer, self.config, self.progress, provenance)
         self.saved_step = self.step
         self._start_clock()
 
     def _check_replicas(self) -> None:
-        check_replicas(self.chunks, self.optimizer, self.groups, self.step)
+        check_replicas(self.model_chunks, self.optimizer, self.groups, self.step)
 
     def _wait_for_save(self) -> None:
         self.checkpoint_writer.wait()
         self._record_saves()
 
     def _record_saves(self) -> None:
-        """Writes down the saves that were completed meanwhile."""
+        """Records the saves that have completed since the last call."""
         for saved in self.checkpoint_writer.take_finished():
             self.recorder.log_save({name: value for name, value in asdict(saved).items() if name != "path"})
             took = f"{saved.save_bytes / 1e6:,.1f} MB in {saved.save_seconds:.1f} s"
@@ -219,10 +225,10 @@ class Trainer:
         return summary
 
     def _summary(self) -> dict[str, Any]:
-        """summary.json; a collective call."""
-        total, low_bit = cost.count_parameters(self.chunks, self.optimizer.low_bit, self.groups)
+        """The contents of summary.json. A collective call."""
+        total, low_bit = cost.count_parameters(self.model_chunks, self.optimizer.low_bit, self.groups)
         breakdown = cost.low_bit_bytes(self.optimizer.low_bit)
-        # The writer alone has the file; the others' summary is never used.
+        # Only the writer has metrics.jsonl. The summaries of other ranks are not used.
         losses = self.recorder.losses() if self.recorder.is_writer else [math.nan]
         steps_here = self.step - self.start_step
         speed = steps_here * self.tokens_per_step / self.training_seconds if steps_here else self.tokens_per_second
@@ -247,8 +253,10 @@ class Trainer:
 
 
 def build_loaders(config: Config, groups: Groups, start: store.Progress) -> tuple[Loader, Loader]:
-    """Loaders of the training and the validation set of a run that begins at `start`; raises UserError for missing or unfit
-    files."""
+    """Loaders of the training set and the validation set of a run that begins at `start`.
+
+    Raises UserError for files that are missing or do not fit the config.
+    """
     training, data = config.training, config.data
     train_set, valid_set = build_datasets(
         train=[(source.path, source.weight) for source in data.train],
@@ -258,7 +266,7 @@ def build_loaders(config: Config, groups: Groups, start: store.Progress) -> tupl
         vocab_size=config.model.vocab_size,
         tokenizer_path=data.tokenizer,
         seed=training.seed,
-        # What was consumed before a resume may have been in other global batches.
+        # Samples before a resume may have been consumed in global batches of another size.
         num_train_samples=start.samples + max(0, training.steps - start.step) * training.global_batch_size,
         num_valid_samples=training.eval_batches * training.global_batch_size,
         cache_dir=f"{config.checkpoint.dir}/data_index",

@@ -1,8 +1,8 @@
-"""What a run writes down: metrics.jsonl, TensorBoard, the progress bar, summary.json. Only rank 0 writes.
+"""What a run records: metrics.jsonl, TensorBoard, the progress bar, summary.json. Only rank 0 writes.
 
 A run folder:
 
-    config.json       the complete config            metrics.jsonl   one line a logged step
+    config.json       the complete config            metrics.jsonl   one line per logged step
     tb/               TensorBoard                    checkpoints/    step_NNNNNNNN
     summary.json      at the end
 """
@@ -19,11 +19,11 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dqt_dist.config import Config, to_json
-from dqt_dist.training.low_bit_figures import FIGURES, LowBitFigures
+from dqt_dist.training.low_bit_metrics import METRIC_NAMES, LowBitMetrics
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """A reader sees the old file or the new one, never half of it."""
+    """Replaces the file in one rename: a reader sees the old file or the new file, never a part of one."""
     partial = path.with_name(f".{path.name}.partial")
     with open(partial, "w") as file:
         file.write(text)
@@ -33,7 +33,7 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 class Recorder:
-    """Writes on rank 0; on other ranks every method returns at once, so callers need no condition."""
+    """Writes on rank 0. On other ranks every method returns at once, so callers need no condition."""
 
     def __init__(self, config: Config, rank: int, start_step: int) -> None:
         self.is_writer = rank == 0
@@ -58,18 +58,18 @@ class Recorder:
         )
 
     def _drop_lines_after(self, step: int) -> None:
-        """A resumed run repeats the steps after its checkpoint; their old lines go."""
+        """Deletes the lines of steps after `step`. A resumed run repeats these steps."""
         if self.metrics_path.exists():
             lines = self.metrics_path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_atomically(self.metrics_path, "".join(kept))
+            lines_to_keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+            write_atomically(self.metrics_path, "".join(lines_to_keep))
 
     def step_done(self) -> None:
         if self.is_writer:
             self.progress.update(1)
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """One line of metrics.jsonl and the same numbers in TensorBoard; the bar shows loss and speed."""
+        """Writes one line of metrics.jsonl and the same numbers to TensorBoard. The bar shows loss and speed."""
         if not self.is_writer:
             return
         self.metrics_file.write(json.dumps(metrics) + "\n")
@@ -82,7 +82,7 @@ class Recorder:
         self.progress.set_postfix(shown, refresh=False)
 
     def log_validation(self, step: int, loss: float, perplexity: float) -> None:
-        """A line of its own kind in metrics.jsonl, with the step it belongs to."""
+        """Writes a validation line to metrics.jsonl: step, valid_loss, valid_perplexity."""
         if not self.is_writer:
             return
         self.metrics_file.write(json.dumps({"step": step, "valid_loss": loss, "valid_perplexity": perplexity}) + "\n")
@@ -91,25 +91,28 @@ class Recorder:
             self.tensorboard.add_scalar("valid/perplexity", perplexity, step)
         self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
 
-    def log_save(self, figures: dict[str, float]) -> None:
-        """A line of its own kind for a completed checkpoint: step, save_blocked_seconds, save_seconds, save_bytes."""
+    def log_save(self, metrics: dict[str, float]) -> None:
+        """Writes a checkpoint line to metrics.jsonl: step, save_blocked_seconds, save_seconds, save_bytes."""
         if not self.is_writer:
             return
-        self.metrics_file.write(json.dumps(figures) + "\n")
+        self.metrics_file.write(json.dumps(metrics) + "\n")
         if self.tensorboard is not None:
-            for name, value in figures.items():
+            for name, value in metrics.items():
                 if name != "step":
-                    self.tensorboard.add_scalar(f"checkpoint/{name}", value, int(figures["step"]))
+                    self.tensorboard.add_scalar(f"checkpoint/{name}", value, int(metrics["step"]))
 
-    def log_codes(self, step: int, figures: LowBitFigures, histograms: Tensor, first_code: int) -> None:
-        """Per matrix: a histogram of its codes; per figure: its spread over the matrices and one curve a matrix."""
+    def log_codes(self, step: int, metrics: LowBitMetrics, histograms: Tensor, first_code: int) -> None:
+        """Writes to TensorBoard, for each matrix, a histogram of its codes.
+
+        Each metric gets a histogram over the matrices, and one curve per matrix.
+        """
         if not self.is_writer or self.tensorboard is None:
             return
-        for column, figure in enumerate(FIGURES):
-            self.tensorboard.add_histogram(f"low_bit/{figure}", figures.per_matrix[:, column], step)
-        for row, name in enumerate(figures.names):
-            for column, figure in enumerate(FIGURES):
-                self.tensorboard.add_scalar(f"{figure}/{name}", float(figures.per_matrix[row, column]), step)
+        for column, metric in enumerate(METRIC_NAMES):
+            self.tensorboard.add_histogram(f"low_bit/{metric}", metrics.per_matrix[:, column], step)
+        for row, name in enumerate(metrics.names):
+            for column, metric in enumerate(METRIC_NAMES):
+                self.tensorboard.add_scalar(f"{metric}/{name}", float(metrics.per_matrix[row, column]), step)
             self._add_code_histogram(f"codes/{name}", histograms[row], first_code, step)
 
     def _add_code_histogram(self, tag: str, counts: Tensor, first_code: int, step: int) -> None:
@@ -130,12 +133,12 @@ class Recorder:
         )
 
     def say(self, text: str) -> None:
-        """A line above the progress bar."""
+        """Prints a line above the progress bar."""
         if self.is_writer:
             self.progress.write(text)
 
     def losses(self) -> list[float]:
-        """Losses of all logged steps of the run, those before a resume too."""
+        """Losses of all logged steps of the run, including steps before a resume."""
         lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
         return [metrics["loss"] for metrics in lines if "loss" in metrics]
 

@@ -1,6 +1,6 @@
-"""The report at the end of a run: what was learned, what it took, where things are, what to do next.
+"""The report at the end of a run: results, cost, where the files are, what to do next.
 
-launchers/pretrain.py shows the parts in order: figures, sample, next.
+launchers/pretrain.py shows the parts in order: summary, sample, next.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ def last_checkpoint(summary: dict[str, Any], config: Config) -> Path:
     return Path(config.checkpoint.dir) / "checkpoints" / f"step_{summary['steps']:08d}"
 
 
-def show_figures(summary: dict[str, Any], config: Config) -> None:
-    """The table of a finished run."""
+def show_summary(summary: dict[str, Any], config: Config) -> None:
+    """Prints the table of a finished run."""
     table = Table(title=f"{summary['parameters']:,} weights after {summary['tokens']:,} tokens", show_header=False)
     for name, value in _rows(summary, config):
         table.add_row(name, value)
@@ -30,7 +30,7 @@ def show_figures(summary: dict[str, Any], config: Config) -> None:
 
 
 def show_sample(text: str | None, explanation: str, prompt: str) -> None:
-    """A continuation of the prompt in a panel, unless `text` is None, and the line that explains it."""
+    """Prints `text`, a continuation of the prompt, in a panel unless it is None, and then `explanation`."""
     if text is not None:
         Console().print(Panel(Text(text), title="what it writes", subtitle=Text(f"prompt: {prompt}")))
     _line(explanation)
@@ -41,7 +41,7 @@ def show_next(config: Config) -> None:
 
 
 def _line(text: str) -> None:
-    """One line, whatever the width of the terminal; brackets in it are text."""
+    """Prints one line, whatever the width of the terminal. Brackets in the text are no markup."""
     Console().print(text, highlight=False, markup=False, soft_wrap=True)
 
 

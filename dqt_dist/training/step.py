@@ -18,49 +18,59 @@ from dqt_dist.parallel import megatron_cpu
 from dqt_dist.parallel.groups import Groups
 
 Batch = dict[str, Tensor]
-"""tokens and labels int64, loss_mask fp32, each [micro_batch_size, seq_length]."""
+"""One micro-batch: tokens and labels int64, loss_mask fp32, each [micro_batch_size, seq_length]."""
 
 ForwardBackward = Callable[[list[Batch]], Tensor]
-"""Runs the micro-batches of a step forward and backward, leaves their gradients, returns this rank's mean loss."""
+"""Runs the micro-batches of a step forward and backward, into the gradient buffers. Returns this rank's mean loss."""
 
 
 @dataclass
 class StepResult:
-    """What a step leaves, as tensors on the device: nothing is copied to the host unless it is logged."""
+    """The results of a step. Tensors stay on the device; only a step that is logged copies them to the host."""
 
     loss: Tensor
-    """Mean over this rank's micro-batches; 0 on ranks that are not in the last pipeline stage."""
+    """Mean over this rank's micro-batches. 0 on ranks that are not in the last pipeline stage."""
     grad_norm: Tensor
     rates: StepRates
 
 
-def _loss(mask: Tensor, parts: int, per_token_loss: Tensor) -> tuple[Tensor, Tensor]:
-    loss = (per_token_loss.float() * mask).sum() / mask.sum()
-    # The schedule divides what it is given by the number of its micro-batches, in place.
-    return loss / parts, loss.detach()
+def _masked_mean(loss_mask: Tensor, loss_divisor: int, per_token_loss: Tensor) -> tuple[Tensor, Tensor]:
+    """Megatron's loss function: the loss to differentiate, divided by `loss_divisor`, and the loss to report."""
+    loss = (per_token_loss.float() * loss_mask).sum() / loss_mask.sum()
+    # The schedule divides the first result, in place, by the number of micro-batches of the call.
+    return loss / loss_divisor, loss.detach()
 
 
-def _forward(batches: Iterator[Batch], model: nn.Module, device: torch.device, parts: int) -> tuple[Tensor, partial]:
-    """Megatron's forward_step_func: one micro-batch through this stage."""
+def _forward_step(
+    batches: Iterator[Batch], model: nn.Module, device: torch.device, loss_divisor: int
+) -> tuple[Tensor, partial]:
+    """Megatron's forward_step_func: runs one micro-batch through this stage."""
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
     tokens = batch["tokens"]
     position_ids = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
     output = model(tokens, position_ids, None, labels=batch["labels"])
-    return output, partial(_loss, batch["loss_mask"], parts)
+    return output, partial(_masked_mean, batch["loss_mask"], loss_divisor)
 
 
 def run_schedule(
-    chunks: nn.ModuleList, batches: list[Batch], config: Config, groups: Groups, *, forward_only: bool, parts: int = 1
+    model_chunks: nn.ModuleList,
+    batches: list[Batch],
+    config: Config,
+    groups: Groups,
+    *,
+    forward_only: bool,
+    loss_divisor: int = 1,
 ) -> Tensor:
-    """All micro-batches forward (and backward); gradients are left summed. Returns this rank's mean loss.
+    """Runs `batches` forward and, unless `forward_only`, backward. Returns this rank's mean loss.
 
-    `parts` is in how many calls the micro-batches of a step come: gradients are those of the loss divided by it.
+    Gradients are summed over the batches. They are the gradients of loss / `loss_divisor`. A step of several calls
+    passes the number of calls as `loss_divisor`.
     """
     with megatron_cpu.cuda_or_cpu():
         losses: list[Tensor] = get_forward_backward_func()(
-            forward_step_func=partial(_forward, device=groups.device, parts=parts),
-            data_iterator=[iter(batches) for _ in chunks],
-            model=list(chunks),
+            forward_step_func=partial(_forward_step, device=groups.device, loss_divisor=loss_divisor),
+            data_iterator=[iter(batches) for _ in model_chunks],
+            model=list(model_chunks),
             num_microbatches=len(batches),
             seq_length=config.model.seq_length,
             micro_batch_size=config.training.micro_batch_size,
@@ -71,27 +81,29 @@ def run_schedule(
 
 
 def train_step(
-    engine: Any, chunks: nn.ModuleList, batches: list[Batch], forward_backward: ForwardBackward
+    engine: Any, model_chunks: nn.ModuleList, batches: list[Batch], forward_backward: ForwardBackward
 ) -> StepResult:
-    """Forward and backward of every micro-batch, then one update of codes and parameters (`CombinedOptimizer.step`)."""
-    if not chunks.training:  # after an evaluation, and at first
-        chunks.train()
+    """One optimizer step: forward and backward of every micro-batch, then one update of codes and parameters."""
+    if not model_chunks.training:  # in the first step, and in the step after an evaluation
+        model_chunks.train()
     rates = engine.optimizer.begin_step()
+    # Each weight gradient is summed over the micro-batches in the GradientBuffer of its weight.
     loss = forward_backward(batches)
+    # `CombinedOptimizer.step`: reduce, norm and clip, update with stochastic rounding, gather.
     engine.step()
     return StepResult(loss, engine.optimizer.grad_norm, rates)
 
 
 def mean_over_data(loss: Tensor, groups: Groups) -> Tensor:
-    """Mean loss of the global batch, on every rank; `loss` is 0 where the last stage is not."""
+    """Mean loss of the global batch, on every rank. `loss` is 0 on ranks that are not in the last pipeline stage."""
     total = loss.clone()
     dist.all_reduce(total, group=groups.world)
     return total / (groups.data.size() * groups.tensor.size())
 
 
 @torch.no_grad()
-def evaluate(chunks: nn.ModuleList, batches: Iterator[list[Batch]], config: Config, groups: Groups) -> float:
-    """Mean loss a token over `batches`, a global batch each."""
-    chunks.eval()
-    losses = [run_schedule(chunks, batch, config, groups, forward_only=True) for batch in batches]
+def evaluate(model_chunks: nn.ModuleList, batches: Iterator[list[Batch]], config: Config, groups: Groups) -> float:
+    """Mean loss per token over `batches`. Each element is a global batch."""
+    model_chunks.eval()
+    losses = [run_schedule(model_chunks, batch, config, groups, forward_only=True) for batch in batches]
     return float(mean_over_data(torch.stack(losses).mean(), groups))

@@ -1,7 +1,7 @@
-"""Stopping in good order: SIGTERM, SIGUSR1 or Ctrl-C on any rank makes all ranks save after the running step and leave.
+"""Stopping in good order: after SIGTERM, SIGUSR1 or Ctrl-C on any rank, all ranks finish the step, save and exit.
 
-SLURM and cloud machines announce the end of a job by a signal, often to one process only. So the ranks agree after every
-step, through a one-element all-reduce on the CPU (gloo) that needs no word from the GPU.
+SLURM and cloud machines announce the end of a job by a signal, often to one process only. The ranks therefore agree
+after every step, through a one-element all-reduce on the CPU (gloo) that does not wait for the GPU.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 
 class StopSignal:
-    """Remembers that a signal came; `agreed` is true on every rank once any rank got one."""
+    """Remembers whether a signal came. `agreed` is true on every rank once any rank got a signal."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
@@ -26,18 +26,20 @@ class StopSignal:
         self.received = True
 
     def agreed(self) -> bool:
-        """A collective call."""
+        """Whether any rank got a signal. A collective call."""
         flag = torch.tensor(int(self.received))
         dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
     def ignore(self) -> None:
-        """For a rank that is leaving after a stop: launchers send SIGTERM when the first rank leaves, which must not
-        change the exit code of the others."""
+        """Ignores signals from now on. For a rank that exits after a stop.
+
+        Launchers send SIGTERM when the first rank exits, and this signal must not change the exit code of the others.
+        """
         for number in self.SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def restore(self) -> None:
-        """Gives the signals back to whoever had them."""
+        """Restores the signal handlers from before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)

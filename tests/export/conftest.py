@@ -54,7 +54,7 @@ def train_and_save(rank: int, world_size: int, *overrides: str) -> str:
     samples = NUM_STEPS * run.config.training.global_batch_size
     writer = store.open_writer(run.config)
     progress = Progress(NUM_STEPS, samples * run.config.model.seq_length, samples)
-    store.save(writer, run.chunks, run.optimizer, run.config, progress, {"layout": "of a test"})
+    store.save(writer, run.model_chunks, run.optimizer, run.config, progress, {"layout": "of a test"})
     writer.close()
     return run.config.checkpoint.dir
 

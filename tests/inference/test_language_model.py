@@ -55,9 +55,9 @@ def test_a_linear_is_that_of_the_trainer(trained: Trained, overrides: tuple) -> 
     x = torch.randint(-8, 9, (5, 1, 256)) / 8.0  # sums of floats, where they are not rounded, are exact as well
     ours = open_model(run).model.model.layers[0].self_attn.o_proj
     with world_of_one(config) as groups:
-        chunks = build_model(config, groups)
-        fill(chunks, weights)
-        theirs: nn.Module = chunks[0].decoder.layers[0].self_attention.linear_proj
+        model_chunks = build_model(config, groups)
+        fill(model_chunks, weights)
+        theirs: nn.Module = model_chunks[0].decoder.layers[0].self_attention.linear_proj
         wanted = theirs(x)[0]
     if BITNET in overrides:
         # Sums of scaled floats; one row of 256 products.

@@ -30,7 +30,7 @@ def inputs(query_groups: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def written_out(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """One query position of one head at a time; head h attends with group h // (heads / groups)."""
+    """Computes one query position of one head at a time. Head h attends with group h // (heads / groups)."""
     share = query.shape[2] // key.shape[2]
     out = torch.zeros(query.shape, dtype=query.dtype)
     for position in range(SEQUENCE):
@@ -61,7 +61,7 @@ def test_equals_softmax_written_out(query_groups: int, scale: float | None) -> N
 
 
 def test_consecutive_heads_share_a_group() -> None:
-    """Control of the test above: with head h on group h % groups, as in another convention, the outcome is another."""
+    """Control of the test above: with head h on group h % groups, another convention, the result differs."""
     query, key, value = inputs(3)
     order = torch.arange(HEADS).view(2, 3).t().flatten()
     out = attention()(query, key, value, attention_mask=None)
@@ -82,9 +82,9 @@ def test_no_position_sees_the_future() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("query_groups", [16, 4])
 def test_nothing_is_copied_between_the_layouts(query_groups: int) -> None:
-    """The kernel writes its output, and the gradients, in the layout of query, key and value: permuting them makes views.
+    """The kernel writes output and gradients in the memory layout of query, key and value, so permutations are views.
 
-    Negative control: a query that lies in memory as [b, n, s, d] has an output that must be copied.
+    Negative control: the output for a query that is stored as [b, n, s, d] must be copied.
     """
     shapes = [(256, 2, heads, 128) for heads in (16, query_groups, query_groups)]
     q, k, v = (torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes)

@@ -1,4 +1,4 @@
-"""BitNet b1.58: ternary values of the whole matrix's scale, gradients that pass straight through."""
+"""BitNet b1.58: ternary values with the scale of the whole matrix, and straight-through gradients."""
 
 from __future__ import annotations
 
@@ -26,8 +26,7 @@ ROWS, COLUMNS = 12, 16
 
 
 def whole_weight() -> Tensor:
-    """Two matrices of ROWS / 2 rows, one ten times the other. Multiples of 2^-12, so that every sum of them is
-    exact."""
+    """Two matrices of ROWS / 2 rows, one ten times the other. Multiples of 2^-12, so every sum is exact."""
     weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(4))
     weight[ROWS // 2 :] *= 10
     return (weight * 4096).round() / 4096
@@ -43,7 +42,7 @@ def by_formula(weight: Tensor) -> Tensor:
 
 
 def shard(split: str, rank: int, world_size: int) -> tuple[ShardLayout, Tensor]:
-    """This rank's layout and the index of its elements: rows of both matrices, or columns."""
+    """This rank's layout and the index of its elements: rows of the two matrices, or columns."""
     matrices = (LogicalMatrix("gate", ROWS // 2, COLUMNS), LogicalMatrix("up", ROWS // 2, COLUMNS))
     index = torch.arange(ROWS * COLUMNS).view(ROWS, COLUMNS)
     if split == "columns":
@@ -75,7 +74,7 @@ def assembled(split: str, world_size: int, dtype: str = "float32") -> Tensor:
 
 
 def test_weights_become_ternary_and_gradients_pass() -> None:
-    """Exactly three values a matrix. Control: x + (q - x), the usual way to write it, lands beside them."""
+    """Exactly three values per matrix. Control: the usual form x + (q - x) gives other values."""
     values, weight = assembled("rows", 1), whole_weight()
     assert torch.equal(values, by_formula(weight))
     assert [len(part.unique()) for part in values.chunk(2)] == [3, 3]
@@ -89,7 +88,7 @@ def test_bf16_weights_become_ternary_too() -> None:
 
 @pytest.mark.parametrize("split", ["rows", "columns"])
 def test_the_scale_is_that_of_the_whole_matrix_under_tensor_parallelism(split: str) -> None:
-    """Bit-equal to one rank. Control: the scale of a half is another one."""
+    """Bit-equal to one rank. Control: the scale of one half differs."""
     assert torch.equal(assembled(split, 2), by_formula(whole_weight()))
     half = whole_weight()[: ROWS // 2, : COLUMNS // 2]
     assert float(half.abs().mean()) != float(whole_weight()[: ROWS // 2].abs().mean())

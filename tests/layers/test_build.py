@@ -1,4 +1,4 @@
-"""The model that a run starts from is the same in every layout, bit for bit, and no rank's part overlaps or is missing."""
+"""The initial model is the same in every layout, bit for bit, and the parts of the ranks cover it without overlap."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LAYOUTS = {
 
 
 def initial_state(rank: int, world_size: int, *overrides: str) -> Whole:
-    """`whole_state` also checks that ranks that hold the same element agree."""
+    """`whole_state` also checks that ranks with the same element hold the same bits."""
     return whole_state(start(*overrides))
 
 
@@ -60,7 +60,7 @@ def test_initial_codes_scales_and_parameters_are_the_same_bits_in_every_layout(l
 
 
 def test_codes_follow_the_seed() -> None:
-    """Negative control of the above: equal bits are not equal because nothing is drawn."""
+    """Negative control of the test above: another seed gives other bits, so the values are really drawn."""
     other = run_distributed(initial_state, 1, *SHAPE, "training.seed=7")[0]
     wanted = in_one_process(*SHAPE)
     same = [name for name in wanted if name.startswith("codes/") and torch.equal(other[name], wanted[name])]
@@ -68,11 +68,11 @@ def test_codes_follow_the_seed() -> None:
 
 
 def drawn_a_few_rows_at_once(rank: int, world_size: int, weights_at_once: int) -> Whole:
-    usual, initialize.INIT_CHUNK = initialize.INIT_CHUNK, {"cpu": weights_at_once}
+    usual, initialize.WEIGHTS_PER_DRAW = initialize.WEIGHTS_PER_DRAW, {"cpu": weights_at_once}
     try:
         return initial_state(rank, world_size, *SHAPE)
     finally:
-        initialize.INIT_CHUNK = usual
+        initialize.WEIGHTS_PER_DRAW = usual
 
 
 def test_initial_values_do_not_depend_on_how_many_are_drawn_at_once() -> None:
@@ -98,10 +98,10 @@ def shapes(layout: ShardLayout) -> dict[str, tuple[int, int]]:
 def layouts_of_rank(
     rank: int, world_size: int, *overrides: str
 ) -> tuple[int, list[tuple[bool, ShardLayout]], int, int]:
-    """Data-parallel rank, (counted here, layout) of every weight, and the numbers of weights in linears and elsewhere."""
+    """Data-parallel rank, (counted here, layout) of every weight, and number of weights in linears and elsewhere."""
     run = start(*overrides)
-    low_bit = [weight.layout for weight in low_bit_matrices(run.chunks)]
-    other = [(p.replicated, p.layout) for p in parameters(run.chunks)]
+    low_bit = [weight.layout for weight in low_bit_matrices(run.model_chunks)]
+    other = [(p.replicated, p.layout) for p in parameters(run.model_chunks)]
     is_linear = ["_proj" in layout.matrices[0].name for _, layout in other]
     linear = sum(layout.rows * layout.columns for layout in low_bit if layout is not None)
     linear += sum(layout.rows * layout.columns for (_, layout), yes in zip(other, is_linear, strict=True) if yes)

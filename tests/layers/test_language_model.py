@@ -1,4 +1,4 @@
-"""The loss of LlamaModel over a vocabulary split over ranks, against torch's cross-entropy of the whole one in float64."""
+"""The loss of LlamaModel with a vocabulary split over ranks, against torch's cross-entropy in float64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def whole(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """logits [s, b, vocabulary], labels [b, s] and the gradient of each loss [b, s]; loss and gradient of no two tokens alike."""
+    """logits [s, b, vocabulary], labels [b, s] and the gradient of each loss [b, s].
+
+    No two tokens have the same loss or the same gradient.
+    """
     generator = torch.Generator().manual_seed(5)
     logits = (torch.randn(SEQUENCE, BATCH, VOCABULARY, generator=generator) * 4).to(dtype)
     labels = torch.randint(VOCABULARY, (BATCH, SEQUENCE), generator=generator)
@@ -31,7 +34,7 @@ def whole(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _losses(rank: int, world_size: int) -> dict[torch.dtype, tuple[list[Any], list[Any], bool, str]]:
-    """By type of the logits: loss, gradient, whether the gradient took the memory of the logits, the error of a second backward."""
+    """By type of the logits: loss, gradient, whether the gradient reused their memory, error of a second backward."""
     config = small_config(f"parallel.tensor={world_size}", f"model.vocab_size={VOCABULARY}")
     groups = process_groups.initialize(config, Launch(rank, world_size, rank, world_size, "test", "", 0))
     (model,) = build_model(config, groups)
@@ -59,7 +62,7 @@ def _losses(rank: int, world_size: int) -> dict[torch.dtype, tuple[list[Any], li
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_loss_and_gradient_are_torchs(world_size: int) -> None:
-    """Negative control: with labels one further on the loss is far away."""
+    """Negative control: with each label increased by one the loss is far away."""
     ranks = run_distributed(_losses, world_size)
     for dtype in DTYPES:
         logits, labels, grad = whole(dtype)
@@ -71,7 +74,8 @@ def test_loss_and_gradient_are_torchs(world_size: int) -> None:
         shifted = cross_entropy(exact.permute(1, 2, 0), (labels + 1) % VOCABULARY, reduction="none")
         assert float((shifted.detach() - loss).abs().max()) > 1
         gradient = torch.cat([torch.tensor(rank[dtype][1]) for rank in ranks], dim=-1)
-        # One rounding to the type of the logits; before it fp32 numbers of up to 16, ulp 2^-20, are subtracted and exponentiated.
+        # One rounding to the type of the logits. Before that, fp32 numbers of up to 16, with ulp 2^-20, are subtracted
+        # and exponentiated.
         rounding = wanted_gradient.abs() * UNIT_ROUNDOFF[dtype] + 2.0**-20
         assert bool(((gradient - wanted_gradient).abs() <= rounding).all())
         for other_loss, _, in_place, error in (rank[dtype] for rank in ranks):

@@ -1,8 +1,8 @@
-"""The whole model against a LLaMA written out below in 60 lines of torch, from the same logical weights.
+"""The whole model against a LLaMA written in 60 lines of torch below, from the same logical weights.
 
-The reference knows nothing of Megatron, shards, fused matrices or packed codes: it takes a weight by its Hugging Face
-name, computes in float64 and splits heads, rotates halves and groups queries as Hugging Face's LlamaForCausalLM does.
-Compared are the logits and the gradient of the loss with respect to EVERY logical weight, at TP 1 and at TP 2 with
+The reference uses no Megatron, shards, fused matrices or packed codes. It takes a weight by its Hugging Face name,
+computes in float64, and splits heads, rotates halves and groups queries as Hugging Face's LlamaForCausalLM does. The
+tests compare the logits, and the gradient of the loss with respect to EVERY logical weight, at TP 1 and at TP 2 with
 sequence parallelism.
 """
 
@@ -62,7 +62,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def llama(tokens: Tensor, w: Weights, config: Config, linear: Linear) -> Tensor:
-    """Logits [b, s, vocabulary] of tokens [b, s]; `linear(x, weight)` is a linear of a block."""
+    """Logits [b, s, vocabulary] of tokens [b, s]. `linear(x, weight)` computes a linear of a block."""
     model = config.model
     batch, length = tokens.shape
 
@@ -92,7 +92,7 @@ def plain_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def eight_bit(x: Tensor) -> Tensor:
-    """Rounded to 8 bits a token, straight-through."""
+    """Rounded to 8 bits with one scale per token, straight-through."""
     scale = x.detach().abs().amax(-1, keepdim=True) / 127
     return x + ((x / scale).round() * scale - x).detach()
 
@@ -134,28 +134,28 @@ def rectangles(layout: ShardLayout, shard: Tensor) -> list[tuple[str, tuple[int,
 
 
 def run_models(rank: int, world_size: int, configs: list[Config]) -> list[dict[str, Any]]:
-    """One model after the other over the same groups, as all configs have the same layout."""
+    """Runs one model after the other over the same groups. All configs have the same layout."""
     groups = process_groups.initialize(configs[0], Launch(rank, world_size, rank, world_size, "test", "", 0))
     return [run_model(config, groups) for config in configs]
 
 
 def run_model(config: Config, groups: process_groups.Groups) -> dict[str, Any]:
-    """Builds the model, runs one batch forward and backward; returns this rank's logits, weights and gradients."""
-    chunks = build_model(config, groups)
-    shake_norms(chunks)
+    """Builds the model and runs one batch forward and backward. Returns this rank's logits, weights and gradients."""
+    model_chunks = build_model(config, groups)
+    shake_norms(model_chunks)
     batch = random_batches(config, step=1, data_rank=0, data_size=1)[0]
     positions = torch.arange(config.model.seq_length).expand_as(batch["tokens"])
     with megatron_cpu.cuda_or_cpu():
-        (model,) = chunks
+        (model,) = model_chunks
         with torch.no_grad():
             logits = model(batch["tokens"], positions, None)
         model(batch["tokens"], positions, None, labels=batch["labels"]).mean().backward()
     weights, gradients = [], []
-    for parameter in parameters(chunks):
+    for parameter in parameters(model_chunks):
         assert parameter.tensor.grad is not None
         weights += rectangles(parameter.layout, parameter.tensor)
         gradients += rectangles(parameter.layout, parameter.tensor.grad)
-    for matrix in low_bit_matrices(chunks):
+    for matrix in low_bit_matrices(model_chunks):
         assert matrix.layout is not None and matrix.gradient.local is not None
         weights += rectangles(matrix.layout, matrix.dequantize())
         gradients += rectangles(matrix.layout, matrix.gradient.local)
@@ -163,15 +163,15 @@ def run_model(config: Config, groups: process_groups.Groups) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def shake_norms(chunks: nn.ModuleList) -> None:
-    """Norm weights other than 1, a function of the place in the whole vector, so that a misplaced one shows."""
-    for parameter in parameters(chunks):
+def shake_norms(model_chunks: nn.ModuleList) -> None:
+    """Sets norm weights to a function of the place in the whole vector, so that a misplaced weight shows."""
+    for parameter in parameters(model_chunks):
         if parameter.layout.columns == 1:
             parameter.tensor.copy_(1 + 0.5 * torch.sin(parameter.layout.row_logical().float()))
 
 
 def whole_weights(results: Sequence[dict[str, Any]], key: str) -> Weights:
-    """The logical tensors from the rectangles of every rank; replicated vectors must agree, and none may be missing."""
+    """The logical tensors from the rectangles of every rank. Replicated vectors must be equal; none may be missing."""
     whole: Weights = {}
     for result in results:
         for name, shape, row, column, values in result[key]:
@@ -216,7 +216,7 @@ Models = dict[tuple[str, bool, int], Found]
 
 
 def settings(world_size: int) -> dict[tuple[str, bool], Config]:
-    """Initial weights fifteen times larger than in training: attention is then far from uniform, and RoPE matters."""
+    """Initial weights are fifteen times larger than in training, so attention is far from uniform and RoPE matters."""
     layout = [f"parallel.tensor={world_size}", f"parallel.sequence={'true' if world_size > 1 else 'false'}"]
     return {
         (method, sub_norm): small_config(
@@ -229,7 +229,7 @@ def settings(world_size: int) -> dict[tuple[str, bool], Config]:
 
 @pytest.fixture(scope="module")
 def models() -> Models:
-    """Every model of this file by (method, sub_norm, TP size); those of one size run in one call, which costs seconds."""
+    """Every model of this file by (method, sub_norm, TP size). Models of one TP size run in one call."""
     found = {}
     for world_size in (1, 2):
         configs = settings(world_size)
@@ -291,11 +291,11 @@ def distance(found: Found, linear: Linear) -> float:
 def test_a_reference_that_is_wrong_in_one_part_is_far_away(
     models: Models, monkeypatch: pytest.MonkeyPatch, part: str, wrong: Callable[..., Tensor]
 ) -> None:
-    """The comparison above can tell the conventions apart: over 1 was measured, 5e-5 is its tolerance."""
+    """The comparison above distinguishes the conventions: measured was over 1, the tolerance is 5e-5."""
     monkeypatch.setattr(sys.modules[__name__], part, wrong)
     assert distance(models["none", False, 1], plain_linear) > 0.1
 
 
 def test_a_reference_without_8_bit_activations_is_far_away(models: Models) -> None:
-    """0.037 was measured, 2e-3 is the tolerance."""
+    """Measured was 0.037, the tolerance is 2e-3."""
     assert distance(models["dqt int8", False, 1], plain_linear) > 0.01

@@ -71,8 +71,7 @@ def test_norm_of_one_rank_equals_the_formula(kind: str) -> None:
 
 
 def test_norm_of_a_split_width_equals_the_whole() -> None:
-    """Control: the mean over the local half alone is another number, by far more than the
-    tolerance."""
+    """Control: the mean over the local half alone differs by far more than the tolerance."""
     parts, expected = run_distributed(run_norm, 2, "width", False), by_formula()
     for name, value in expected.items():
         ELEMENTWISE_FP32.assert_close(together(parts, name, -1), value, name)
@@ -82,8 +81,10 @@ def test_norm_of_a_split_width_equals_the_whole() -> None:
 
 
 def test_norm_under_sequence_parallelism_sums_the_gradient_of_its_weight() -> None:
-    """Each rank normalises its tokens; both hold the weight gradient of all of them, with equal bits. Control: the
-    gradient of one half alone is not it."""
+    """Each rank normalises its own tokens. Every rank has the weight gradient of all tokens, with equal bits.
+
+    Control: the gradient of one half of the tokens differs.
+    """
     parts, expected = run_distributed(run_norm, 2, "replicated", True), by_formula()
     ELEMENTWISE_FP32.assert_close(together(parts, "y", 0), expected["y"], "y")
     ELEMENTWISE_FP32.assert_close(together(parts, "dx", 0), expected["dx"], "dx")
@@ -93,7 +94,7 @@ def test_norm_under_sequence_parallelism_sums_the_gradient_of_its_weight() -> No
 
 
 def test_replicated_norm_without_sequence_parallelism_sums_nothing() -> None:
-    """Every rank sees every token, so its gradient is complete: a sum over TP would double it."""
+    """Every rank sees every token, so the gradient is complete. A sum over TP would double it."""
     parts, expected = run_distributed(run_norm, 2, "replicated", False), by_formula()
     for part in parts:
         for name, value in expected.items():

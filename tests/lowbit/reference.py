@@ -1,7 +1,7 @@
-"""Philox4x32-10 in Python integers, written from the paper (Salmon et al., SC 2011), and the coordinates' definition on
-it.
+"""Philox4x32-10 in Python integers, from the paper (Salmon et al., SC 2011), and the words of logical coordinates.
 
-It shares no line with dqt_dist/lowbit/philox.py: products do not wrap here, so they cannot wrap wrongly.
+This file has no code in common with dqt_dist/lowbit/philox.py. Products of Python integers do not wrap, so they cannot
+wrap wrongly.
 """
 
 from __future__ import annotations
@@ -21,6 +21,6 @@ def philox_4x32_10(counter: Words, key: tuple[int, int]) -> Words:
 
 
 def word_at(purpose: int, seed: int, step: int, matrix_id: int, in_features: int, row: int, column: int) -> int:
-    """The word of one weight: design of dqt_dist/lowbit/coordinates.py, one element at a time."""
+    """The word of one weight, as dqt_dist/lowbit/coordinates.py defines it, one element at a time."""
     high, low = divmod((row * in_features + column) // 4, 2**32)
     return philox_4x32_10((low, high, step, matrix_id), (seed, purpose))[(row * in_features + column) % 4]

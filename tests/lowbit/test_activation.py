@@ -1,4 +1,4 @@
-"""Activations in 8 bits: one scale a token, at most half a step of error, and zero stays zero."""
+"""Activations in 8 bits: one scale per token, at most half a step of error, and zero stays zero."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dqt_dist.lowbit.activation import ABSMAX_FLOOR, ACTIVATION_QMAX, quantize_t
 
 
 def test_codes_and_scales_equal_a_direct_formula() -> None:
-    """In float64, token by token; the scale is the fp32 quotient. No element here lies on a rounding border."""
+    """In float64, token by token. The scale is the fp32 quotient. No element here lies on a rounding border."""
     x = torch.randn(3, 5, 17) * torch.logspace(-3, 3, 15).view(3, 5, 1)
     codes, scale = quantize_tokens(x, token_absmax(x))
     assert (codes.dtype, scale.dtype, scale.shape) == (torch.int8, torch.float32, (3, 5, 1))
@@ -19,7 +19,7 @@ def test_codes_and_scales_equal_a_direct_formula() -> None:
 
 
 def test_error_is_at_most_half_a_step() -> None:
-    """Plus the roundings of the division and the product, 2^-24 each of a value of up to 127 steps."""
+    """The bound includes the roundings of division and product, 2^-24 each of a value of up to 127 steps."""
     x = torch.randn(64, 33)
     codes, scale = quantize_tokens(x, token_absmax(x))
     error = (x.double() - codes.double() * scale.double()).abs()
@@ -47,8 +47,7 @@ def test_a_token_of_zeros_has_codes_of_zero_and_a_scale() -> None:
 
 
 def test_a_maximum_over_a_wider_token_sets_the_scale() -> None:
-    """A row-parallel rank sees a part of the features; with the maximum of all of them its codes are those of the
-    whole."""
+    """A rank sees a part of the features. With the maximum over all features its codes equal those of one rank."""
     x = torch.randn(7, 24)
     whole, scale = quantize_tokens(x, token_absmax(x))
     left, left_scale = quantize_tokens(x[:, :12], token_absmax(x))

@@ -1,4 +1,4 @@
-"""8-bit blocks: kept exactly where they can be, right on average elsewhere, at every magnitude, in every layout."""
+"""8-bit blocks: values of the format are exact, others right on average, at every magnitude and in every layout."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def noise(rows: int, columns: int) -> Tensor:
 
 @FORMATS
 def test_every_code_at_every_exponent_is_kept_whatever_the_noise(form: tuple) -> None:
-    """All codes that can stand beside the largest. Control: a bit below the three kept ones is lost for some noise."""
+    """All codes that can occur beside the largest. Control: a bit below the three kept bits is lost for some noise."""
     encode, decode, (low, high), sign, (first, last) = form
     exponents = torch.arange(first, last + 1, dtype=torch.uint8)[:, None].expand(-1, 8)
     codes = torch.randint(0, high + 1, (len(exponents), 8, STATE_BLOCK)) | sign * torch.randint(
@@ -46,8 +46,10 @@ def test_every_code_at_every_exponent_is_kept_whatever_the_noise(form: tuple) ->
 
 @FORMATS
 def test_the_mean_over_all_noise_is_the_value(form: tuple) -> None:
-    """4096 evenly spaced values of noise, each once: the mean is within 1/4096 of a step, and only the two neighbours occur. Control:
-    without noise (half a step everywhere) it is off by up to half a step."""
+    """With 4096 evenly spaced values of noise the mean is within 1/4096 of a step, and only the two neighbours occur.
+
+    Control: without noise (half a step everywhere) the mean is off by up to half a step.
+    """
     encode, decode, _, sign, _ = form
     # The signed format's normal numbers: down to 2^-13 of the maximum.
     x = (0.5 + torch.rand(16, STATE_BLOCK) / 2) * 2.0 ** torch.randint(-12, 1, (16, STATE_BLOCK))
@@ -65,13 +67,14 @@ def test_the_mean_over_all_noise_is_the_value(form: tuple) -> None:
 
 @FORMATS
 def test_a_small_change_is_not_lost_over_many_steps(form: tuple) -> None:
-    """A value that falls by 1 % a step is at 0.366 after 100. Control: rounding to nearest leaves it where it was."""
+    """A value that falls by 1 % per step is at 0.366 after 100 steps. Control: rounding to nearest never changes it."""
     encode, decode, *_ = form
     x, stuck = torch.ones(64, 256), torch.ones(64, 256)
     for _ in range(100):
         x = decode(*encode(x * 0.99, noise(64, 256)))
         stuck = decode(*encode(stuck * 0.99, torch.full((64, 256), 1 << 19, dtype=torch.int32)))
-    # Each rounding adds a variance of at most (1/16)^2 / 4 of the square: 0.3 in all, over 16,384 elements 0.005, five times.
+    # Each rounding adds a variance of at most (1/16)^2 / 4 of the square. That gives 0.3 in all, and 0.005 over 16,384
+    # elements. The tolerance is about five times that.
     assert float(x.mean()) == pytest.approx(0.366, abs=0.02)
     assert (stuck == 1).all()
 
@@ -96,7 +99,7 @@ def test_blocks_of_any_magnitude_have_a_place(form: tuple) -> None:
 
 
 def test_a_second_moment_is_never_lost() -> None:
-    """Beside an element of 1 the smallest code stands for 2^-30; a first moment may vanish."""
+    """Beside an element of 1 the smallest code stands for 2^-30. A first moment may become 0."""
     x = torch.full((1, STATE_BLOCK), 1e-30)
     x[0, 3] = 1.0
     assert float(decode_unsigned(*encode_unsigned(x, noise(*x.shape))).min()) == 2.0**-30
@@ -105,7 +108,7 @@ def test_a_second_moment_is_never_lost() -> None:
 
 @FORMATS
 def test_blocks_of_a_shard_are_those_of_the_whole(form: tuple) -> None:
-    """Any rows, and columns from a multiple of 32 on. Control: from column 16 on blocks have other maxima."""
+    """Any rows, and columns from a multiple of 32 on. Control: blocks from column 16 on have other maxima."""
     encode, *_ = form
     x, n = torch.rand(6, 256) ** 8, noise(6, 256)
     codes, exponents = encode(x, n)
@@ -116,8 +119,10 @@ def test_blocks_of_a_shard_are_those_of_the_whole(form: tuple) -> None:
 
 
 def test_an_average_of_squares_stays_right() -> None:
-    """v of 16,384 weights after 200 steps at beta2 = 0.95 against fp32 from the same gradients: equal on average. Control: kept as a
-    rounded root, it is 2 % too large."""
+    """v of 16,384 weights after 200 steps at beta2 = 0.95, against fp32 from the same gradients: equal on average.
+
+    Control: with a stored, rounded root v is 2 % too large.
+    """
     beta2 = 0.95
     exact, v, root = (torch.ones(64, 256) for _ in range(3))
     for _ in range(200):

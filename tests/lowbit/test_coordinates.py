@@ -1,5 +1,4 @@
-"""Draws are a function of logical coordinates: whatever a rank holds, it draws what the whole model would have
-there."""
+"""Draws are a function of logical coordinates: a shard gets the draws that the whole model has at its place."""
 
 from __future__ import annotations
 
@@ -106,8 +105,7 @@ def test_the_gather_path_gives_the_words_of_the_fast_path(columns: int, offset: 
 
 
 def test_working_in_chunks_changes_nothing() -> None:
-    """More counters than one CPU chunk holds, in a fused shard, so that matrices and rows differ behind the chunk
-    border."""
+    """More counters than one CPU chunk holds, in a fused shard: matrices and rows differ after the chunk border."""
     gate, up = (LogicalMatrix(f"layers.2.mlp.{x}_proj", 350, 512) for x in ("gate", "up"))
     fused = ShardLayout((gate, up), (RowBlock(0, 0, 350), RowBlock(1, 0, 350)), 512)
     assert CPU_CHUNK < fused.rows * fused.columns // 4 < 2 * CPU_CHUNK
@@ -201,7 +199,7 @@ def test_ids_of_an_80_layer_model_are_distinct() -> None:
 
 
 def test_ids_never_change() -> None:
-    """Initial weights and every rounding draw of a resumed run depend on them; sha256 is not Python's salted hash."""
+    """Initial weights and all draws of a resumed run depend on the ids. sha256, unlike Python's hash, is not salted."""
     assert LogicalMatrix("layers.17.mlp.up_proj", 1, 1).id == 0x2B43CBA0
     assert LogicalMatrix("a", 1, 1).id == LogicalMatrix("a", 2, 3).id
 

@@ -1,4 +1,4 @@
-"""A gradient buffer goes from accumulate over reduce to take, and refuses what its state does not allow."""
+"""A gradient buffer goes through ACCUMULATE, REDUCE and TAKE, and refuses calls that its state does not allow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grids: the ends, the bytes, and what is no grid."""
+"""Grids: smallest and largest code, bytes per row, and refused values of `bits`."""
 
 from __future__ import annotations
 

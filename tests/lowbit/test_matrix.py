@@ -1,4 +1,4 @@
-"""LowBitMatrix: what goes in comes out, the bytes are those promised, each row has the scale of its own matrix."""
+"""LowBitMatrix: codes are stored and returned, memory is as documented, each row has the scale of its matrix."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ ALL_BITS: list[Bits] = ["ternary", 2, 3, 4, 5, 6, 7, 8]
 
 
 def fused_matrix(bits: Bits, columns: int = 12) -> LowBitMatrix:
-    """Nine rows of three matrices, interleaved, each matrix with a scale of its own."""
+    """Nine rows of three matrices, interleaved. Each matrix has its own scale."""
     matrices = tuple(LogicalMatrix(name, rows, columns) for name, rows in (("q", 8), ("k", 4), ("v", 4)))
     blocks = (RowBlock(0, 2, 3), RowBlock(1, 1, 1), RowBlock(2, 1, 1), RowBlock(0, 5, 2), RowBlock(1, 2, 2))
     weight = LowBitMatrix(9, columns, make_grid(bits))
@@ -41,7 +41,7 @@ def test_unpack_gives_the_codes_that_were_set(bits: Bits, columns: int) -> None:
 
 
 def test_each_row_has_the_scale_of_its_logical_matrix() -> None:
-    """Control: scales in shard order, or one scale a shard, give another list."""
+    """Control: scales in shard order, or one scale per shard, give another list."""
     expected = torch.tensor([0.5, 0.5, 0.5, 0.03125, 0.3, 0.5, 0.5, 0.03125, 0.03125])
     assert torch.equal(fused_matrix("ternary").row_scale(), expected)
 
@@ -78,7 +78,7 @@ def test_set_weights_takes_the_nearest_code_of_each_row() -> None:
 def test_storage_is_numel_times_storage_bits_over_8(bits: Bits) -> None:
     weight = fused_matrix(bits)
     assert weight.codes.untyped_storage().nbytes() == weight.numel * weight.grid.storage_bits // 8
-    # Nothing else of the weight's size is held: a scale a matrix, a matrix index a row.
+    # Nothing else of the weight's size is held, only one scale per matrix and one matrix index per row.
     assert {name: tensor.numel() for name, tensor in weight.named_buffers()} == {
         "codes": weight.codes.numel(),
         "scale": 3,

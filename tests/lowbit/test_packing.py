@@ -15,7 +15,7 @@ ROW_LENGTHS = [*range(1, 10), 31, 64, 123]
 
 
 def every_code_everywhere(grid: Grid, columns: int, dtype: torch.dtype = torch.int8) -> Tensor:
-    """One row a code, each row shifted by one against the last: every code stands once in every column."""
+    """One row per code, each row shifted by one against the row before: every code is once in every column."""
     num_codes = grid.qmax - grid.qmin + 1
     shifted = (torch.arange(num_codes)[:, None] + torch.arange(columns)) % num_codes + grid.qmin
     return shifted.to(dtype)
@@ -78,7 +78,7 @@ def test_bytes_are_numel_times_storage_bits_over_8(bits: Bits) -> None:
 
 @pytest.mark.parametrize("bits", ALL_BITS)
 def test_rows_of_the_packed_are_the_packed_rows(bits: Bits) -> None:
-    """What ZeRO relies on: it updates, sends and gathers ranges of rows as bytes."""
+    """ZeRO updates, sends and gathers ranges of rows as bytes, and relies on this."""
     grid = make_grid(bits)
     codes = every_code_everywhere(grid, 13)
     packed = pack(codes, grid)

@@ -43,8 +43,8 @@ def test_equals_python_integers_on_random_counters() -> None:
     counters = [tuple(source.getrandbits(32) for _ in range(4)) for _ in range(500)]
     key = (source.getrandbits(32), source.getrandbits(32))
     columns = [torch.tensor([counter[i] for counter in counters]) for i in range(4)]
-    ours = torch.stack(philox4x32(columns, key), dim=1)
-    assert ours.tolist() == [list(philox_4x32_10(counter, key)) for counter in counters]
+    found = torch.stack(philox4x32(columns, key), dim=1)
+    assert found.tolist() == [list(philox_4x32_10(counter, key)) for counter in counters]
 
 
 def test_counter_words_broadcast() -> None:

@@ -1,4 +1,4 @@
-"""Rounding: right on average, one of the two neighbours, and still when there is nothing to round."""
+"""Rounding: right on average, to one of the two neighbours, and no change of an exact code."""
 
 from __future__ import annotations
 
@@ -42,8 +42,7 @@ def test_stochastic_rounding_is_unbiased_over_all_u_exactly(bits: Bits) -> None:
 
 @pytest.mark.parametrize("bits", ALL_BITS)
 def test_stochastic_rounding_is_unbiased_over_the_draws_of_training(bits: Bits) -> None:
-    """Within five standard errors of a coin of probability f. Control: rounding to nearest is 100 standard errors
-    away."""
+    """Within five standard errors of a coin of probability f. Control: rounding to nearest is 100 of them away."""
     grid = make_grid(bits)
     draws, wanted = 1 << 14, inside(grid)
     rounded = round_stochastic(wanted.expand(draws, -1), fixed_uniforms(draws, len(wanted)), grid)
@@ -91,8 +90,7 @@ def test_u_decides_at_the_fraction() -> None:
 
 
 def test_a_wish_below_the_resolution_of_fp32_is_no_wish() -> None:
-    """t just below zero: floor is -1 and t + 1 rounds to 1, so the code stays 0 for every u; the bias is below
-    2^-25."""
+    """t just below zero: floor is -1 and t + 1 rounds to 1, so the code is 0 for every u. The bias is below 2^-25."""
     t = torch.tensor([-1e-10, -(2.0**-26), 1e-10])
     for u in (0.0, 0.5, LARGEST_U):
         rounded = round_stochastic(t, torch.full_like(t, u), make_grid("ternary"))

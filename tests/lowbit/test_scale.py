@@ -1,4 +1,4 @@
-"""Scales: the rules, and that their bits do not depend on how a matrix was cut."""
+"""Scales: the rules, and that the bits of a scale do not depend on the division of the matrix."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BITS: list[Bits] = ["ternary", 2, 3, 4, 8]
 
 
 def initial_weights(rows: int = 64, columns: int = 48) -> Tensor:
-    """As a run starts: normal draws times the standard deviation."""
+    """The initial weights of a run: normal draws times the standard deviation."""
     layout = ShardLayout((LogicalMatrix("m", rows, columns),), (RowBlock(0, 0, rows),), columns)
     return normal(7, layout, 0, rows, torch.device("cpu")) * STD
 
@@ -42,8 +42,7 @@ def direct(weights: Tensor, rule: ScaleRule, qmax: int, sigmas: float) -> float:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("bits", BITS)
 def test_rules_equal_their_formulas(rule: ScaleRule, bits: Bits) -> None:
-    """Tolerance: a fixed-point step is 2^-20 units and mean|W| is 0.8 units, so at most 2^-20; the fp32 result
-    2^-24."""
+    """A fixed-point step is 2^-20 units and mean|W| is 0.8 units: at most 2^-20. The fp32 result adds 2^-24."""
     weights, grid = initial_weights(), make_grid(bits)
     scale = choose_scale(WeightStatistics.of(weights, STD), grid, rule, sigmas=3.0, power_of_two=False)
     assert scale == pytest.approx(direct(weights, rule, grid.qmax, 3.0), rel=2.0**-20)
@@ -98,7 +97,7 @@ def test_statistics_of_any_partition_merge_to_those_of_the_whole(cuts: list[int]
 
 
 def test_float_sums_of_parts_depend_on_the_cut() -> None:
-    """The control of the test above: what the fixed-point sums are for."""
+    """Control of the test above: float sums depend on the order of the parts, fixed-point sums do not."""
     magnitudes = initial_weights(256, 256).abs()
     by_rows = sum(float(part.sum()) for part in magnitudes.chunk(4, dim=0))
     by_columns = sum(float(part.sum()) for part in magnitudes.chunk(4, dim=1))

@@ -1,4 +1,4 @@
-"""The update that lands on the grid: AdamW on average, nothing without a wish, the same for the same key."""
+"""The update on the grid: AdamW on average, no change without a direction, equal codes for equal keys."""
 
 from __future__ import annotations
 
@@ -56,10 +56,12 @@ def counted_update(weight: LowBitMatrix, direction: Tensor, start: int, *setting
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])
 def test_a_fine_grid_follows_torch_adamw(weight_decay: float) -> None:
-    """8 bits of 1/32 a code, a learning rate of 3.2 codes, five steps. Each row of 4096 starts and is driven alike, so:
+    """8 bits with a scale of 1/32, a learning rate of 3.2 codes, five steps.
 
-    every weight is within a code a step of AdamW's, as each rounding moves it by less than one code;
-    their mean is AdamW's within five standard errors, a rounding's variance being at most 1/4.
+    All 4096 weights of a row have the same start and the same gradients. Therefore:
+
+    each weight is within one code per step of AdamW's weight, because a rounding changes it by less than one code;
+    the mean is AdamW's within five standard errors, because the variance of a rounding is at most 1/4.
 
     Controls: a wrong sign, the scale left out or a missing decay are dozens of standard errors away.
     """
@@ -98,7 +100,7 @@ def test_one_update_is_right_on_average(bits: Bits) -> None:
     assert bool(((codes.mean(0) - wanted).abs() <= 5 * standard_error + 2.0**-24).all())
 
 
-# ---- what must not move ----
+# ---- what must not change ----
 
 
 @pytest.mark.parametrize("bits", ALL_BITS)
@@ -113,7 +115,7 @@ def test_zero_update_flips_nothing(bits: Bits, mode: str) -> None:
 
 
 def test_a_direction_that_is_not_finite_keeps_its_code() -> None:
-    """The others of the row move. Control: nan cast to int8 is an arbitrary code."""
+    """The other codes of the row change. Control: nan cast to int8 is an arbitrary code."""
     weight = matrix(4, 1, 4)
     weight.set_codes(torch.tensor([[3, -5, 7, 2]]))
     direction = torch.tensor([[math.nan, math.inf, -math.inf, 1.0]])
@@ -138,8 +140,7 @@ def test_the_same_key_gives_the_same_codes() -> None:
 
 @pytest.mark.parametrize("other", [replace(KEY, step=2), replace(KEY, seed=1235)])
 def test_another_step_or_seed_gives_other_draws(other: RoundingKey) -> None:
-    """A wish of half a code everywhere: two independent draws agree on half of the codes, within five standard
-    errors."""
+    """With an update of half a code, two independent draws agree on half of the codes, within five standard errors."""
     direction = torch.full((128, 128), 5.0)
     first, second = (updated(matrix(8, 128, 128, 1.0), direction, key) for key in (KEY, other))
     agreement = float((first == second).double().mean())
@@ -147,8 +148,10 @@ def test_another_step_or_seed_gives_other_draws(other: RoundingKey) -> None:
 
 
 def test_blocks_of_rows_give_the_codes_of_the_whole() -> None:
-    """Chunks of the update and rows of another rank: `start` is part of the coordinates. Control: the second block
-    updated as if it were the first takes the first's draws."""
+    """Blocks of an update, and rows of another rank: `start` is part of the coordinates.
+
+    Control: the second block, updated as if it were the first, takes the draws of the first.
+    """
     direction = torch.randn(6, 8) * 3
     whole, parts, wrong = fused(), fused(), fused()
     codes = random_codes(whole)
@@ -182,8 +185,11 @@ def test_weight_decay_pulls_to_zero() -> None:
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_counts_are_per_matrix_flips_zeros_and_clamped(bits: Bits) -> None:
-    """By hand, with exact wishes. 8 bits are not packed: what unpack gives shares the memory that is then written, so
-    codes counted after that would show no flip."""
+    """Counts by hand, with exact wanted weights.
+
+    Codes of 8 bits are not packed, so the result of `unpack` shares the memory that is then written. Counts after the
+    write would show no flip.
+    """
     weight = fused(bits)
     codes = torch.zeros(6, 8, dtype=torch.int8)
     codes[0, 0], codes[0, 1], codes[2, 0] = 1, weight.grid.qmin, weight.grid.qmax
@@ -210,9 +216,9 @@ def test_counts_of_a_block_leave_other_matrices_at_zero() -> None:
 
 
 def train_regression(mode: str, steps: int = 200) -> tuple[float, float, LowBitMatrix]:
-    """Fits y = W* x, W* 16 x 32 on the 4-bit grid, by full-batch AdamW at a tenth of a code a step, falling to zero.
+    """Fits y = W* x, W* 16 x 32 on the 4-bit grid, by full-batch AdamW. Returns first loss, last loss and weight.
 
-    Returns the first loss, the last one and the weight.
+    The learning rate is a tenth of a code per step, falling to zero.
     """
     generator = torch.Generator().manual_seed(0)
     scale = 0.25
@@ -232,8 +238,11 @@ def train_regression(mode: str, steps: int = 200) -> tuple[float, float, LowBitM
 
 
 def test_stochastic_rounding_learns_where_nearest_stands_still() -> None:
-    """At a tenth of a code a step nearest never moves a single code; stochastic rounding, from the same start, brings
-    the loss below a tenth (1/48 when this was written; other roundings in the gradients may move a few draws)."""
+    """At a tenth of a code per step rounding to nearest changes no code.
+
+    Stochastic rounding from the same start brings the loss below a tenth. Measured: 1/48; other roundings in the
+    gradients may change a few draws.
+    """
     first, last, weight = train_regression("nearest")
     assert last == first and not bool(weight.unpack().any())
     first, last, _ = train_regression("stochastic")

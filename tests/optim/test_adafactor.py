@@ -1,5 +1,4 @@
-"""Adafactor's three phases, put together for one rank, against torch.optim.Adafactor and against the paper's
-formulas."""
+"""Adafactor's three phases on one rank, against torch.optim.Adafactor and against the formulas of the paper."""
 
 from __future__ import annotations
 
@@ -14,7 +13,7 @@ ROWS, COLUMNS = 9, 14
 
 
 class OneRank:
-    """The phases with nothing between them: all rows of `row_matrix`'s matrices are here."""
+    """The three phases without sums over ranks, because this rank holds all rows of the matrices in `row_matrix`."""
 
     def __init__(self, row_matrix: Tensor) -> None:
         self.row_matrix = row_matrix
@@ -34,14 +33,14 @@ class OneRank:
 
 
 def gradients(steps: int) -> list[Tensor]:
-    """Rows and columns of different magnitudes; the fourth step is large, so that clipping acts."""
+    """Rows and columns have different magnitudes. The fourth step is large, so that clipping acts."""
     scales = torch.logspace(-2, 1, ROWS)[:, None] * torch.logspace(0, 1, COLUMNS)
     return [torch.randn(ROWS, COLUMNS) * scales * (20.0 if step == 3 else 1.0) for step in range(steps)]
 
 
 @pytest.mark.parametrize("decay_rate", [0.8, 0.5])
 def test_equals_torch_adafactor_over_several_steps(decay_rate: float) -> None:
-    """torch's rate is min(lr, 1/sqrt(step)) * max(eps2, RMS(weight)): with eps2 = 1 and small weights it is lr."""
+    """torch's rate is min(lr, 1/sqrt(step)) * max(eps2, RMS(weight)). With eps2 = 1 and small weights it is lr."""
     weight = torch.nn.Parameter(torch.zeros(ROWS, COLUMNS))
     learning_rate = 0.01
     optimizer = torch.optim.Adafactor(

@@ -1,4 +1,4 @@
-"""DeepSpeed's insides: each one that is used is named, is there in the version at hand, and is missed with a sentence."""
+"""Internals of DeepSpeed in use: each is listed, exists in the installed version, and is reported if missing."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def used_of(source: str, holder: str) -> set[str]:
 
 
 def test_every_internal_in_use_is_named() -> None:
-    """`step` and `zero_grad` are torch's interface of an optimizer."""
+    """`step` and `zero_grad` are not listed, because they are torch's interface of an optimizer."""
     named = {name for names in INTERNALS.values() for name in names} | set(deepspeed_adapter.BF16_STAGE_0_INTERNALS)
     assert used_of(inspect.getsource(deepspeed_adapter), "inner") - {"step", "zero_grad"} == named
     assert used_of(inspect.getsource(deepspeed_adapter), "engine") == set(deepspeed_adapter.ENGINE_INTERNALS) - {
@@ -53,7 +53,7 @@ def test_no_other_file_knows_them() -> None:
 
 
 def internals_are_there(rank: int, world_size: int, *overrides: str) -> int:
-    """How many internals the real optimizer of a stage was asked for when it was built, and a load afterwards works."""
+    """Builds the real optimizer of a stage, which checks its internals, steps and loads. Returns the number checked."""
     run = start(*overrides)
     run.step(1)
     run.optimizer.state_was_loaded(1)
@@ -77,7 +77,7 @@ def test_a_deepspeed_without_one_is_refused_with_a_sentence() -> None:
 
 
 def asked_by_the_engine() -> set[str]:
-    """What DeepSpeed's engine reads of its optimizer in the methods that a step of ours goes through."""
+    """Attributes that DeepSpeed's engine reads of its optimizer, in the methods that a step calls."""
     engine = deepspeed.DeepSpeedEngine
     sources = [
         inspect.getsource(engine.step),
@@ -88,10 +88,10 @@ def asked_by_the_engine() -> set[str]:
 
 
 def test_the_optimizer_answers_what_the_engine_asks() -> None:
-    """Nothing is forwarded: a new question of a new DeepSpeed is answered on purpose, or listed here with the reason."""
+    """CombinedOptimizer forwards nothing. What a new DeepSpeed reads is added, or listed here with a reason."""
     not_asked = {
-        "_global_grad_norm",  # only where hasattr says so; the norm is ours
-        "_sync_selective_optimizer_lr",  # ZenFlow only, which the config does not let through
+        "_global_grad_norm",  # read only after hasattr; CombinedOptimizer computes the norm
+        "_sync_selective_optimizer_lr",  # ZenFlow only, which the config refuses
     }
     unanswered = {name for name in asked_by_the_engine() - not_asked if not hasattr(CombinedOptimizer, name)}
     assert unanswered == set(), f"DeepSpeed {deepspeed.__version__} asks an optimizer for {sorted(unanswered)}"

@@ -1,4 +1,4 @@
-"""One optimizer over both kinds of weights: one gradient norm, one clip, both rates on schedule, DeepSpeed's part by the book."""
+"""CombinedOptimizer: one gradient norm, one clip factor, learning rates as scheduled, AdamW of DeepSpeed as torch's."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from deepspeed.utils.config import get_timers_config
 
 from dqt_dist.optim.adamw import GRADIENT_LIMIT
-from dqt_dist.optim.engine import clip_factor, deepspeed_config
+from dqt_dist.optim.deepspeed_adapter import deepspeed_config
+from dqt_dist.optim.engine import clip_factor
 from dqt_dist.optim.schedule import rate_multiplier
 from dqt_dist.training.step import train_step
 from tests.distributed import run_distributed
@@ -33,7 +34,8 @@ BF16 = "quantization.compute=bf16"
 SUB_NORM = "model.sub_norm=true"
 TP, PP, SP = "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"
 
-# Square roots of sums of squares of fp32 gradients: two evaluations differ by what the gradients differ, 1e-6 at the first step.
+# A norm is the root of a sum of squares of fp32 gradients. Two evaluations differ by as much as the gradients, 1e-6 at
+# the first step.
 NORM_FP32 = 1e-6
 
 
@@ -82,8 +84,11 @@ def test_the_norm_equals_that_of_one_process(case: str) -> None:
 @pytest.mark.parametrize("stage", [(), (ZERO_1,)])
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_micro_batches_of_any_size_give_the_same_norm_and_gradients(compute: str, stage: tuple[str, ...]) -> None:
-    """12, 6 or 4 micro-batches of the same 12 samples. Megatron's schedule and DeepSpeed both know how to divide by their
-    number; doing it twice would make the norm 12, 6 and 4 times too small."""
+    """12, 6 or 4 micro-batches of the same 12 samples.
+
+    Megatron's schedule and DeepSpeed can each divide by the number of micro-batches. If the two divided, the norm would
+    be 12, 6 and 4 times too small.
+    """
     records = [
         recorded(1, 1, f"quantization.compute={compute}", *stage, f"training.micro_batch_size={size}")
         for size in (2, 1, 3)
@@ -98,7 +103,7 @@ def test_micro_batches_of_any_size_give_the_same_norm_and_gradients(compute: str
 
 
 def test_deepspeed_measures_no_throughput() -> None:
-    """Its timer waits for the device twice a step. Control: by default it is on."""
+    """DeepSpeed's timer waits for the device twice per step. Control: by default the timer is on."""
     config = small_config()
     assert not get_timers_config(deepspeed_config(config, 1)).enabled
     assert get_timers_config({}).enabled
@@ -118,7 +123,10 @@ def test_the_clip_factor_is_the_ratio_of_the_norms_and_never_above_one() -> None
 
 @pytest.mark.parametrize("layout", [(1,), (2, ZERO_1), (1, BF16), (2, ZERO_1, BF16)], ids=str)
 def test_clipping_scales_what_both_optimizers_see(layout: tuple[Any, ...]) -> None:
-    """AdamW's first update does not depend on the size of the gradient, so look at the moment: (1 - beta1) * clip * gradient."""
+    """The moment is (1 - beta1) * clip * gradient.
+
+    AdamW's first update does not depend on the size of the gradient, so the test compares the moment.
+    """
     world_size, *overrides = layout
     free = recorded(world_size, 1, *overrides, "optimizer.max_grad_norm=0")
     clipped = recorded(world_size, 1, *overrides, "optimizer.max_grad_norm=0.01")
@@ -136,7 +144,7 @@ def test_clipping_scales_what_both_optimizers_see(layout: tuple[Any, ...]) -> No
 
 
 def poisoned(rank: int, world_size: int, bad_step: int, *overrides: str) -> tuple[Whole, Whole, Whole, float]:
-    """States before and after step `bad_step`, in which one rank's gradients are not finite, and after the next one."""
+    """States before and after step `bad_step`, where one rank has gradients that are not finite, and after the next."""
     run = start(*overrides)
     for number in range(1, bad_step):
         run.step(number)
@@ -144,7 +152,7 @@ def poisoned(rank: int, world_size: int, bad_step: int, *overrides: str) -> tupl
     batches = random_batches(run.config, bad_step, run.groups.data.rank(), run.groups.data.size())
     if run.groups.data.rank() == world_size - 1:
         batches[0]["loss_mask"] *= float("inf")  # the loss is inf / inf = nan, and so is every gradient
-    result = train_step(run.engine, run.chunks, batches, run.forward_backward)
+    result = train_step(run.engine, run.model_chunks, batches, run.forward_backward)
     after = {name: tensor.clone() for name, tensor in whole_state(run).items()}
     run.step(bad_step + 1)
     return before, after, whole_state(run), float(result.grad_norm)
@@ -157,14 +165,14 @@ def poisoned(rank: int, world_size: int, bad_step: int, *overrides: str) -> tupl
     ids=str,
 )
 def test_a_gradient_that_is_not_finite_moves_nothing(layout: tuple[Any, ...], bad_step: int) -> None:
-    """At step 3 the moments are not zero any more: a gradient of zero alone would still move codes and parameters."""
+    """At step 3 the moments are not zero: with a zero gradient they alone would change codes and parameters."""
     world_size, *overrides = layout
     before, after, later, grad_norm = run_distributed(poisoned, world_size, bad_step, *overrides)[0]
     assert not torch.tensor(grad_norm).isfinite()
     assert_equal(after, before, ("codes/", "scale/", "parameter/"))
     assert all(tensor.isfinite().all() for tensor in [*after.values(), *later.values()] if tensor.is_floating_point())
     changed = [name for name in after if not torch.equal(later[name], after[name])]
-    assert any(name.startswith("codes/") for name in changed) and "parameter/embed_tokens" in changed  # it goes on
+    assert any(name.startswith("codes/") for name in changed) and "parameter/embed_tokens" in changed  # the run goes on
 
 
 # ---- DeepSpeed's part ----
@@ -289,7 +297,10 @@ def test_zero_1_divides_the_fp32_masters_and_never_sees_a_code(compute: str) -> 
 
 @pytest.mark.parametrize("beta1", ["null", "0.9"])
 def test_adafactor_sharded_equals_one_process(beta1: str) -> None:
-    """Its means run over whole logical matrices, of which no rank has all: rows over data parallel, either side over tensor."""
+    """Adafactor's means are taken over whole logical matrices, and no rank holds a whole matrix.
+
+    Rows are divided over data-parallel ranks, rows or columns over tensor-parallel ranks.
+    """
     overrides = ("optimizer.name=adafactor", f"optimizer.beta1={beta1}")
     found, wanted = recorded(4, STEPS, *overrides, TP, ZERO_1), recorded(1, STEPS, *overrides)
     first_found, first_wanted = recorded(4, 1, *overrides, TP, ZERO_1), recorded(1, 1, *overrides)
@@ -304,14 +315,14 @@ def test_adafactor_sharded_equals_one_process(beta1: str) -> None:
     assert fraction_of_codes_that_differ(found.final, wanted.final, wanted.config) <= 2e-3
 
 
-# ---- what is left when it is gone ----
+# ---- memory is freed with the run ----
 
 
 def parameters_left(rank: int, world_size: int, *overrides: str) -> tuple[int, int]:
-    """Parameters of a run, and how many of them are still there when nobody refers to the run any more."""
+    """Number of parameters of a run, and how many of them are alive after the last reference to the run is gone."""
     run = start(*overrides)
     run.step(1)
-    parameters = [weakref.ref(parameter) for parameter in run.chunks.parameters()]
+    parameters = [weakref.ref(parameter) for parameter in run.model_chunks.parameters()]
     del run
     while gc.collect():
         pass
@@ -320,6 +331,6 @@ def parameters_left(rank: int, world_size: int, *overrides: str) -> tuple[int, i
 
 @pytest.mark.parametrize("fused", ["false", "true"])
 def test_an_engine_nobody_refers_to_leaves_no_memory(fused: str) -> None:
-    """Hooks of parameters are out of Python's sight; one that leads back to its parameter would keep all of it."""
+    """Python's garbage collector does not see hooks. A hook that refers to its parameter keeps it alive."""
     overrides = ("training.global_batch_size=2", "optimizer.max_grad_norm=0", f"optimizer.fused_backward={fused}")
     assert run_distributed(parameters_left, 1, *overrides)[0] == (7, 0)

@@ -1,4 +1,4 @@
-"""optimizer.fused_backward: matrices are updated inside the backward pass, and nothing but the memory of gradients is different."""
+"""optimizer.fused_backward updates matrices inside the backward pass. Only the memory of gradients differs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from dqt_dist.checkpoint.digest import digest
 from dqt_dist.checkpoint.folder import Progress
 from dqt_dist.lowbit.gradient_buffer import GradientBuffer
-from dqt_dist.training.low_bit_figures import LowBitTable
+from dqt_dist.training.low_bit_metrics import LowBitMetricsCollector
 from dqt_dist.training.step import train_step
 from tests.distributed import run_distributed
 from tests.parallel.runs import Run, Whole, assert_equal, start, whole_state
@@ -21,7 +21,7 @@ from tests.small import random_batches
 FUSED = "optimizer.fused_backward=true"
 STATE_8 = ("optimizer.state_bits=8", "model.ffn_hidden_size=64")
 STEPS = 3
-# The rate is another one at each step: a wrong step number shows.
+# The learning rate differs at each step, so a wrong step number shows.
 SETTINGS = ("optimizer.max_grad_norm=0", "optimizer.schedule=linear", "optimizer.warmup_steps=2")
 
 
@@ -37,12 +37,12 @@ def zero(stage: int) -> str:
 
 
 def result(rank: int, world_size: int, *overrides: str) -> tuple[str, list[float], list[float], Tensor]:
-    """Digest of everything after three steps, losses, norms, and the figures of the last update."""
+    """Digest of the whole state after three steps, losses, norms, and the metrics of the last update."""
     run = begin(world_size, *overrides)
     results = [run.step(number) for number in range(1, STEPS + 1)]
-    figures = LowBitTable(run.optimizer.low_bit, run.config, run.groups).figures().per_matrix
+    metrics = LowBitMetricsCollector(run.optimizer.low_bit, run.config, run.groups).collect().per_matrix
     state = digest(whole_state(run).items(), Progress(0, 0, 0)).total
-    return state, [run.mean_loss(r) for r in results], [float(r.grad_norm) for r in results], figures
+    return state, [run.mean_loss(r) for r in results], [float(r.grad_norm) for r in results], metrics
 
 
 CASES: list[tuple[Any, ...]] = [
@@ -58,20 +58,23 @@ CASES: list[tuple[Any, ...]] = [
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_it_leaves_the_bits_of_a_step_that_updates_at_the_end(case: tuple[Any, ...]) -> None:
-    """Codes, moments, parameters, losses, norms and counts. Would fail if a matrix changed before its own dx, or in stage 3 before
-    everybody has what was gathered of it; or with the rate of the step before (asserted below)."""
+    """Codes, moments, parameters, losses, norms and counts are equal.
+
+    The test would fail if a matrix changed before its own dx was computed, or in stage 3 before all ranks have used the
+    gathered codes, or with the rate of the step before (asserted below).
+    """
     ranks, stage, *overrides = case
-    state, losses, norms, figures = run_distributed(result, ranks, zero(stage), *overrides, FUSED)[0]
-    wanted_state, wanted_losses, wanted_norms, wanted_figures = run_distributed(result, ranks, zero(stage), *overrides)[
+    state, losses, norms, metrics = run_distributed(result, ranks, zero(stage), *overrides, FUSED)[0]
+    wanted_state, wanted_losses, wanted_norms, wanted_metrics = run_distributed(result, ranks, zero(stage), *overrides)[
         0
     ]
     assert (losses, norms) == (wanted_losses, wanted_norms)
-    assert torch.equal(figures, wanted_figures) and figures[:, 0].min() > 0
+    assert torch.equal(metrics, wanted_metrics) and metrics[:, 0].min() > 0
     assert state == wanted_state
 
 
 def test_another_rate_is_seen() -> None:
-    """Negative control: what one step number too few or too many would do."""
+    """Negative control: a step number that is too small or too large by one gives another state."""
     one, other = (run_distributed(result, 1, zero(0), FUSED, f"optimizer.warmup_steps={steps}")[0] for steps in (2, 3))
     assert one[0] != other[0]
 
@@ -80,8 +83,11 @@ def test_another_rate_is_seen() -> None:
 
 
 def most_gradients(rank: int, world_size: int, *overrides: str) -> tuple[int, int]:
-    """(elements of all low-bit matrices, of all float memory alive as large as one whenever a gradient has just been made) in a step,
-    moments not counted."""
+    """Elements of all low-bit matrices, and elements of large float memory in a step, without moments.
+
+    The float memory is measured each time a gradient has just been made. Memory counts when it is as large as the
+    smallest matrix.
+    """
     model = ("model.num_layers=4", "model.hidden_size=64", "model.ffn_hidden_size=64", "model.seq_length=4")
     run = begin(world_size, *model, "model.vocab_size=16", *overrides)
     run.step(1)
@@ -115,8 +121,11 @@ def float_storages(smallest: int) -> set[tuple[int, int]]:
 
 @pytest.mark.parametrize(("ranks", "stage"), [(1, 0), (2, 0), (2, 2)])
 def test_gradients_of_a_few_matrices_are_alive_at_once(ranks: int, stage: int) -> None:
-    """16 matrices of four layers; the largest, gate|up, is a third of a layer. On one rank: the gradient that was just made
-    and nothing of the ones before. With exchanges: three more under way, each twice. Control: updated at the end, all are there."""
+    """There are 16 matrices in four layers. The largest, gate|up, is a third of a layer.
+
+    On one rank only the gradient that was just made is alive. With exchanges three more are in flight, each twice.
+    Control: updated at the end of the step, all gradients are alive.
+    """
     weights, most = run_distributed(most_gradients, ranks, zero(stage), *STATE_8[:1], FUSED)[0]
     largest = 2 * 64 * 64
     assert most <= (largest if ranks == 1 else 7 * largest) < weights
@@ -128,13 +137,13 @@ def test_gradients_of_a_few_matrices_are_alive_at_once(ranks: int, stage: int) -
 
 
 def poisoned(rank: int, world_size: int, *overrides: str) -> tuple[Whole, Whole, Whole, float]:
-    """States before and after a step whose loss is not finite, and after the next one; its gradient norm."""
+    """States before and after a step whose loss is not finite, and after the next; the gradient norm."""
     run = begin(world_size, *overrides)
     run.step(1)
     before = {name: tensor.clone() for name, tensor in whole_state(run).items()}
     batches = random_batches(run.config, 2, run.groups.data.rank(), run.groups.data.size())
     batches[0]["loss_mask"] *= float("inf")  # inf / inf
-    norm = float(train_step(run.engine, run.chunks, batches, run.forward_backward).grad_norm)
+    norm = float(train_step(run.engine, run.model_chunks, batches, run.forward_backward).grad_norm)
     after = {name: tensor.clone() for name, tensor in whole_state(run).items()}
     run.step(3)
     return before, after, whole_state(run), norm
@@ -142,7 +151,10 @@ def poisoned(rank: int, world_size: int, *overrides: str) -> tuple[Whole, Whole,
 
 @pytest.mark.parametrize("overrides", [(), STATE_8], ids=str)
 def test_a_gradient_that_is_not_finite_counts_as_zero(overrides: tuple[str, ...]) -> None:
-    """Nothing becomes nan: low-bit moments decay, ordinary parameters are left alone as ever, the norm tells, the run goes on."""
+    """Nothing becomes nan.
+
+    Low-bit moments decay, ordinary parameters do not change, the norm is not finite, and the run goes on.
+    """
     before, after, later, norm = run_distributed(poisoned, 1, *overrides, FUSED)[0]
     assert not torch.tensor(norm).isfinite()
     assert_equal(after, before, "parameter/")

@@ -1,4 +1,4 @@
-"""ZeRO over rows, from given gradients: all stages leave the same bits, whatever the number of ranks and however rows divide."""
+"""ZeRO over rows, from given gradients: the bits do not depend on stage, number of ranks and division of rows."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ KINDS = ("codes/", "scale/", "low_bit.")
 
 
 def given_gradients(rank: int, world_size: int, num_parts: int, *overrides: str) -> tuple[Whole, list[float]]:
-    """Five updates from gradients that are a function of (step, part); a rank of several holds one part, a single rank the mean
-    of all parts in rank order. Returns the low-bit state and the norms."""
+    """Five updates from gradients that are a function of (step, part). Returns the low-bit state and the norms.
+
+    Each of several ranks holds one part. A single rank holds the mean of all parts, taken in rank order.
+    """
     run = start(*overrides, f"training.global_batch_size={2 * world_size}")  # one micro-batch
     low_bit, reducer, norms = run.optimizer.low_bit, run.optimizer.reducer, []
     reducer.buffers = low_bit.gradients
@@ -44,13 +46,13 @@ CASES += [(2, zero, "ternary") for zero in range(4)]
 
 @pytest.mark.parametrize(("ranks", "zero", "bits"), CASES)
 def test_codes_and_moments_after_five_updates_have_the_same_bits(ranks: int, zero: int, bits: str | int) -> None:
-    """32, 64 and 96 rows over 3 ranks are uneven shares. Equal also to one rank that gets the mean: the update is exact."""
+    """32, 64 and 96 rows over 3 ranks are uneven shares. One rank that gets the mean has the same bits too."""
     quantization = f"quantization.bits={bits}"
     stage = f"deepspeed.zero_optimization.stage={zero}"
     found, norms = run_distributed(given_gradients, ranks, ranks, quantization, stage)[0]
     wanted, wanted_norms = run_distributed(given_gradients, 1, ranks, quantization)[0]
     assert_equal(found, wanted)
-    # Sums of squares in fp64, divided over ranks in another way.
+    # The norms are sums of squares in fp64, whose elements are divided over ranks in different ways.
     assert norms == pytest.approx(wanted_norms, rel=1e-14)
 
 
@@ -74,7 +76,7 @@ def test_a_rank_has_moments_and_in_stage_3_codes_for_its_own_rows_only(name: str
             assert code_bytes == held * make_grid("ternary").packed_columns(width)
             if moments:
                 assert elements == moments * (last - first) * width
-            else:  # a row mean each owned row and a column mean each logical matrix
+            else:  # one row mean per owned row, one set of column means per logical matrix
                 assert elements == (last - first) + width * {64: 3, 96: 2}.get(num_rows, 1)
     whole = run_distributed(owned, 3, f"optimizer.name={name}")[2]
     assert all((first, last) == (0, num_rows) for num_rows, first, last, _, _ in whole)

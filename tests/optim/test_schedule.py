@@ -1,4 +1,4 @@
-"""Schedules at their corners: first and last update, the end of warm-up, the start of a decay."""
+"""Schedules at the steps where their form changes: first and last update, end of warm-up, start of a decay."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALL = ["cosine", "linear", "constant", "wsd"]
 
 @pytest.mark.parametrize("schedule", ALL)
 def test_warm_up_is_a_line_from_one_share_to_the_peak(schedule: str) -> None:
-    """The first update already moves (1/10, not 0) and the last warm-up step is at the peak."""
+    """The first update has a rate above 0 (1/10 of the peak), and the last warm-up step has the peak rate."""
     values = [factor(step, schedule, warmup_steps=10, decay_steps=20) for step in range(1, 11)]
     assert values == [step / 10 for step in range(1, 11)]
 

@@ -1,9 +1,9 @@
-"""A run inside a test worker, and what the tests compare: whole logical tensors, put together from all ranks.
+"""A run inside a test worker, and the whole logical tensors that tests compare, assembled from all ranks.
 
     run = start("parallel.tensor=2")          # in a worker, on every rank
     run.step(1); whole_state(run)             # the state of the model by logical name, on rank 0
 
-Comparing by logical name is what makes layouts comparable: no rank's shard appears in a test.
+Logical names are the same in every layout, so tests compare whole tensors by name and never a rank's shard.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Run:
 
     config: Config
     groups: Groups
-    chunks: nn.ModuleList
+    model_chunks: nn.ModuleList
     engine: Any
 
     @property
@@ -51,41 +51,41 @@ class Run:
 
     @property
     def forward_backward(self) -> ForwardBackward:
-        return choose_forward_backward(self.chunks, self.optimizer, self.config, self.groups)
+        return choose_forward_backward(self.model_chunks, self.optimizer, self.config, self.groups)
 
     def step(self, number: int) -> StepResult:
         """Step `number` on the batch of that number."""
         batches = random_batches(self.config, number, self.groups.data.rank(), self.groups.data.size())
-        return train_step(self.engine, self.chunks, batches, self.forward_backward)
+        return train_step(self.engine, self.model_chunks, batches, self.forward_backward)
 
     def mean_loss(self, result: StepResult) -> float:
         return float(mean_over_data(result.loss, self.groups))
 
 
 def start(*overrides: str) -> Run:
-    """Groups, model and engine of the small configuration with `overrides`; a collective call of the whole world."""
+    """Groups, model and engine of the small configuration with `overrides`. A collective call of the whole world."""
     config = small_config(*overrides)
     rank, size = dist.get_rank(), dist.get_world_size()
     groups = initialize(config, Launch(rank, size, rank, size, "tests", "", 0))
-    chunks = build_model(config, groups)
-    return Run(config, groups, chunks, build_engine(chunks, config, groups))
+    model_chunks = build_model(config, groups)
+    return Run(config, groups, model_chunks, build_engine(model_chunks, config, groups))
 
 
 # ---- from rectangles to whole tensors ----
 
 
 def assemble(state: LogicalState) -> Whole:
-    """Whole tensors on rank 0 (nothing elsewhere) from every rank's rectangles; a collective call.
+    """Whole tensors on rank 0 (nothing on other ranks) from the rectangles of every rank. A collective call.
 
     Elements that several ranks hold must have the same bits, and every element must be held.
     """
-    of_ranks: list[Any] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
-    dist.gather_object(state, of_ranks)
-    if of_ranks is None:
+    parts_per_rank: list[Any] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(state, parts_per_rank)
+    if parts_per_rank is None:
         return {}
     whole: Whole = {}
     covered: dict[str, Tensor] = {}
-    for rank, part in enumerate(of_ranks):
+    for rank, part in enumerate(parts_per_rank):
         for name, tensor in part.items():
             whole.setdefault(name, torch.zeros(tensor.shape, dtype=tensor.dtype))
             seen = covered.setdefault(name, torch.zeros(tensor.shape, dtype=torch.bool))
@@ -100,8 +100,8 @@ def assemble(state: LogicalState) -> Whole:
 
 
 def whole_state(run: Run) -> Whole:
-    """Everything that a checkpoint holds, by its names there, as a copy."""
-    return assemble(logical_state(run.chunks, run.optimizer))
+    """A copy of everything that a checkpoint holds, by the names of the checkpoint."""
+    return assemble(logical_state(run.model_chunks, run.optimizer))
 
 
 def whole_gradients(run: Run) -> Whole:
@@ -140,12 +140,12 @@ def record_gradients(run: Run) -> list[Whole]:
 
 @dataclass
 class Record:
-    """What some steps of a run left, in whole tensors."""
+    """The results of some steps of a run, as whole tensors."""
 
     config: Config
     initial: Whole
     gradients: list[Whole]
-    """Of each step: reduced over data parallel, before clipping."""
+    """Gradients of each step, reduced over data-parallel ranks, before clipping."""
     losses: list[float]
     grad_norms: list[float]
     final: Whole
@@ -162,7 +162,7 @@ def _record(rank: int, world_size: int, steps: int, *overrides: str) -> Record |
 
 
 def recorded(world_size: int, steps: int, *overrides: str) -> Record:
-    """Runs `steps` steps on `world_size` ranks; the same arguments give the same record without running again."""
+    """Runs `steps` steps on `world_size` ranks. Cached: the same arguments return the same record."""
     return _recorded(world_size, steps, tuple(sorted(overrides)))
 
 

@@ -1,14 +1,15 @@
-"""How far may two layouts drift apart in 20 steps? No further than their measured gradient differences explain.
+"""In 20 steps two layouts differ by no more codes than their measured gradient differences explain.
 
-Both layouts draw the same u for a weight. With equal codes before a step, the codes after it differ only when u falls between the
-two wanted weights t_A and t_B (in units of a code), which happens with probability |t_A - t_B|; clamping only makes it rarer, and
-u comes in steps of 2^-24. So the number of weights that have ever become different is a sum of rare events whose probabilities
-add up to
+Two layouts A and B draw the same u for a weight. When their codes are equal before a step, the codes after the step
+differ only when u falls between the two wanted weights t_A and t_B (in units of a code). The probability is |t_A -
+t_B|. Clamping makes it smaller, and u has steps of 2^-24. The number of weights that ever differ is therefore a sum of
+rare events, whose probabilities add up to
 
     E = sum over steps and weights of min(1, |t_A - t_B| + 2^-23)        t_A - t_B = lr / s * (adam(g_B) - adam(g_A))
 
-computed here from the gradients both runs recorded. What codes that differ do to later gradients is in those gradients. By
-Freedman's inequality (Annals of Probability 3, 1975) the sum exceeds E + x with probability exp(-x^2 / (2 (E + x / 3))) at most.
+computed from the recorded gradients of the two runs. The recorded gradients include the effect of codes that already
+differ. By Freedman's inequality (Annals of Probability 3, 1975) the sum exceeds E + x with probability at most exp(-x^2
+/ (2 (E + x / 3))).
 """
 
 from __future__ import annotations
@@ -46,11 +47,11 @@ def directions(record: Record) -> list[Whole]:
 
 
 def expected_differences(found: Record, wanted: Record) -> float:
-    """E of the docstring."""
+    """E of the module's docstring."""
     rate, total = wanted.config.optimizer.low_bit_learning_rate, 0.0
-    for ours, theirs in zip(directions(found), directions(wanted), strict=True):
-        for name, direction in theirs.items():
-            distance = (direction - ours[name]).abs() * (rate / wanted.final[f"scale/{name}"])
+    for found_directions, wanted_directions in zip(directions(found), directions(wanted), strict=True):
+        for name, direction in wanted_directions.items():
+            distance = (direction - found_directions[name]).abs() * (rate / wanted.final[f"scale/{name}"])
             total += float((distance.double() + 2.0**-23).clamp(max=1.0).sum())
     return total
 
@@ -75,12 +76,12 @@ def test_codes_differ_no_more_than_the_gradients_explain(layout: tuple) -> None:
     expected = expected_differences(found, wanted)
     print(f"{layout}: {different} of {weights} codes differ, {expected:.1f} expected at most")
     assert different <= bound(expected)
-    # The bound says something: of unrelated runs more than half of the codes differ.
+    # The bound is not trivial: in two unrelated runs more than half of the codes differ.
     assert bound(expected) < weights / 5
 
 
 def test_unrelated_draws_break_the_bound() -> None:
-    """Negative control: the same run with other rounding draws. Its gradients soon differ too, and still explain less."""
+    """Negative control: with other rounding draws more codes differ than the gradient differences explain."""
     found, wanted = recorded(1, 2, "training.seed=7", LENGTH), recorded(1, 2, LENGTH)
     weights = sum(gradient.numel() for name, gradient in wanted.gradients[0].items() if f"codes/{name}" in wanted.final)
     different = fraction_of_codes_that_differ(found.final, wanted.final, wanted.config) * weights

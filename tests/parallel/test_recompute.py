@@ -1,4 +1,4 @@
-"""Activation checkpointing changes what is kept, and nothing else: the same bits in every layout that recomputes."""
+"""Activation checkpointing changes only what is kept in memory: the bits are the same in every layout."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_some_blocks_recompute_and_change_no_bit(world_size: int, overrides: tup
 
 
 def test_less_is_kept() -> None:
-    """In the forward pass: none keeps more than mlp, which keeps more than full; one of two blocks lies between."""
+    """In the forward pass "none" keeps more than "mlp", and "mlp" more than "full". One of two blocks lies between."""
     none, mlp, full = (run_distributed(_forward_bytes, 1, recompute)[0] for recompute in ("none", "mlp", "full"))
     assert none > mlp > full
     for recompute, whole in (("mlp", mlp), ("full", full)):
@@ -59,7 +59,7 @@ def _forward_bytes(rank: int, world_size: int, recompute: str, *overrides: str) 
     def count(*_: object) -> None:
         total.append(sum(t.untyped_storage().nbytes() for t in kept.values() if t.is_floating_point()))
 
-    run.chunks[0].output_layer.register_forward_hook(count)
+    run.model_chunks[0].output_layer.register_forward_hook(count)
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         run.step(1)
     return total[0]

@@ -1,4 +1,4 @@
-"""Rows over ranks: who owns which, means in rank order bit for bit, packed rows back to everybody."""
+"""Rows over ranks: the bounds, means in rank order bit for bit, and the gather of packed rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHAPES = [(8, 4), (5, 3), (7, 2), (2, 4), (1, 3), (6, 1)]
 
 
 def part(rank: int, rows: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What `rank` puts in: numbers whose sum depends on its order."""
+    """The gradient of `rank`: numbers whose sum depends on the order of the sum."""
     generator = torch.Generator().manual_seed(100 + rank)
     exponents = torch.randint(-12, 13, (rows, 3), generator=generator)
     return (torch.randn(rows, 3, generator=generator) * 2.0**exponents).to(dtype)
@@ -38,13 +38,13 @@ def test_bounds_cut_the_rows_without_gap_or_overlap(rows: int, ranks: int) -> No
 
 
 def reduce(rank: int, world_size: int, rows: int, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """This rank's mean, and the bytes that the exchange was counted with."""
+    """This rank's mean, and the bytes that were counted for the exchange."""
     group = dist.group.WORLD
     assert group is not None
     BYTES_SENT.clear()
     bounds = [(3 * start, 3 * stop) for start, stop in row_bounds(rows, world_size)]
-    mine = start_sum(part(rank, rows, dtype).view(-1), bounds, group).finish()
-    return mine.view(-1, 3), BYTES_SENT["gradients"]
+    own_mean = start_sum(part(rank, rows, dtype).view(-1), bounds, group).finish()
+    return own_mean.view(-1, 3), BYTES_SENT["gradients"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -52,13 +52,13 @@ def reduce(rank: int, world_size: int, rows: int, dtype: torch.dtype) -> tuple[T
 def test_the_owner_gets_the_mean_in_rank_order_bit_for_bit(rows: int, ranks: int, dtype: torch.dtype) -> None:
     wanted = mean_in_rank_order(rows, ranks, dtype)
     results = run_distributed(reduce, ranks, rows, dtype)
-    for (start, stop), (mine, sent) in zip(row_bounds(rows, ranks), results, strict=True):
-        assert torch.equal(mine, wanted[start:stop]) and mine.dtype == dtype
+    for (start, stop), (own_mean, sent) in zip(row_bounds(rows, ranks), results, strict=True):
+        assert torch.equal(own_mean, wanted[start:stop]) and own_mean.dtype == dtype
         assert sent == rows * 3 * dtype.itemsize * (ranks - 1) // ranks
 
 
 def test_the_order_of_the_sum_matters_here() -> None:
-    """Negative control: summed from the last rank on, the same parts give other bits."""
+    """Negative control: summed from the last rank to the first, the same parts give other bits."""
     backwards = part(2, 5) + part(1, 5) + part(0, 5)
     assert not torch.equal(backwards / 3, mean_in_rank_order(5, 3))
 
@@ -67,8 +67,8 @@ def gather(rank: int, world_size: int, rows: int, dtype: torch.dtype) -> Tensor:
     group = dist.group.WORLD
     assert group is not None
     start, stop = row_bounds(rows, world_size)[rank]
-    mine = torch.arange(rows * 5).view(rows, 5).to(dtype)[start:stop].clone()
-    return start_gather(mine, rows, group, "codes").finish().clone()
+    owned = torch.arange(rows * 5).view(rows, 5).to(dtype)[start:stop].clone()
+    return start_gather(owned, rows, group, "codes").finish().clone()
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.float32])

@@ -1,4 +1,4 @@
-"""The promise: how a run is divided is not part of its result. Whole runs, compared bit for bit over layouts and ZeRO stages."""
+"""The result of a run does not depend on its division over ranks: whole runs, bit for bit, over layouts and stages."""
 
 from __future__ import annotations
 
@@ -39,22 +39,25 @@ LAYOUTS = [(tp, pp, dp) for tp in (1, 2, 4) for pp in (1, 2) for dp in (1, 2, 3)
 
 
 def initial_digests(rank: int, world_size: int, stages: tuple[int, ...], *overrides: str) -> list[str]:
-    """Digest of the state before the first step in each stage; the groups are the same in all of them."""
+    """Digest of the state before the first step, for each stage. All stages use the same groups."""
     digests = []
     run = start(*overrides, zero(stages[0]))
     for stage in stages:
         if stage != stages[0]:
             zero_optimization = {"zero_optimization": {"stage": stage}}
             config = run.config.model_copy(update={"deepspeed": zero_optimization})
-            chunks = build_model(config, run.groups)
-            run = Run(config, run.groups, chunks, build_engine(chunks, config, run.groups))
+            model_chunks = build_model(config, run.groups)
+            run = Run(config, run.groups, model_chunks, build_engine(model_chunks, config, run.groups))
         digests.append(digest(whole_state(run)))
     return digests
 
 
 @pytest.mark.slow
 def test_every_layout_and_stage_starts_from_the_same_bits() -> None:
-    """44 of them: (TP, PP, DP) in {1, 2, 4} x {1, 2} x {1, 2, 3} as far as 8 processes go, stages 0 to 3 (with PP 0 and 1)."""
+    """44 combinations: (TP, PP, DP) in {1, 2, 4} x {1, 2} x {1, 2, 3} with at most 8 processes, times the stages.
+
+    The stages are 0 to 3 without a pipeline, and 0 and 1 with one.
+    """
     found = {}
     for tp, pp, dp in LAYOUTS:
         stages = (0, 1, 2, 3) if pp == 1 else (0, 1)
@@ -81,8 +84,9 @@ def digest_after(rank: int, world_size: int, steps: int, *overrides: str) -> tup
     return digest(whole_state(run)), norms
 
 
-CLIPPED = "optimizer.max_grad_norm=0.3"  # of norms of about 0.6: the clip factor acts on every step
-# (ranks, steps, overrides); 32, 48, 64 and 96 rows over 3 ranks are uneven. 12 samples are several micro-batches everywhere.
+CLIPPED = "optimizer.max_grad_norm=0.3"  # norms are about 0.6, so the clip factor acts on every step
+# (ranks, steps, overrides); 32, 48, 64 and 96 rows over 3 ranks are uneven. 12 samples are several micro-batches
+# everywhere.
 STAGE_CASES: dict[str, tuple[Any, ...]] = {
     "DP 2": (2, 20, CLIPPED),
     "DP 3": (3, 20, CLIPPED),
@@ -99,7 +103,7 @@ STAGE_CASES: dict[str, tuple[Any, ...]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", STAGE_CASES)
 def test_all_zero_stages_leave_the_same_bits(case: str) -> None:
-    """Codes, scales, moments, high-precision parameters and their moments; the norms on the way too."""
+    """Codes, scales, moments, high-precision parameters and their moments, and the norm of each step."""
     ranks, steps, *overrides = STAGE_CASES[case]
     found = {stage: run_distributed(digest_after, ranks, steps, *overrides, zero(stage))[0] for stage in range(4)}
     assert len({value for value, _ in found.values()}) == 1, {stage: value[:12] for stage, (value, _) in found.items()}
@@ -114,8 +118,10 @@ def test_offloaded_moments_change_no_bit() -> None:
 
 
 def test_when_gradients_are_summed_changes_the_last_bits_only() -> None:
-    """Negative control of the above, and the reason why the stages share one order: with each micro-batch they are added up over
-    ranks first, and other bits come out."""
+    """Negative control of the test above, and the reason why all stages use one order of sums.
+
+    With gradient_reduction "micro_batch" gradients are summed over ranks first, and the bits differ.
+    """
     once, often = (
         run_distributed(digest_after, 3, 3, zero(2), f"optimizer.gradient_reduction={when}")[0]
         for when in ("step", "micro_batch")
@@ -128,7 +134,7 @@ def test_when_gradients_are_summed_changes_the_last_bits_only() -> None:
 
 
 def kept_and_sent(rank: int, world_size: int, *overrides: str) -> dict[str, Any]:
-    """Largest gradient memory alive at any arrival in a step's backward passes, codes held, and bytes sent by kind."""
+    """Largest gradient memory when a gradient arrives in a backward pass, codes held, and bytes sent by kind."""
     run = start(*overrides)
     run.step(1)  # stage 3 learns the order of the layers
     largest = 0
@@ -144,8 +150,8 @@ def kept_and_sent(rank: int, world_size: int, *overrides: str) -> dict[str, Any]
     reducer._deliver = watched  # type: ignore[method-assign]
     BYTES_SENT.clear()
     run.step(2)
-    weights = sum(weight.numel for weight in low_bit_matrices(run.chunks))
-    held = sum(weight.codes.nbytes for weight in low_bit_matrices(run.chunks))
+    weights = sum(weight.numel for weight in low_bit_matrices(run.model_chunks))
+    held = sum(weight.codes.nbytes for weight in low_bit_matrices(run.model_chunks))
     high_precision = sum(shard.parameter.layout.rows * shard.parameter.layout.columns for shard in run.optimizer.shards)
     return {
         "weights": weights,
@@ -160,8 +166,11 @@ ONE_MICRO_BATCH = "training.global_batch_size=8"  # 4 ranks with 2 samples each
 
 
 def test_stages_keep_what_they_promise() -> None:
-    """4 ranks. Codes: a quarter of a byte a weight, a quarter of that in stage 3. Gradients: 4 bytes a weight until the end of
-    the backward in stage 1, and in stage 2 never much more than the owned quarter and the few under way."""
+    """4 ranks. Codes take a quarter of a byte per weight, and a quarter of that in stage 3.
+
+    Gradients take 4 bytes per weight until the end of the backward in stage 1. In stage 2 they never take much more
+    than the owned quarter and the few gradients in flight.
+    """
     facts = {stage: run_distributed(kept_and_sent, 4, zero(stage), ONE_MICRO_BATCH)[0] for stage in range(4)}
     weights = facts[0]["weights"]
     assert [facts[stage]["codes"] for stage in range(4)] == [weights // 4] * 3 + [weights // 16]
@@ -174,9 +183,10 @@ def test_stages_keep_what_they_promise() -> None:
 def test_bytes_sent_are_those_of_the_tables(micro_batches: int) -> None:
     """docs/parallelism.md: per rank, with D = 4, W low-bit weights and H others (H is summed in fp32 as well).
 
-    A code travels as 2 bits, an eighth of bf16: W/4 * 3/4 bytes, in stage 3 once for the forward and once for the backward of
-    each micro-batch, but for what is used twice in a row: the last matrix in forward and backward, the first in the backward and
-    the forward of the next micro-batch. Nothing is fetched in vain.
+    A code travels as 2 bits, an eighth of bf16: W/4 * 3/4 bytes. In stage 3 this is sent once for the forward and once
+    for the backward of each micro-batch, except for matrices that are used twice in a row: the last matrix in forward
+    and backward, and the first in the backward and in the forward of the next micro-batch. No matrix is gathered
+    without being used.
     """
     batch = f"training.global_batch_size={8 * micro_batches}"
     for stage in range(4):
@@ -206,7 +216,7 @@ def test_micro_batch_reduction_sends_that_many_times_more() -> None:
 
 
 def from_equal_gradients(rank: int, world_size: int, *overrides: str) -> str:
-    """Five updates from gradients that are a function of (step, logical matrix): each shard gets its part of them."""
+    """Five updates. Gradients are a function of (step, logical matrix), and each shard gets its part."""
     run = start(*overrides)
     low_bit = run.optimizer.low_bit
     for step in range(1, 6):
@@ -224,7 +234,7 @@ def from_equal_gradients(rank: int, world_size: int, *overrides: str) -> str:
         low_bit.gather_codes()
     low_bit_state = {
         name: tensor
-        for name, tensor in logical_state(run.chunks, run.optimizer).items()
+        for name, tensor in logical_state(run.model_chunks, run.optimizer).items()
         if not name.startswith("parameter")
     }
     return digest(assemble(low_bit_state))
@@ -232,10 +242,10 @@ def from_equal_gradients(rank: int, world_size: int, *overrides: str) -> str:
 
 @pytest.mark.slow
 def test_equal_gradients_give_equal_codes_in_every_layout() -> None:
-    """The draws are those of the logical matrix: TP, PP, DP and the stage cannot change one."""
+    """Draws depend on the logical matrix only. TP, PP, DP and the stage change no draw."""
     cases = [
-        (1,), (2, TP), (2, PP), (2,), (3, zero(1)), (4, TP, PP), (4, TP, zero(3)), (6, TP, zero(2)), (8, TP, PP, zero(1)),
-        (4, "parallel.tensor=4"),
+        (1,), (2, TP), (2, PP), (2,), (3, zero(1)), (4, TP, PP), (4, TP, zero(3)), (6, TP, zero(2)),
+        (8, TP, PP, zero(1)), (4, "parallel.tensor=4"),
     ]  # fmt: skip
     found = {str(case): run_distributed(from_equal_gradients, case[0], *WIDE, *case[1:])[0] for case in cases}
     assert len(set(found.values())) == 1, found
@@ -248,11 +258,13 @@ def hidden_states(rank: int, world_size: int, *overrides: str) -> Tensor:
     """What the final norm gives for one batch, [sequence, batch, hidden]."""
     run = start(*overrides)
     captured: list[Tensor] = []
-    run.chunks[0].decoder.final_layernorm.register_forward_hook(lambda _, __, output: captured.append(output.detach()))
+    run.model_chunks[0].decoder.final_layernorm.register_forward_hook(
+        lambda _, __, output: captured.append(output.detach())
+    )
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(64, (2, 16), generator=generator)
     with torch.no_grad():
-        run.chunks[0](tokens, torch.arange(16).expand(2, 16), None)
+        run.model_chunks[0](tokens, torch.arange(16).expand(2, 16), None)
     return captured[0]
 
 
@@ -260,7 +272,8 @@ def hidden_states(rank: int, world_size: int, *overrides: str) -> Tensor:
 def test_the_forward_of_all_layers_is_bit_equal_under_tensor_parallelism(bits: str | int, sub_norm: str) -> None:
     """Partial sums of int8 activations and codes are integers below 2^24, which fp32 adds up exactly in any order.
 
-    The feed-forward width is 16 a rank at least: the tail of a row that fills no vector register takes another exponential.
+    The feed-forward width is at least 16 per rank. The tail of a row that fills no vector register would be computed
+    with another exponential function.
     """
     model = (*WIDE, "model.ffn_hidden_size=64", f"quantization.bits={bits}", f"model.sub_norm={sub_norm}")
     wanted = run_distributed(hidden_states, 1, *model)[0]

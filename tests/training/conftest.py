@@ -1,4 +1,4 @@
-"""A tiny corpus for whole runs, prepared once a session by the real tool, and the commands of a user."""
+"""A tiny corpus for whole runs, prepared once per test session by the real tool, and the commands of a user."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def config_file(corpus: Path, tmp_path: Path) -> Path:
-    """A config that trains on `corpus` in a second, its run folder in tmp_path / run."""
+    """A config that trains on `corpus` in a second. The run folder is tmp_path / run."""
     from tests.small import VALUES
 
     values = json.loads(json.dumps(VALUES))
@@ -57,7 +57,7 @@ def config_file(corpus: Path, tmp_path: Path) -> Path:
 
 
 def command(config_file: Path, *overrides: str, processes: int = 1) -> list[str]:
-    """The command of a user: one process plain, several under torchrun."""
+    """The command of a user: one process without a launcher, several processes under torchrun."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
@@ -80,7 +80,7 @@ Train = Callable[..., subprocess.CompletedProcess]
 
 @pytest.fixture
 def train(config_file: Path) -> Train:
-    """train(*overrides, processes=1, resume="auto"): a whole run in its own processes."""
+    """Returns train(*overrides, processes=1, resume="auto"), which makes a whole run in its own processes."""
 
     def run(*overrides: str, processes: int = 1, resume: str = "auto") -> subprocess.CompletedProcess:
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""What stochastic rounding is for: at a small learning rate it trains, and rounding to nearest does not move a single code."""
+"""At a small learning rate stochastic rounding trains, and rounding to nearest changes not one code."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import pytest
 
 from tests.training.conftest import Train
 
-# Everything but the norms is low-bit, as in the authors' code, so that nothing else can learn in its place. The scale is 2^-6:
-# Adam's step of about the rate is 2e-3 * 2^6 = 0.13 codes, where nearest needs 0.5 to reach the next code.
+# All weights except the norms are low-bit, as in the authors' code, so no other weight can learn in their place. The
+# scale is 2^-6. A step of Adam is about the learning rate, 2e-3 * 2^6 = 0.13 codes. Rounding to nearest needs 0.5 codes
+# to reach the next code.
 SETTINGS = (
     *("model.hidden_size=64", "model.ffn_hidden_size=128", "model.seq_length=64", "quantization.embeddings=true"),
     *("training.steps=120", "training.global_batch_size=8", "training.micro_batch_size=8", "training.eval_batches=8"),
     *("optimizer.learning_rate=1e-3", "optimizer.low_bit_learning_rate=2e-3"),
     *("checkpoint.interval=0", "logging.interval=10", "logging.tensorboard=false"),
 )
-# Measured at 150 steps: 5.29 against 6.24 nats, where ln 512 = 6.24 is knowing nothing.
+# Measured at 150 steps: 5.29 against 6.24 nats. A model that has learned nothing has ln 512 = 6.24 nats.
 MARGIN = 0.3
 
 
 @pytest.mark.slow
 def test_ternary_with_stochastic_rounding_beats_ternary_with_nearest(train: Train, tmp_path: Path) -> None:
-    """Same start, same data, held-out real text; only the rounding differs."""
+    """The two runs have the same start, data and held-out text. Only the rounding differs."""
     results: dict[str, dict[str, Any]] = {}
     flips: dict[str, list[float]] = {}
     for rounding in ("stochastic", "nearest"):

@@ -1,4 +1,4 @@
-"""On a GPU: a step that waits for nothing, and a CUDA graph that changes nothing but its time."""
+"""On a GPU: a step does not wait for the device, and a CUDA graph gives the same bits as a step without one."""
 
 from __future__ import annotations
 
@@ -39,8 +39,10 @@ def test_auto_records_on_a_gpu_where_nothing_stands_against_it() -> None:
 
 
 def stepped(rank: int, world_size: int, kept: bool, *overrides: str) -> tuple[Whole, float]:
-    """Three steps; with `kept` the sums of gradients lie where they lay the step before, as those that a graph writes. Returns the
-    state, and the bytes of gradients a low-bit weight between steps."""
+    """Three steps. Returns the state, and the bytes of gradients per low-bit weight between steps.
+
+    With `kept` the sums of gradients keep their addresses from step to step, as the sums that a graph writes do.
+    """
     run = start(*overrides)
     for number in (1, 2, 3):
         if not kept:
@@ -48,7 +50,7 @@ def stepped(rank: int, world_size: int, kept: bool, *overrides: str) -> tuple[Wh
             continue
         batches = random_batches(run.config, number, run.groups.data.rank(), world_size)
         run.optimizer.begin_step()
-        run_schedule(run.chunks, batches, run.config, run.groups, forward_only=False)
+        run_schedule(run.model_chunks, batches, run.config, run.groups, forward_only=False)
         for buffer in run.optimizer.reducer.buffers:
             if buffer.recorded is None:
                 num_micro_batches = buffer.micro_batches
@@ -74,9 +76,10 @@ def test_gradients_that_stay_where_they_are_give_the_same_steps_and_are_counted(
 
 
 def states(overrides: list[str]) -> list[Tensor]:
-    """Losses, then codes, moments and parameters after some steps and a validation between two of them, on the host.
+    """Losses, codes, moments and parameters, on the host, after some steps with a validation between two of them.
 
-    The last step is made where waiting for the device is an error."""
+    In the last step, waiting for the device is an error.
+    """
     from benchmarks.common import waiting_is_an_error
     from dqt_dist.launch import discover, export
     from dqt_dist.layers.build import build_model
@@ -88,19 +91,19 @@ def states(overrides: list[str]) -> list[Tensor]:
     launch = discover()
     export(launch)
     groups = initialize(config, launch)
-    chunks = build_model(config, groups)
-    engine = build_engine(chunks, config, groups)
-    forward_backward = choose_forward_backward(chunks, engine.optimizer, config, groups)
+    model_chunks = build_model(config, groups)
+    engine = build_engine(model_chunks, config, groups)
+    forward_backward = choose_forward_backward(model_chunks, engine.optimizer, config, groups)
     losses = []
     for step in range(EAGER_STEPS + 3):
-        # Pinned, as the loader's.
+        # Pinned, like the batches of the loader.
         batches = [{name: t.pin_memory() for name, t in batch.items()} for batch in random_batches(config, step, 0, 1)]
         with waiting_is_an_error() if step == EAGER_STEPS + 2 else nullcontext():
-            losses.append(train_step(engine, chunks, batches, forward_backward).loss)
+            losses.append(train_step(engine, model_chunks, batches, forward_backward).loss)
         if step == EAGER_STEPS:
-            losses.append(torch.tensor(evaluate(chunks, iter([batches]), config, groups)))
+            losses.append(torch.tensor(evaluate(model_chunks, iter([batches]), config, groups)))
     kept = [tensor for row in engine.optimizer.low_bit.rows for tensor in (row.weight.codes, *row.state.values())]
-    found = [tensor.detach().cpu() for tensor in (*losses, *kept, *chunks.parameters())]
+    found = [tensor.detach().cpu() for tensor in (*losses, *kept, *model_chunks.parameters())]
     finalize()
     return found
 
@@ -119,8 +122,10 @@ RUNS = [
 @pytest.mark.gpu
 @pytest.mark.parametrize("overrides", RUNS, ids=["bf16", "fp8", "one micro-batch", "none", "bitnet"])
 def test_a_step_waits_for_nothing_and_a_graph_leaves_its_bits(overrides: list[str]) -> None:
-    """Six micro-batches a step where nothing else is said. Every loss is another, so a batch or an update that a graph did not see
-    would show."""
+    """Six micro-batches per step, unless a case says otherwise.
+
+    All losses differ, so a batch or an update that a graph does not see would show.
+    """
     with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
         runs = [processes.submit(states, [*overrides, f"training.cuda_graph={graph}"]) for graph in ("false", "true")]
         eager, recorded = (run.result(timeout=120) for run in runs)

@@ -1,6 +1,6 @@
-"""Twenty losses, written down once: a change that is meant to leave the numbers alone must leave these.
+"""Twenty recorded losses. A change that is not meant to change numbers must not change these losses.
 
-Regenerate, when a change is meant to move them, with the command in the header of the file.
+When a change is meant to change them, record them again with the command in the header of the file.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ OVERRIDES = (
     "training.steps=20",
     "optimizer.learning_rate=3e-2",
 )
-# Other vector instructions add up in another order, and a rounding draw that falls into the gap changes the losses after it. Seven
-# layouts and micro-batch sizes, whose sums differ in the same way, were apart by 1.4e-4 at most; seven times that is allowed.
+# Other vector instructions add up in another order. When a rounding draw falls into the resulting gap, the later losses
+# change. The losses of seven layouts and micro-batch sizes, whose sums differ in the same way, differed by 1.4e-4 at
+# most. The tolerance is seven times that.
 TOLERANCE = 1e-3
 
 
 def losses(rank: int, world_size: int, *overrides: str) -> list[float]:
-    """One batch again and again, so that the loss falls and depends on every part of the update."""
+    """All steps use one batch, so that the loss falls and depends on every part of the update."""
     run = start(*OVERRIDES, *overrides)
     return [run.mean_loss(run.step(1)) for _ in range(STEPS)]
 
@@ -49,7 +50,7 @@ def test_losses_are_the_written_ones() -> None:
 
 
 def test_another_rate_decay_or_moment_is_seen() -> None:
-    """Negative controls: what the tolerance must not swallow."""
+    """Negative controls: changes that the tolerance must not hide."""
     wanted = read()
     for override in ("optimizer.low_bit_learning_rate=6e-3", "optimizer.beta2=0.9", "optimizer.weight_decay=0.0"):
         found = run_distributed(losses, 1, override)[0]
@@ -57,7 +58,10 @@ def test_another_rate_decay_or_moment_is_seen() -> None:
 
 
 def test_8_bit_moments_lose_as_32_bit_ones() -> None:
-    """The whole run within 0.02 of it (0.004 measured over three seeds, which are apart by 0.02 themselves). Control: twice the rate."""
+    """The whole run stays within 0.02 of the recorded losses. Control: twice the rate.
+
+    Measured over three seeds: 0.004. The seeds themselves differ by 0.02.
+    """
     wide = "model.ffn_hidden_size=64"  # blocks of 32 columns
     wanted = run_distributed(losses, 1, wide)[0]
     for override, same in (("optimizer.state_bits=8", True), ("optimizer.low_bit_learning_rate=1e-2", False)):

@@ -1,4 +1,4 @@
-"""One flipped bit on one rank is found and named; what is alike stays unmentioned."""
+"""One flipped bit on one rank is found and its tensor is named. Equal tensors are not named."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ def test_large_tensors_are_read_in_parts_to_the_same_number(monkeypatch: pytest.
 def plant(run: Run, what: str) -> None:
     """Flips the last bit of one byte."""
     if what == "codes":
-        target = low_bit_matrices(run.chunks)[4].codes
+        target = low_bit_matrices(run.model_chunks)[4].codes
     elif what == "scale":
-        target = low_bit_matrices(run.chunks)[2].scale
+        target = low_bit_matrices(run.model_chunks)[2].scale
     elif what == "parameter":
         (target,) = [s.parameter.tensor.data for s in run.optimizer.shards if name_of(s) == "lm_head"]
     else:
@@ -70,11 +70,11 @@ def name_of(shard) -> str:
 def message(rank: int, world_size: int, what: str, bad_rank: int, *overrides: str) -> str:
     run = start(*overrides)
     run.step(1)
-    check_replicas(run.chunks, run.optimizer, run.groups, 1)  # all is well
+    check_replicas(run.model_chunks, run.optimizer, run.groups, 1)  # no difference, no error
     if rank == bad_rank:
         plant(run, what)
     with pytest.raises(RunError) as caught:
-        check_replicas(run.chunks, run.optimizer, run.groups, 2)
+        check_replicas(run.model_chunks, run.optimizer, run.groups, 2)
     return str(caught.value)
 
 
@@ -99,7 +99,7 @@ def test_one_flipped_bit_is_named_by_rank_and_matrix(
     ranks: int, what: str, bad_rank: int, overrides: tuple[str, ...], words: str
 ) -> None:
     messages = run_distributed(message, ranks, what, bad_rank, *overrides)
-    assert len(set(messages)) == 1  # every rank raises, with the same words
+    assert len(set(messages)) == 1  # every rank raises the same message
     first, *lines = messages[0].splitlines()
     assert "replicas differ after step 2" in first
     assert words in lines and len(lines) <= 2  # a scale may be shared both ways

@@ -1,4 +1,4 @@
-"""A run that is killed and goes on, with the same or another ZeRO stage, ends in the bits of one that was never interrupted."""
+"""A run that is killed and resumed, in the same or another ZeRO stage, ends with the bits of an uninterrupted run."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def zero(stage: int) -> str:
 
 
 def digests(path: Path) -> dict[str, str]:
-    """What tools/inspect_ckpt.py --digest prints: a digest a part, and the total on the last line."""
+    """The output of tools/inspect_ckpt.py --digest: one digest per part, and the total on the last line."""
     tool = [sys.executable, str(ROOT / "tools/inspect_ckpt.py"), str(path), "--digest"]
     *parts, total = subprocess.run(tool, check=True, capture_output=True, text=True).stdout.splitlines()
     return dict(line.split() for line in parts) | {"total": total}
 
 
 def killed_after_step_10(config_file: Path, folder: Path, stage: int) -> Path:
-    """Its checkpoint of step 10; every process of the run got SIGKILL some steps later."""
+    """The checkpoint of step 10 of a run whose processes all got SIGKILL some steps later."""
     settings = (*DP_2, zero(stage), "training.steps=4000", f"checkpoint.dir={folder}")
     saved = folder / "checkpoints" / "step_00000010"
     process = subprocess.Popen(

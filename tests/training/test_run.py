@@ -31,7 +31,7 @@ def metrics(run: Path) -> list[dict]:
 
 
 def step_lines(run: Path) -> dict[int, tuple]:
-    """What a step computed, without what it took: step -> (loss, norm, flips)."""
+    """The results of each step, without times: step -> (loss, norm, flips)."""
     return {
         line["step"]: (line["loss"], line["grad_norm"], line["flip_rate"]) for line in metrics(run) if "loss" in line
     }
@@ -41,7 +41,7 @@ SAVE = {"step", "save_blocked_seconds", "save_seconds", "save_bytes"}
 
 
 def assert_saves(lines: list[dict], run: Path, steps: list[int]) -> None:
-    """The saves of these steps, a line each, with their size on disk."""
+    """Checks that metrics.jsonl has one line per save of these steps, with the size on disk."""
     saves = [line for line in lines if "save_bytes" in line]
     assert [line["step"] for line in saves] == steps and all(line.keys() == SAVE for line in saves)
     for line in saves:
@@ -114,7 +114,7 @@ def test_tensorboard_has_the_numbers_and_the_histograms(train: Train, tmp_path: 
 
 
 def test_a_resumed_run_equals_one_that_went_through(train: Train, tmp_path: Path) -> None:
-    """10 steps in one go, then again from the checkpoint of step 5: the same bits, and no step twice."""
+    """10 steps in one run, and again from the checkpoint of step 5: the same bits, and no step is recorded twice."""
     assert train().returncode == 0
     run = tmp_path / "run"
     through = step_lines(run)
@@ -123,7 +123,7 @@ def test_a_resumed_run_equals_one_that_went_through(train: Train, tmp_path: Path
     again = train()
     assert again.returncode == 0 and "resumed from" in again.stdout
     assert step_lines(run) == through
-    # A line a logged step, and one each for the saves of 5 and 10 and the validation of 10.
+    # One line per logged step, and one line each for the saves of steps 5 and 10 and the validation of step 10.
     assert [line["step"] for line in metrics(run)] == [1, 2, 4, 5, 6, 8, 10, 10, 10]
     assert_saves(metrics(run), run, [5, 10])
     first, second = (
@@ -140,7 +140,7 @@ def test_a_resumed_run_equals_one_that_went_through(train: Train, tmp_path: Path
 
 
 def test_asynchronous_saves_hold_the_same_states(train: Train, tmp_path: Path) -> None:
-    """Two ranks, a save every second step while training goes on, against the same run that waits for each."""
+    """Two ranks that save every second step while training goes on, against the same run that waits for each save."""
     often = ("checkpoint.interval=2", "checkpoint.keep_last=9", "parallel.tensor=2")
     waiting, going_on = tmp_path / "waiting", tmp_path / "going_on"
     assert train(*often, f"checkpoint.dir={waiting}", processes=2).returncode == 0
@@ -154,7 +154,7 @@ def test_asynchronous_saves_hold_the_same_states(train: Train, tmp_path: Path) -
 
 
 def test_a_resume_with_another_batch_goes_on_in_the_data_and_counts_on(train: Train, tmp_path: Path) -> None:
-    """5 steps of 8 samples, then 5 of 4: counters go on, and the manifest says where the data stand."""
+    """5 steps of 8 samples, then 5 steps of 4: counters continue, and the manifest has the position in the data."""
     assert train("training.steps=5").returncode == 0
     again = train("training.global_batch_size=4")
     assert again.returncode == 0 and "at step 5" in again.stdout, again.stderr
@@ -166,7 +166,7 @@ def test_a_resume_with_another_batch_goes_on_in_the_data_and_counts_on(train: Tr
 
 
 def test_going_back_sets_later_checkpoints_aside(train: Train, tmp_path: Path) -> None:
-    """Otherwise --resume auto would return to the course that was left."""
+    """Otherwise --resume auto would continue from the checkpoint of a step that the run has computed anew."""
     keep = ("checkpoint.interval=2", "checkpoint.keep_last=9")
     assert train(*keep).returncode == 0
     checkpoints = tmp_path / "run" / "checkpoints"
@@ -189,7 +189,7 @@ def test_a_longer_run_sees_the_same_samples_first(train: Train, tmp_path: Path) 
 
 
 def test_a_signal_to_one_rank_saves_and_stops_all(config_file: Path, tmp_path: Path) -> None:
-    """SIGTERM to one of two ranks: exit code 75 and a checkpoint of the running step; the same command resumes."""
+    """SIGTERM to one of two ranks gives exit code 75 and a checkpoint of the current step. The same command resumes."""
     run = tmp_path / "run"
     steps = ("training.steps=400", "checkpoint.interval=0", "logging.interval=1")
     process = subprocess.Popen(
@@ -211,7 +211,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(config_file: Path, tmp_path: P
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
-    # torchrun itself leaves with 1 and reports what its processes left with.
+    # torchrun itself exits with 1 and reports the exit codes of its processes.
     assert f"exitcode  : {STOPPED_EXIT_CODE}" in errors or f"exitcode: {STOPPED_EXIT_CODE}" in errors
     (saved,) = (run / "checkpoints").iterdir()
     stopped_at = int(saved.name.split("_")[1])

@@ -1,9 +1,9 @@
-"""A training step computes the same in every layout: loss, gradients, and the codes that three steps leave.
+"""A training step gives the same loss, gradients and codes in every layout.
 
-Pipeline parallelism changes no sum, so everything is equal bit for bit. Tensor and data parallelism add up the same numbers in
-another order: fp32 gradients differ in their last bits. From there a code can differ only when a stochastic rounding draw falls
-into that gap, and after it the gradients that depend on this code differ for good. So: tight bounds at the first step, a bounded
-fraction of codes after the third.
+Pipeline parallelism changes no sum, so all results are equal bit for bit. Tensor and data parallelism add up the same
+numbers in another order, so fp32 gradients differ in their last bits. A code then differs only when a stochastic
+rounding draw falls into the gap between two gradients. Gradients that depend on this code differ from then on. The
+tests therefore have tight bounds at the first step, and bound the fraction of codes that differ after the third step.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ LAYOUTS = {
     "TP 2 PP 2": (4, "parallel.tensor=2", "parallel.pipeline=2"),
     "DP 2": (2,),
     "DP 3": (3,),
-    "DP 3 ZeRO 1": (3, ZERO_1),  # 3 divides no row count of the model: every share is uneven
+    "DP 3 ZeRO 1": (3, ZERO_1),  # 3 divides no row count of the model, so every share is uneven
     "TP 2 DP 2 ZeRO 1": (4, "parallel.tensor=2", ZERO_1),
 }
 CASES = [(layout, "ternary") for layout in LAYOUTS]
@@ -52,10 +52,11 @@ CASES += [
     (layout, method) for layout in ("TP 2 PP 2", "DP 3 ZeRO 1") for method in ("4 bit", "8 bit", "bitnet", "none")
 ]
 
-# One fp32 rounding of a loss of 4 is 1.2e-7 of it; the mean over 12 samples in another order makes a few.
+# One fp32 rounding of a loss of 4 is 1.2e-7 of the loss. The mean over 12 samples in another order makes a few
+# roundings.
 LOSS_FP32 = 1e-6
-# BitNet's products have no exact partial sums (its scale is no power of two): a last bit moves an int8 activation of the second
-# layer by one code, 1/127 of its token's largest. Measured 1.6e-3.
+# BitNet's products have no exact partial sums, because the scale is no power of two. A last bit changes an int8
+# activation of the second layer by one code, 1/127 of the token's largest. Measured 1.6e-3.
 BITNET_GRADIENT = Tolerance(5e-3, "one int8 activation of the second layer rounds the other way")
 # Measured at most 4.6e-4: 7 of 15,360 codes.
 CODES_FP32 = 2e-3
@@ -134,8 +135,8 @@ def test_sequence_parallelism_changes_nothing_but_the_order_of_a_norms_sum() -> 
             assert found.gradients[0][name].equal(wanted.gradients[0][name]), name
 
 
-# bf16 keeps 8 bits: products in another order differ by 2^-8 of their size, and a gradient near zero may change its sign, which
-# is all that Adam's first step looks at. Measured: loss 1.8e-4, gradients 1.1e-2, codes 1.2e-2.
+# bf16 keeps 8 bits, so products in another order differ by 2^-8 of their size. A gradient near zero may change its
+# sign, and Adam's first step depends on the sign only. Measured: loss 1.8e-4, gradients 1.1e-2, codes 1.2e-2.
 BF16_LOSS, BF16_CODES = 1e-3, 4e-2
 BF16_GRADIENT = Tolerance(3e-2, "a few roundings of 2^-8 in the residual stream and in its gradient")
 
@@ -162,39 +163,42 @@ def test_bf16_and_fp32_start_from_the_same_codes_and_lose_alike() -> None:
 
 
 def test_another_seed_gives_other_codes() -> None:
-    """Negative control of the bounds above: they are far from what two unrelated runs have in common."""
+    """Negative control of the bounds above: the differences of two unrelated runs are far larger."""
     other, wanted = recorded(1, STEPS, "training.seed=7"), recorded(1, STEPS)
     assert fraction_of_codes_that_differ(other.final, wanted.final, wanted.config) > 100 * CODES_FP32
 
 
 def slope_and_norm(rank: int, world_size: int, distance: float) -> tuple[float, float, float]:
-    """How the mean loss of a batch changes along the step's gradient, by central difference; the gradient's norm as the engine
-    reports it; and the loss change over `distance`."""
+    """The slope of a batch's mean loss along its gradient, the gradient norm of the engine, and a loss change.
+
+    The slope is a central difference. The loss change is taken over `distance`.
+    """
     run = start("quantization.method=none", "optimizer.max_grad_norm=0")
-    initial = [p.tensor.detach().clone() for p in parameters(run.chunks)]
+    initial = [p.tensor.detach().clone() for p in parameters(run.model_chunks)]
     recorded_gradients = record_gradients(run)
     norm = float(run.step(1).grad_norm)
     batches = random_batches(run.config, 1, 0, 1)
 
     def loss_at(distance: float) -> float:
         with torch.no_grad():
-            for parameter, value in zip(parameters(run.chunks), initial, strict=True):
+            for parameter, value in zip(parameters(run.model_chunks), initial, strict=True):
                 for matrix, row, local, count in parameter.layout.pieces(0, parameter.layout.rows):
                     gradient = recorded_gradients[0][matrix.name][row : row + count].view_as(
                         value[local : local + count]
                     )
                     parameter.tensor[local : local + count] = value[local : local + count] + distance / norm * gradient
-            return float(run_schedule(run.chunks, batches, run.config, run.groups, forward_only=True))
+            return float(run_schedule(run.model_chunks, batches, run.config, run.groups, forward_only=True))
 
     change = loss_at(distance) - loss_at(-distance)
     return change / (2 * distance), norm, change
 
 
 def test_the_gradient_is_the_derivative_of_the_reported_loss() -> None:
-    """What layouts cannot tell: a factor that all of them share, such as one division by the micro-batches too many.
+    """Finds a wrong factor that all layouts have in common, such as one division too many by the micro-batches.
 
-    The slope of the loss along its gradient is the gradient's norm. Over 2 * 0.01 the loss changes by 0.013, of which fp32
-    resolves 1e-6; the third derivative takes 3e-4 of it (four times that at twice the distance).
+    The slope of the loss along its gradient is the norm of the gradient. Over 2 * 0.01 the loss changes by 0.013. fp32
+    resolves 1e-6 of this change, and the third derivative adds an error of 3e-4 of it (four times that at twice the
+    distance).
     """
     slope, norm, change = run_distributed(slope_and_norm, 1, 0.01)[0]
     assert abs(change) > 0.01

@@ -1,6 +1,6 @@
 """The claim of the project: a low-bit weight has no float copy, anywhere, at any time.
 
-Not computed from intentions: every tensor alive in the process is looked at, by the memory behind it.
+The tests look at every tensor alive in the process, by the memory of the tensor.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from dqt_dist.lowbit.coordinates import normal_quantiles
 from tests.distributed import run_distributed
 from tests.parallel.runs import Run, start
 
-# Low-bit matrices larger than anything else that lives between steps: 2 x 96 x 64 and up, against a vocabulary of 16 x 64.
+# Low-bit matrices are larger than all other tensors that live between steps: at least 2 x 96 x 64, against a vocabulary
+# of 16 x 64.
 WIDE = ("model.hidden_size=64", "model.ffn_hidden_size=96", "model.vocab_size=16", "training.global_batch_size=4")
 
 
 def float_storages() -> dict[int, int]:
-    """Memory of every float tensor alive: address -> elements it could hold (bytes / element size, the largest view)."""
+    """Memory of every float tensor alive: address -> elements that it can hold (bytes / element size, largest view)."""
     found: dict[int, int] = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), Tensor) and thing.is_floating_point():
@@ -30,7 +31,10 @@ def float_storages() -> dict[int, int]:
 
 
 def undeclared(run: Run) -> list[int]:
-    """Elements of float memory as large as the smallest low-bit matrix that is neither a declared moment nor a gradient."""
+    """Elements of undeclared float memory that is at least as large as the smallest low-bit matrix.
+
+    Moments and gradients are declared.
+    """
     rows = run.optimizer.low_bit.rows
     smallest = min((r.weight.numel for r in rows), default=64 * 64)
     allowed = [t for r in rows for t in r.state.values()] + [
@@ -60,7 +64,7 @@ def _walk(rank: int, world: int, *overrides: str) -> tuple[list[int], list[tuple
 def test_no_float_copy_of_a_low_bit_matrix_lives(
     bits: str | int, storage_bits: int, overrides: tuple[str, ...]
 ) -> None:
-    """After a step: codes take storage_bits a weight exactly, and no other float memory is as large as a matrix."""
+    """Codes take exactly storage_bits per weight, and no undeclared float memory is as large as a matrix."""
     world = 2 if "parallel.tensor=2" in overrides else 1
     for found, codes in run_distributed(_walk, world, f"quantization.bits={bits}", *overrides):
         assert found == []
@@ -78,17 +82,21 @@ def test_the_walk_sees_a_float_master() -> None:
 
 # ---- during a step ----
 
-# With 8 tokens an activation has at most 8 x 192 elements, fewer than any matrix: a float tensor as large as one is a weight.
+# With 8 tokens an activation has at most 8 x 192 elements, fewer than any matrix. A float tensor as large as a matrix
+# is a weight.
 FEW_TOKENS = ("model.seq_length=8", "training.micro_batch_size=1", "training.global_batch_size=1")
 
 
 def _kept_for_backward(rank: int, world: int, *overrides: str) -> tuple[list[int], list[int], int]:
-    """Between forward and backward: undeclared float memory alive, elements of each float tensor that autograd keeps (its own
-    list, which holds tensors that Python does not see), and the smallest block linear."""
+    """Float memory between forward and backward, and the number of elements of the smallest block linear.
+
+    The float memory is the undeclared memory alive, and the elements of each float tensor that autograd keeps.
+    Autograd's list also has tensors that Python does not see.
+    """
     run = start(*WIDE, *FEW_TOKENS, *overrides)
     alive: list[int] = []
     kept: list[int] = []
-    run.chunks[0].output_layer.register_forward_hook(lambda *_: alive.extend(undeclared(run)))
+    run.model_chunks[0].output_layer.register_forward_hook(lambda *_: alive.extend(undeclared(run)))
 
     def pack(tensor: Tensor) -> Tensor:
         if tensor.is_floating_point():
