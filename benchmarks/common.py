@@ -85,10 +85,10 @@ def provenance(devices: str) -> str:
     found = versions() | ({"CUDA": torch.version.cuda} if torch.version.cuda else {})
     about = ", ".join(f"{name} {version}" for name, version in found.items())
     command = shlex.join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
-    return f"{date.today()}, commit {_commit()}, {devices}. {about}. Made by `{command}`."
+    return f"{date.today()}, commit {commit()}, {devices}. {about}. Made by `{command}`."
 
 
-def _commit() -> str:
+def commit() -> str:
     """Short hash, with a + when files differ from it; "unknown" in a copy without a repository."""
 
     def git(*arguments: str) -> str:

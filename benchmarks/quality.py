@@ -1,397 +1,616 @@
 #!/usr/bin/env python3
-"""Which recipe learns best? A list of training runs over the GPUs of a machine, and the page that compares them.
+"""How well does each method learn? Trains a list of runs on one text and compares their losses.
 
-    run       trains what is not finished yet, several runs per GPU; goes on where an earlier call was stopped
-    collect   keeps the small part of each run folder: settings, validation losses, losses at the logged steps, figures of the codes
-    page      docs/benchmarks/quality.md and its plots, from the collected files alone
+Four commands, in this order:
 
-All runs of a list see the same text in the same order. Prepare the text once; the tokenizer is trained on the first shard:
+    prepare   text to tokens, once: tokenizer, training tokens, validation tokens, a second text
+    run       the runs of a list, several at once on each GPU; goes on where it was stopped
+    collect   a small JSON file of each run, which is kept in the repository
+    page      docs/benchmarks/quality.md and its plots, from those files alone
 
-    tools/prepare_data.py --input CORPUS/train-00.jsonl.zst --vocab-size 8192 --valid-fraction 0 --output DATA
-    tools/prepare_data.py --input CORPUS/train-*.jsonl.zst --tokenizer DATA/tokenizer.model --valid-input CORPUS/valid.jsonl.zst --output DATA
-
-examples:
-    benchmarks/quality.py run OUT --data DATA --per-gpu 2 --seconds 3000
-    benchmarks/quality.py run OUT --data DATA --only 'dqt8_.*' --steps 100
-    benchmarks/quality.py collect OUT --commit COMMIT --device 'H100 80 GB' --date 2026-11-26
-    benchmarks/quality.py page
+Each has --help. The runs, their sizes and methods are data in benchmarks/quality_list.py.
 """
 
 from __future__ import annotations
 
 import argparse
+import gzip
+import hashlib
+import io
 import json
 import os
 import re
+import shutil
 import signal
-import statistics
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from datetime import date
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
+from benchmarks.common import ROOT, commit
+from benchmarks.quality_list import LISTS, METHODS, SIZES, Run, read_list
 from dqt_dist.errors import STOPPED_EXIT_CODE
 
-ROOT = Path(__file__).resolve().parents[1]
-KEPT, PAGE = ROOT / "docs/benchmarks/quality", ROOT / "docs/benchmarks/quality.md"
-POLL_SECONDS = 0.5
+EXAMPLES = """\
+the study, on a machine with GPUs:
+  benchmarks/quality.py prepare data/quality --corpus corpus --second-text wikitext2/test.txt.gz
+  benchmarks/quality.py run runs/quality --data data/quality --list S --seconds 3000 --per-gpu 3
+  benchmarks/quality.py collect runs/quality --to docs/benchmarks/quality
+  benchmarks/quality.py page docs/benchmarks/quality
 
-SIZE_S = {
-    "model.num_layers": 8,
-    "model.hidden_size": 512,
-    "model.ffn_hidden_size": 1408,
-    "model.num_attention_heads": 8,
-    "model.vocab_size": 8192,
-}
-# 4,578 steps of 128 sequences of 512 tokens: 300 M tokens. Seven validation batches are 0.46 M tokens.
-RECIPE = {
-    "training.steps": 4578,
-    "training.micro_batch_size": 128,
-    "training.global_batch_size": 128,
-    "training.eval_interval": 763,
-    "training.eval_batches": 7,
-    "training.replica_check_interval": 0,
-    "optimizer.learning_rate": 3e-3,
-    "optimizer.warmup_steps": 100,
-    "optimizer.min_learning_rate_ratio": 0.0,
-    "checkpoint.interval": 0,
-    "logging.interval": 109,
-    "logging.tensorboard": False,
-}
-METHODS: dict[str, dict[str, Any]] = {
-    "none": {"quantization.method": "none"},
-    "bitnet": {"quantization.method": "bitnet"},
-    "dqt8": {"quantization.bits": 8},
-    "dqt4": {"quantization.bits": 4},
-    "dqt3": {"quantization.bits": 3},
-    "dqt_ternary": {"quantization.bits": "ternary"},
-}
-NAMES = {
-    "none": "bf16, fp32 master",
-    "bitnet": "BitNet b1.58, fp32 master",
-    "dqt8": "DQT, 8 bit",
-    "dqt4": "DQT, 4 bit",
-    "dqt3": "DQT, 3 bit",
-    "dqt_ternary": "DQT, ternary",
-}
-# By count: a bf16 weight, its fp32 master, two fp32 moments. Of DQT the run itself reports what it measures.
-BYTES_WITH_MASTER = 14.0
+to draw the page again from the files in the repository:
+  benchmarks/quality.py page docs/benchmarks/quality
+"""
+CONFIG = ROOT / "configs/130m_ternary.json"
+VOCABULARY = 8192
+TEXT_FILE = "text.json"
+"""In the folder of the text: what it is, with the sha256 of each file."""
+RUN_FILE = "run.json"
+"""In a run's folder: what was asked for, where and when."""
+SECOND_FILE = "second_text.json"
+EVALUATION = "evaluation.out"
+GRACE_SECONDS = 180
+"""A run that was told to stop has so long to save before it is killed."""
+CURVE_POINTS = 100
+"""Points of a training curve that are kept, at most."""
+CURVES = ("loss", "grad_norm", "flip_rate", "zero_fraction", "saturation")
 
 
-@dataclass(frozen=True)
-class Run:
-    """One training run of the study."""
+def parser() -> argparse.ArgumentParser:
+    style = argparse.RawDescriptionHelpFormatter
+    main = argparse.ArgumentParser(description=__doc__, epilog=EXAMPLES, formatter_class=style)
+    commands = main.add_subparsers(dest="command", required=True)
 
-    method: str
-    rate: float
-    """Peak rate of the linears."""
-    rest_rate: float = 3e-3
-    seed: int = 1234
-    more: dict[str, Any] = field(default_factory=dict)
+    def command(name: str, function: Any, about: str, epilog: str) -> Any:
+        made = commands.add_parser(name, description=about, epilog=epilog, help=about, formatter_class=style)
+        made.set_defaults(function=function)
+        return made.add_argument
+
+    add = command("prepare", prepare, "Turn the study's text into tokens.", PREPARE_HELP)
+    add("output", type=Path, metavar="OUT", help="folder of the tokens; made when missing")
+    add("--corpus", type=Path, nargs="+", required=True, metavar="DIR", help="folders with the shards")
+    add("--shards", type=int, default=10, metavar="N", help="training shards, from train-00 on (default: %(default)s)")
+    add("--tokenizer", type=Path, metavar="MODEL", help="take this SentencePiece model instead of training one")
+    vocabulary = "pieces of a tokenizer that is trained (default: %(default)s)"
+    add("--vocab-size", type=int, default=VOCABULARY, metavar="N", help=vocabulary)
+    add("--second-text", type=Path, metavar="FILE", help="a .txt or .txt.gz to measure too: the test set of WikiText-2")
+    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="tokenising processes (default: all cores)")
+
+    add = command("run", run, "Train the runs of a list, several at once on each GPU.", RUN_HELP)
+    add("output", type=Path, metavar="OUT", help="folder of the run folders")
+    add("--data", type=Path, required=True, metavar="DIR", help="what prepare has made")
+    add("--list", required=True, metavar="NAME|FILE", help=f"{', '.join(LISTS)}, or a JSON file")
+    add("--only", metavar="REGEX", help="only runs whose name contains a match")
+    add("--steps", type=int, metavar="N", help="steps of every run, to try it out; the schedule ends there")
+    add(
+        "--seconds",
+        type=float,
+        required=True,
+        metavar="N",
+        help="after so long nothing is started, and what runs is stopped",
+    )
+    add("--per-gpu", type=int, default=2, metavar="K", help="runs at once on each GPU (default: %(default)s)")
+    add("--gpus", type=int, metavar="N", help="use the first N GPUs (default: all; without any, the CPU)")
+    add("--done", type=Path, metavar="DIR", help="leave out runs that have a finished JSON file there")
+    add("--discard-checkpoints", action="store_true", help="remove the checkpoints of a finished run")
+    add("--commit", default=None, metavar="HASH", help="commit of this code, where it is a copy without a repository")
+    add("--dry-run", action="store_true", help="print the runs and stop")
+
+    add = command("collect", collect, "Write a small JSON file of each run.", COLLECT_HELP)
+    add("output", type=Path, metavar="OUT", help="folder of the run folders")
+    add("--to", type=Path, required=True, metavar="DIR", help="folder of the JSON files; made when missing")
+
+    add = command("page", page, "Write the page and its plots from the JSON files.", PAGE_HELP)
+    add("folder", type=Path, metavar="DIR", help="folder of the JSON files; DIR.md and DIR/*.png are written")
+    return main
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return args.function(args)
+
+
+# ---------------------------------------------------------------- prepare
+
+PREPARE_HELP = """\
+The shards are train-00, train-01, ... and valid, each .jsonl or .jsonl.zst, with a "text" in every line. The tokenizer is trained on
+train-00 alone. Tokens keep the order of the shards and of their lines, whatever --workers is. OUT then holds
+
+    tokenizer.model   train.bin/.idx/.json   valid.bin/.idx/.json   second.bin/.idx/.json (with --second-text)
+    text.json         sha256 of the files above and of the shards, and counts of tokens
+
+The same shards and tokenizer give the same files byte for byte: compare text.json of two days. The second text is one document.
+A .zst file is read with the package zstandard, or without it by the command zstd.
+"""
+
+
+def prepare(args: argparse.Namespace) -> int:
+    from dqt_dist.data.indexed import IndexedWriter, encode_documents
+    from dqt_dist.data.tokenizer import load_tokenizer
+
+    start = time.perf_counter()
+    shards = [find_shard(args.corpus, f"train-{number:02}") for number in range(args.shards)]
+    texts = {"train": shards, "valid": [find_shard(args.corpus, "valid")]}
+    if args.second_text:
+        texts["second"] = [args.second_text]
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / TEXT_FILE).unlink(missing_ok=True)  # written last: without it the folder is not complete
+    model = args.output / "tokenizer.model"
+    if args.tokenizer is None:
+        train_tokenizer_on(shards[0], args.vocab_size, model)
+    elif args.tokenizer.resolve() != model.resolve():
+        shutil.copyfile(args.tokenizer, model)
+    tokenizer = load_tokenizer(model)
+    sources = {path.name: sha256(path) for paths in texts.values() for path in paths}
+    facts: dict[str, Any] = {"vocab_size": tokenizer.vocab_size, "sources": sources, "tokens": {}, "sha256": {}}
+    request = hashlib.sha256(json.dumps([tokenizer.sha256, sources]).encode()).hexdigest()
+    for name, paths in texts.items():
+        writer = IndexedWriter(args.output / name, tokenizer, request)
+        documents = (text for path in paths for text in read_texts(path))
+        for batch in encode_documents(documents, model, workers=args.workers):
+            writer.add_batch(batch)
+        writer.close()
+        manifest = writer.finish()
+        facts["tokens"][name] = manifest.tokens
+        print(f"{name}: {manifest.documents:,} documents, {manifest.tokens:,} tokens", flush=True)
+    for path in sorted(args.output.glob("*.*")):
+        if path.suffix in (".bin", ".idx", ".model") and path.stem in {"tokenizer", *texts}:
+            facts["sha256"][path.name] = sha256(path)
+    (args.output / TEXT_FILE).write_text(json.dumps(facts, indent=1) + "\n")
+    print(json.dumps(facts["sha256"], indent=1))
+    print(f"{args.output}: prepared in {time.perf_counter() - start:.0f} s")
+    return 0
+
+
+def find_shard(folders: list[Path], name: str) -> Path:
+    """NAME.jsonl or NAME.jsonl.zst in one of the folders."""
+    for folder in folders:
+        for path in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.zst"):
+            if path.is_file():
+                return path
+    raise SystemExit(f"--corpus {' '.join(map(str, folders))}: no {name}.jsonl or {name}.jsonl.zst")
+
+
+def train_tokenizer_on(shard: Path, vocab_size: int, model: Path) -> None:
+    from dqt_dist.data.tokenizer import HashSample, train_tokenizer
+
+    sample = HashSample()
+    for text in read_texts(shard):
+        sample.add(text)
+    model.write_bytes(train_tokenizer(sample.documents(), vocab_size))
+    print(f"{model}: trained on {shard.name}, sha256 {sha256(model)}", flush=True)
+
+
+def read_texts(path: Path) -> Iterator[str]:
+    """The documents of a file that hold any text, in order. tools/prepare_data.py reads many more kinds, but needs `datasets`."""
+    if path.name.endswith((".txt", ".txt.gz")):
+        text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
+        if text.strip():
+            yield text
+        return
+    with open_lines(path) as lines:
+        for line in lines:
+            text = json.loads(line)["text"]
+            if text.strip():
+                yield text
+
+
+def open_lines(path: Path) -> io.TextIOBase:
+    if path.suffix != ".zst":
+        return open(path, encoding="utf-8")
+    try:
+        import zstandard
+    except ImportError:
+        if not shutil.which("zstd"):
+            raise SystemExit(
+                f"{path}: needs the package zstandard or the command zstd; or decompress it first"
+            ) from None
+        done = subprocess.run(["zstd", "-dcq", "--long=27", str(path)], stdout=subprocess.PIPE, check=True)
+        return io.TextIOWrapper(io.BytesIO(done.stdout), encoding="utf-8")
+    decompressor = zstandard.ZstdDecompressor(max_window_size=2**27)
+    return io.TextIOWrapper(decompressor.stream_reader(open(path, "rb"), closefd=True), encoding="utf-8")
+
+
+def sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---------------------------------------------------------------- run
+
+RUN_HELP = """\
+Each run is a process of launchers/pretrain.py in the folder OUT/NAME, with a log in OUT/NAME.log. A run that has finished is not
+repeated. After --seconds the runs save and stop; the same command goes on with them. When a run has finished, its loss on the second
+text is measured, if the text has one. A line is printed for each run that ends, and one a minute with the time that is left.
+
+A JSON file of --list holds the fields of `Run` in benchmarks/quality_list.py, for example
+    [{"size": "S", "method": "dqt4", "rate": 0.001, "seed": 2},
+     {"size": "S", "method": "dqt4", "rate": 0.001, "label": "decay_0.1", "settings": ["optimizer.low_bit_weight_decay=0.1"]}]
+
+Small runs leave a GPU idle between kernels, so several at once are faster together. Speeds measured so are those of a shared GPU.
+"""
+
+
+@dataclass
+class Task:
+    """One process to run: a training run, or the evaluation of one that has finished."""
+
+    run: Run
+    evaluation: bool = False
+    process: subprocess.Popen[bytes] | None = None
+    slot: int = 0
+    told_at: float | None = None
+    start_step: int = 0
+
+
+@dataclass
+class Machine:
+    """What the runs share."""
+
+    args: argparse.Namespace
+    devices: dict[str, Any]
+    text: dict[str, Any]
+    queue: list[Task]
+    free: list[int]
+    start: float = field(default_factory=time.monotonic)
+    stopping: bool = False
+    running: list[Task] = field(default_factory=list)
+    steps_done: int = 0
+    """Steps of runs that have ended, made since the start."""
+    failed: int = 0
 
     @property
-    def name(self) -> str:
-        rest = "" if self.rest_rate == Run.rest_rate else f"_rest{self.rest_rate:g}"
-        seed = "" if self.seed == Run.seed else f"_seed{self.seed}"
-        return f"{self.method}_{self.rate:g}{rest}{seed}"
-
-    def settings(self, data: str) -> dict[str, Any]:
-        return (
-            SIZE_S
-            | RECIPE
-            | {
-                "data.train": [{"path": f"{data}/train"}],
-                "data.valid": [{"path": f"{data}/valid"}],
-                "data.tokenizer": f"{data}/tokenizer.model",
-                "training.seed": self.seed,
-                "optimizer.learning_rate": self.rest_rate,
-                "optimizer.low_bit_learning_rate": self.rate,
-            }
-            | METHODS[self.method]
-            | self.more
-        )
+    def seconds(self) -> float:
+        return time.monotonic() - self.start
 
 
-def study() -> list[Run]:
-    """The list, in the order in which runs are wanted: the likely best rate of each method first, then its neighbours."""
-    first = [Run("none", 2e-3), Run("dqt8", 1e-3), Run("dqt4", 1e-3), Run("none", 1e-3), Run("bitnet", 2e-3)]
-    first += [Run("dqt_ternary", 5e-4), Run("dqt3", 1e-3)]
-    sweep = [Run("dqt8", 5e-4), Run("dqt8", 2e-3), Run("dqt4", 5e-4), Run("dqt4", 2e-3), Run("none", 4e-3)]
-    sweep += [Run("bitnet", 1e-3), Run("bitnet", 4e-3), Run("dqt_ternary", 2.5e-4), Run("dqt_ternary", 1e-3)]
-    sweep += [Run("dqt3", 5e-4), Run("dqt3", 2e-3)]
-    rest = [Run(method, 2e-3, rest_rate) for method in ("none", "bitnet") for rest_rate in (1.5e-3, 6e-3)]
-    return [*first, *sweep, *rest]
+def run(args: argparse.Namespace) -> int:
+    runs = [replace(item, steps=args.steps) if args.steps else item for item in read_list(args.list)]
+    runs = [item for item in runs if args.only is None or re.search(args.only, item.name)]
+    if not runs:
+        raise SystemExit(f"--only {args.only}: no run of --list {args.list} has such a name")
+    if len({item.name for item in runs}) < len(runs):
+        raise SystemExit(f"--list {args.list}: two runs have the same name")
+    args.output, args.data = args.output.resolve(), args.data.resolve()
+    todo = tasks_of(runs, args)
+    if args.dry_run:
+        for task in todo:
+            print(task.run.name, "evaluation" if task.evaluation else " ".join(task.run.own_settings()))
+        return 0
+    if not (args.data / TEXT_FILE).is_file():
+        raise SystemExit(f"--data {args.data}: has no {TEXT_FILE}; `quality.py prepare` makes it")
+    args.output.mkdir(parents=True, exist_ok=True)
+    devices = find_devices()
+    gpus = len(devices["gpus"]) if args.gpus is None else min(args.gpus, len(devices["gpus"]))
+    slots = [gpu for _ in range(args.per_gpu) for gpu in range(max(1, gpus))]
+    where = f"{gpus} x {devices['gpus'][0]}" if gpus else "the CPU"
+    print(f"{len(todo)} of {len(runs)} runs to do on {where}, {args.per_gpu} at once on each", flush=True)
+    machine = Machine(args, devices, json.loads((args.data / TEXT_FILE).read_text()), todo, slots)
+
+    def stop(*_: Any) -> None:
+        machine.stopping = True
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        work(machine)
+    finally:
+        for task in machine.running:
+            if task.process is not None:
+                task.process.kill()
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    left = [item.name for item in runs if not finished(item, args)]
+    print(f"{len(runs) - len(left)} of {len(runs)} runs finished, {machine.seconds:.0f} s", flush=True)
+    if left:
+        print(f"left: {' '.join(left)}", flush=True)
+    return 1 if machine.failed else 0
 
 
-# ---- run ----
+def tasks_of(runs: list[Run], args: argparse.Namespace) -> list[Task]:
+    """What is left to do: runs that have not finished, and measures on the second text that are missing."""
+    todo = []
+    for item in runs:
+        if not finished(item, args):
+            todo.append(Task(item))
+        elif (args.output / item.name / "checkpoints").is_dir() and wants_second_text(item, args):
+            todo.append(Task(item, evaluation=True))
+    return todo
 
 
-def run_all(args: argparse.Namespace) -> int:
-    """Runs the list; returns 0 when every run is finished."""
-    out = Path(args.out)
-    wanted = [run for run in study() if re.fullmatch(args.only, run.name)]
-    queue = [run for run in wanted if not (out / run.name / "summary.json").exists()]
-    print(f"{len(wanted)} runs, {len(queue)} of them to do, {args.per_gpu} at a time on each of {args.gpus} GPU(s)")
-    slots = [gpu for _ in range(args.per_gpu) for gpu in range(args.gpus)]
-    running: dict[subprocess.Popen[bytes], tuple[Run, int]] = {}
-    start, port, stopping = time.monotonic(), args.port, False
-    while queue or running:
-        for process in [process for process in running if process.poll() is not None]:
-            run, gpu = running.pop(process)
-            slots.append(gpu)
-            say_end(out / run.name, process.returncode, time.monotonic() - start)
-        if not stopping and time.monotonic() - start > args.seconds:
-            stopping, queue = True, []
-            for process in running:  # the trainer saves, and goes on in the next call
-                process.send_signal(signal.SIGTERM)
-        while queue and slots:
-            run, gpu, port = queue.pop(0), slots.pop(0), port + 1
-            running[started(run, gpu, port, args)] = run, gpu
-        time.sleep(POLL_SECONDS)
-    return 0 if all((out / run.name / "summary.json").exists() for run in wanted) else 1
+def finished(item: Run, args: argparse.Namespace) -> bool:
+    if (args.output / item.name / "summary.json").exists():
+        return True
+    collected = args.done / f"{item.name}.json" if args.done else None
+    return collected is not None and collected.exists() and json.loads(collected.read_text())["finished"]
 
 
-def started(run: Run, gpu: int, port: int, args: argparse.Namespace) -> subprocess.Popen[bytes]:
-    """The process of one run; what the process prints goes to OUT/NAME.log."""
-    settings = run.settings(str(Path(args.data).resolve())) | {
-        "checkpoint.dir": str(Path(args.out, run.name).resolve())
-    }
-    settings |= {"training.steps": args.steps} if args.steps else {}
-    settings |= dict(override.split("=", 1) for override in args.set)
-    command = [sys.executable, str(ROOT / "launchers/pretrain.py"), "--config", str(ROOT / "configs/130m_ternary.json")]
-    for key, value in settings.items():
-        command += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
-    environment = os.environ | {
-        "CUDA_VISIBLE_DEVICES": str(gpu),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "2",
-    }
-    environment.setdefault("TRITON_CACHE_DIR", str(Path(tempfile.gettempdir(), "triton")))
-    Path(args.out).mkdir(parents=True, exist_ok=True)
-    with Path(args.out, f"{run.name}.log").open("ab") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+def wants_second_text(item: Run, args: argparse.Namespace) -> bool:
+    return (args.data / "second.idx").exists() and not (args.output / item.name / SECOND_FILE).exists()
 
 
-def say_end(folder: Path, code: int, seconds: float) -> None:
-    how = (
-        "finished"
-        if code == 0
-        else "stopped, goes on in the next call"
-        if code == STOPPED_EXIT_CODE
-        else f"exit {code}"
+def find_devices() -> dict[str, Any]:
+    """Names of the GPUs and the version of torch, found in another process so that this one holds nothing on a GPU."""
+    code = (
+        "import json, torch; n = torch.cuda.device_count(); "
+        "print(json.dumps({'gpus': [torch.cuda.get_device_name(i) for i in range(n)], 'torch': torch.__version__}))"
     )
-    lines = metrics(folder)
-    valid = [line["valid_loss"] for line in lines if "valid_loss" in line]
-    last = f"validation {valid[-1]:.4f}" if valid else "no validation yet"
-    print(f"{seconds:6.0f} s  {folder.name}: {how}; {last}", flush=True)
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
 
 
-# ---- collect ----
+def work(machine: Machine) -> None:
+    """Until nothing is left, or the time is over and what ran has saved."""
+    shown = machine.seconds
+    while machine.queue or machine.running:
+        machine.stopping = machine.stopping or machine.seconds > machine.args.seconds
+        for task in [task for task in machine.running if task.process is not None and task.process.poll() is not None]:
+            machine.running.remove(task)
+            machine.free.append(task.slot)
+            ended(machine, task)
+        if machine.stopping:
+            machine.queue.clear()
+            tell_to_stop(machine)
+        while machine.queue and machine.free:
+            begin(machine, machine.queue.pop(0))
+        if machine.seconds - shown > 60 and machine.running:
+            shown = machine.seconds
+            at = ", ".join(f"{task.run.name} {step_of(task.run, machine.args)}" for task in machine.running)
+            print(f"{time_left(machine)}; at step: {at}", flush=True)
+        time.sleep(0.2)
 
 
-def metrics(folder: Path) -> list[dict[str, Any]]:
+def tell_to_stop(machine: Machine) -> None:
+    """SIGTERM makes a run save and end; one that does not end in time is killed."""
+    for task in machine.running:
+        assert task.process is not None
+        if task.told_at is None:
+            task.told_at = machine.seconds
+            task.process.terminate()
+        elif machine.seconds - task.told_at > GRACE_SECONDS:
+            task.process.kill()
+
+
+def begin(machine: Machine, task: Task) -> None:
+    args, name = machine.args, task.run.name
+    folder = args.output / name
+    folder.mkdir(exist_ok=True)
+    task.slot = machine.free.pop(0)
+    task.start_step = step_of(task.run, args)
+    if task.evaluation:
+        command = [ROOT / "tools/evaluate.py", "--checkpoint", folder, "--data", args.data / "second", "--json"]
+        command += ["--batch-size", "32"]
+    else:
+        write_run_file(machine, task)
+        settings = [*task.run.all_settings(str(args.data)), f"checkpoint.dir={folder}"]
+        command = [ROOT / "launchers/pretrain.py", "--config", CONFIG, "--resume", "auto"]
+        command += [part for setting in settings for part in ("--set", setting)]
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": str(task.slot) if machine.devices["gpus"] else "",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"),
+        # Runs share compiled kernels; on a disk of this machine, as file locks of network disks are slow.
+        "TRITON_CACHE_DIR": os.environ.get("TRITON_CACHE_DIR", f"{tempfile.gettempdir()}/dqt_quality_triton"),
+    }
+    with ExitStack() as files:
+        log = files.enter_context(open(args.output / f"{name}.log", "ab"))
+        output = files.enter_context(open(folder / EVALUATION, "wb")) if task.evaluation else log
+        command = [sys.executable, *map(str, command)]
+        task.process = subprocess.Popen(command, env=environment, stdout=output, stderr=log, cwd=tempfile.gettempdir())
+    machine.running.append(task)
+
+
+def write_run_file(machine: Machine, task: Task) -> None:
+    """What a result depends on. A run that goes on keeps its file; one that was asked for differently is refused."""
+    path = machine.args.output / task.run.name / RUN_FILE
+    now = {
+        "run": task.run.facts(),
+        "own_settings": task.run.own_settings(),
+        "commit": machine.args.commit or commit(),
+        "date": str(date.today()),
+        "device": machine.devices["gpus"][task.slot] if machine.devices["gpus"] else "CPU",
+        "runs_at_once": machine.args.per_gpu,
+        "torch": machine.devices["torch"],
+        "text": machine.text,
+    }
+    if path.exists():
+        before = json.loads(path.read_text())
+        for key in ("run", "own_settings", "text"):
+            if before[key] != now[key]:
+                raise SystemExit(
+                    f"{path}: this run was begun with another {key}; remove its folder, or use another OUT"
+                )
+        for key in ("commit", "device", "torch"):
+            now[key] = before[key] if now[key] in before[key].split(", ") else f"{before[key]}, {now[key]}"
+        now["date"] = before["date"]
+    path.write_text(json.dumps(now, indent=1) + "\n")
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
+def ended(machine: Machine, task: Task) -> None:
+    """Prints what became of a process; a run that has finished is measured on the second text next."""
+    args, name = machine.args, task.run.name
+    folder = args.output / name
+    assert task.process is not None
+    code = task.process.returncode
+    about = f"{name}: "
+    if code == 0 and task.evaluation:
+        figures = json.loads((folder / EVALUATION).read_text().strip().splitlines()[-1])
+        (folder / SECOND_FILE).write_text(json.dumps(figures) + "\n")
+        about += f"second text {figures['loss']:.4f}"
+    elif code == 0:
+        valid = [f"{line['valid_loss']:.4f}" for line in read_metrics(folder) if "valid_loss" in line]
+        speed = json.loads((folder / "summary.json").read_text())["tokens_per_s"]
+        about += f"validation {' '.join(valid)}, {speed:,.0f} tokens/s"
+        if wants_second_text(task.run, args):
+            machine.queue.insert(0, Task(task.run, evaluation=True))
+    elif code == STOPPED_EXIT_CODE:
+        about += f"saved at step {step_of(task.run, args)}"
+    elif task.told_at is not None:
+        about += "stopped before it could save"
+    else:
+        machine.failed += 1
+        log = (args.output / f"{name}.log").read_text(errors="replace")
+        about += f"failed with exit code {code}: ... {' | '.join(log[-400:].split(chr(10)))}"
+    if not task.evaluation:
+        machine.steps_done += max(0, step_of(task.run, args) - task.start_step)
+    if args.discard_checkpoints and finished(task.run, args) and not wants_second_text(task.run, args):
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    print(f"{about}; {time_left(machine)}", flush=True)
+
+
+def step_of(item: Run, args: argparse.Namespace) -> int:
+    """The last step in the run's metrics."""
+    return max((line["step"] for line in read_metrics(args.output / item.name)), default=0)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last line may be in the making
+
+
+def time_left(machine: Machine) -> str:
+    """Steps that are left, weighted by the size of their model, over the speed so far."""
+
+    def cost(task: Task) -> int:
+        return SIZES[task.run.size].tokens_per_step * SIZES[task.run.size].linear_weights
+
+    running = [task for task in machine.running if not task.evaluation]
+    at = {task.run.name: step_of(task.run, machine.args) for task in running}
+    done = machine.steps_done + sum(at[task.run.name] - task.start_step for task in running)
+    queued = [task for task in machine.queue if not task.evaluation]
+    left = sum((task.run.num_steps - at[task.run.name]) * cost(task) for task in running)
+    left += sum((task.run.num_steps - step_of(task.run, machine.args)) * cost(task) for task in queued)
+    after = f"after {machine.seconds:.0f} s"
+    tasks = running + queued
+    if not tasks or done <= 0:
+        return f"{after}, {len(tasks)} left"
+    mean = sum(map(cost, tasks)) / len(tasks)
+    return f"{after}, {len(tasks)} left, some {left / mean / done * machine.seconds:.0f} s more"
+
+
+# ---------------------------------------------------------------- collect
+
+COLLECT_HELP = """\
+A file holds what was asked for, the losses, the shares of codes that flip, are zero or were clamped, the bytes of a linear weight,
+speed, commit, device, versions, date, and the sha256 of the text. A run that has not finished is written with "finished": false and
+takes no part in the page's comparisons. A finished file is not replaced by an unfinished one.
+"""
 
 
 def collect(args: argparse.Namespace) -> int:
-    """Writes OUT/NAME as docs/benchmarks/quality/NAME.json for every run that has been validated."""
-    target = Path(args.to)
-    target.mkdir(parents=True, exist_ok=True)
-    by_name = {run.name: run for run in study()}
-    for folder in sorted(path for path in Path(args.out).iterdir() if path.is_dir()):
-        lines = metrics(folder)
-        if folder.name not in by_name or not any("valid_loss" in line for line in lines):
-            print(
-                f"{folder.name}: left out, {'not of the list' if folder.name not in by_name else 'no validation yet'}"
-            )
+    args.to.mkdir(parents=True, exist_ok=True)
+    found = sorted(args.output.glob(f"*/{RUN_FILE}"))
+    if not found:
+        raise SystemExit(f"{args.output}: no run folder with a {RUN_FILE}")
+    for path in found:
+        facts = small_form(path.parent)
+        target = args.to / f"{facts['name']}.json"
+        if not facts["finished"] and target.exists() and json.loads(target.read_text())["finished"]:
             continue
-        kept = small(by_name[folder.name], folder, lines)
-        kept["about"] = {"commit": args.commit, "device": args.device, "date": args.date}
-        partial = target / f"{folder.name}.json.partial"
-        partial.write_text(json.dumps(kept, indent=1) + "\n")
-        partial.rename(target / f"{folder.name}.json")
-        print(f"{folder.name}: {kept['valid'][-1][1]:.4f} at {kept['valid'][-1][0] / 1e6:.0f} M tokens")
+        target.write_text(one_line_a_field(facts))
+        print(f"{target}: {'finished' if facts['finished'] else 'not finished'}, step {facts['step']}")
     return 0
 
 
-def small(run: Run, folder: Path, lines: list[dict[str, Any]]) -> dict[str, Any]:
-    """The part of a run that the page needs."""
-    config = json.loads((folder / "config.json").read_text())
-    tokens_per_step = config["training"]["global_batch_size"] * config["model"]["seq_length"]
+def small_form(folder: Path) -> dict[str, Any]:
+    """What is kept of a run."""
+    asked = json.loads((folder / RUN_FILE).read_text())
+    item = Run(**asked["run"] | {"settings": tuple(asked["run"]["settings"])})
+    size, method = SIZES[item.size], METHODS[item.method]
     summary_path = folder / "summary.json"
     summary = json.loads(summary_path.read_text()) if summary_path.exists() else {}
-    logged = [line for line in lines if "loss" in line]
-    valid = [[line["step"] * tokens_per_step, round(line["valid_loss"], 4)] for line in lines if "valid_loss" in line]
-    if summary and valid[-1][0] < summary["tokens"]:
-        valid.append([summary["tokens"], round(summary["valid_loss"], 4)])
-    figures = {name: [line.get(name) for line in logged] for name in ("flip_rate", "zero_fraction", "saturation")}
+    second_path = folder / SECOND_FILE
+    lines = read_metrics(folder)
+    steps = [line for line in lines if "loss" in line]
+    curve = thinned(steps)
+    a_step = size.tokens_per_step
+    measured = summary.get("static_bytes_per_low_bit_weight")
+    bytes_per_weight, how = (measured, "measured") if measured else (counted_bytes(item), "counted")
     return {
-        "name": run.name,
-        "method": run.method,
-        "rate": run.rate,
-        "rest_rate": run.rest_rate,
-        "seed": run.seed,
-        "more": run.more,
+        "name": item.name,
         "finished": bool(summary),
-        "tokens": config["training"]["steps"] * tokens_per_step,
-        "bytes_per_linear_weight": summary.get("static_bytes_per_low_bit_weight") or BYTES_WITH_MASTER,
-        "bytes_are": "measured" if summary.get("static_bytes_per_low_bit_weight") else "by count",
-        "versions": summary.get("versions", {}),
-        "valid": valid,
-        "training": [[line["tokens"], round(line["loss"], 4)] for line in logged],
-        **{name: [round(x, 7) for x in values] for name, values in figures.items() if values and None not in values},
+        "size": item.size,
+        "about_size": size.about,
+        "linear_weights": size.linear_weights,
+        "method": item.method,
+        "recipe": item.recipe,
+        "master": method.master,
+        "rate": item.rate,
+        "rest_rate": item.rest_rate or size.rest_rate,
+        "seed": item.seed,
+        "settings": asked["own_settings"],
+        "planned_tokens": item.num_steps * a_step,
+        "step": max((line["step"] for line in lines), default=0),
+        "tokens": max((line["tokens"] for line in steps), default=0),
+        "tokens_per_step": a_step,
+        "valid": [[line["step"] * a_step, round(line["valid_loss"], 5)] for line in lines if "valid_loss" in line],
+        "valid_tokens": size.eval_batches * a_step,
+        "train": {"tokens": [line["tokens"] for line in curve]}
+        | {key: [significant(line[key]) for line in curve] for key in CURVES if curve and key in curve[-1]},
+        "second_text": json.loads(second_path.read_text())["loss"] if second_path.exists() else None,
+        "bytes_per_linear_weight": bytes_per_weight,
+        "bytes_are": how,
+        "bytes_breakdown": summary.get("static_bytes_breakdown"),
+        "tokens_per_s": round(summary["tokens_per_s"]) if summary else None,
+        "runs_at_once_per_device": asked["runs_at_once"],
+        "peak_memory_bytes": summary.get("peak_memory_bytes"),
+        "commit": asked["commit"],
+        "device": asked["device"],
+        "torch": asked["torch"],
+        "date": asked["date"],
+        "text": {"tokens": asked["text"]["tokens"], "sha256": asked["text"]["sha256"]},
     }
 
 
-# ---- page ----
+def counted_bytes(item: Run) -> float | None:
+    """Bytes of a linear weight between steps where nothing is measured: bf16 weight 2, fp32 master 4, two fp32 moments 8."""
+    plain = METHODS[item.method].master and not any("compute" in setting for setting in item.settings)
+    return 14.0 if plain else None
+
+
+def thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most CURVE_POINTS of them, evenly, the last one too."""
+    stride = -(-len(lines) // CURVE_POINTS) if lines else 1
+    return lines[::-1][::stride][::-1]
+
+
+def significant(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
+
+
+def one_line_a_field(facts: dict[str, Any]) -> str:
+    """JSON that is short and still shows in a diff what changed."""
+    return "{\n" + ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in facts.items()) + "\n}\n"
+
+
+# ---------------------------------------------------------------- page
+
+PAGE_HELP = """\
+Needs matplotlib. Reads nothing but DIR/*.json, so anyone can draw the page again. Runs of another size, length or text get sections of
+their own.
+"""
 
 
 def page(args: argparse.Namespace) -> int:
-    runs = [json.loads(path.read_text()) for path in sorted(Path(args.kept).glob("*.json"))]
-    if not runs:
-        sys.exit(f"{args.kept}: no collected runs; benchmarks/quality.py collect makes them")
-    plot(runs, Path(args.page).with_suffix(".png"))
-    Path(args.page).write_text("\n".join(text(runs, Path(args.page).with_suffix(".png").name)) + "\n")
-    print(args.page)
-    return 0
+    from benchmarks.quality_page import write_page
 
-
-def text(runs: list[dict[str, Any]], picture: str) -> Iterator[str]:
-    """The page, line by line."""
-    finished = [run for run in runs if run["finished"]]
-    yield from (
-        "# Which recipe learns best?",
-        "",
-        f"![validation loss against tokens, and at the end against the rate and the bytes of a linear weight]({picture})",
-        "",
-        "LLaMA of 8 layers x 512 (ffn 1408, 8 heads, sequences of 512, vocabulary 8,192): 25.7 M weights in linears, 34 M in",
-        "all. 104.5 M tokens of English text (Wikipedia, books, documentation), the same order for all runs; 65,536 tokens per",
-        "step; warm-up of 100 steps, cosine to 0; bf16 compute, 32-bit moments. Validation on 0.46 M tokens, in nats per token.",
-        "`benchmarks/quality.py` runs the list and writes this page from the files in [quality/](quality).",
-        "",
-        "## Finished runs",
-        "",
-        "| method | rate of the linears | rate of the rest | seed | tokens | validation loss | bytes per linear weight |",
-        "|---|---|---|---|---|---|---|",
-    )
-    best = {method: min(group, key=lambda run: run["valid"][-1][1]) for method, group in by_method(finished).items()}
-    for run in sorted(finished, key=lambda run: (list(METHODS).index(run["method"]), run["rate"])):
-        loss = f"{run['valid'][-1][1]:.3f}"
-        loss = f"**{loss}**" if best[run["method"]] is run else loss
-        yield (
-            f"| {NAMES[run['method']]} | {run['rate']:g} | {run['rest_rate']:g} | {run['seed']} | {run['tokens'] / 1e6:.0f} M"
-            f" | {loss} | {run['bytes_per_linear_weight']:.2f}, {run['bytes_are']} |"
-        )
-    stopped = [run for run in runs if not run["finished"]]
-    if stopped:
-        yield from (
-            "",
-            "## Stopped runs",
-            "",
-            "| method | rate of the linears | validation loss at tokens |",
-            "|---|---|---|",
-        )
-        for run in stopped:
-            losses = ", ".join(f"{loss:.3f} at {tokens / 1e6:.0f} M" for tokens, loss in run["valid"])
-            yield f"| {NAMES[run['method']]} | {run['rate']:g} | {losses} |"
-        yield from (
-            "",
-            "A stopped run was on the schedule of the full length, so it compares with others at the same tokens only.",
-        )
-    yield from ("", "## Limits", "")
-    seeds = max(len({run["seed"] for run in group}) for group in by_method(runs).values())
-    yield f"- {'One seed' if seeds == 1 else f'Up to {seeds} seeds'} per recipe, one size of model."
-    for method, group in by_method(finished).items():
-        rates = sorted({run["rate"] for run in group})
-        inside = len(rates) > 2 and rates[0] < best[method]["rate"] < rates[-1]
-        swept = "the best rate lies inside the range" if inside else "the best rate may lie outside"
-        yield f"- {NAMES[method]}: rates {', '.join(f'{rate:g}' for rate in rates)} at full length; {swept}."
-    yield from ("", "## Where the runs were made", "")
-    for about in sorted({json.dumps(run["about"], sort_keys=True) for run in runs}):
-        made = json.loads(about)
-        yield f"- {made['date']}, commit {made['commit']}, {made['device']}"
-
-
-def by_method(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for run in runs:
-        found[run["method"]].append(run)
-    return dict(sorted(found.items(), key=lambda item: list(METHODS).index(item[0])))
-
-
-def plot(runs: list[dict[str, Any]], path: Path) -> None:
-    """Loss against tokens of every run; final loss against rate and against bytes, a point per finished run."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (curves, rates, frontier) = plt.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    for number, (method, group) in enumerate(by_method(runs).items()):
-        color, label = f"C{number}", NAMES[method]
-        for run in sorted(group, key=lambda run: run["valid"][-1][1]):
-            tokens, losses = zip(*run["valid"], strict=True)
-            style = "o-" if run["finished"] else "o:"
-            curves.plot([t / 1e6 for t in tokens], losses, style, ms=3, lw=1, color=color, label=label)
-            label = None
-        finished = sorted((run for run in group if run["finished"]), key=lambda run: run["rate"])
-        if not finished:
-            continue
-        at_rate: dict[float, list[float]] = defaultdict(list)
-        for run in finished:
-            at_rate[run["rate"]].append(run["valid"][-1][1])
-        rates.plot(list(at_rate), [statistics.mean(losses) for losses in at_rate.values()], "o-", color=color)
-        best = min(finished, key=lambda run: run["valid"][-1][1])
-        frontier.plot(best["bytes_per_linear_weight"], best["valid"][-1][1], "o", color=color, label=NAMES[method])
-    curves.set(xlabel="tokens, millions", ylabel="validation loss, nats per token", title="dotted: stopped runs")
-    rates.set(xlabel="rate of the linears", xscale="log", title="at the last step")
-    frontier.set(xlabel="bytes per linear weight between steps", title="best run of each method")
-    curves.legend(fontsize=8)
-    for axes in (curves, rates, frontier):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="{run,collect,page}")
-    add = commands.add_parser("run", help="train what is not finished").add_argument
-    add("out", metavar="OUT", help="folder of the run folders")
-    add("--data", required=True, metavar="DATA", help="folder with train, valid and tokenizer.model")
-    add(
-        "--only",
-        default=".*",
-        metavar="REGEX",
-        help="runs whose name matches; see docs/benchmarks/quality.md for names",
-    )
-    add("--seconds", type=float, default=1e9, help="after so long no run is started, and running ones save and stop")
-    add("--gpus", type=int, default=1, help="GPUs to use (default: %(default)s)")
-    add("--per-gpu", type=int, default=2, help="runs at a time on each GPU (default: %(default)s)")
-    add("--port", type=int, default=29600, help="first port of the runs (default: %(default)s)")
-    add("--steps", type=int, help="another length, for a trial: such runs do not belong on the page")
-    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override of every run, for a trial")
-    commands.choices["run"].set_defaults(command=run_all)
-    add = commands.add_parser("collect", help="keep the small part of each run").add_argument
-    add("out", metavar="OUT", help="folder of the run folders")
-    add("--to", default=str(KEPT), help="default: docs/benchmarks/quality")
-    for name, what in (("commit", "commit that was run"), ("device", "GPU"), ("date", "day of the runs")):
-        add(f"--{name}", required=True, help=what)
-    commands.choices["collect"].set_defaults(command=collect)
-    add = commands.add_parser("page", help="write page and plots").add_argument
-    add("--kept", default=str(KEPT), help="default: docs/benchmarks/quality")
-    add("--page", default=str(PAGE), help="default: docs/benchmarks/quality.md")
-    commands.choices["page"].set_defaults(command=page)
-    args = parser.parse_args()
-    return args.command(args)
+    return write_page(args.folder)
 
 
 if __name__ == "__main__":
