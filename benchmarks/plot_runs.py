@@ -28,7 +28,7 @@ def main() -> int:
     for run in args.run:
         name, _, path = run.partition("=")
         draw(name, read(Path(path)), losses, flips)
-    losses.set(xlabel="tokens, millions", ylabel="loss, nats a token", title=args.title)
+    losses.set(xlabel="tokens, millions", ylabel="loss, nats per token", title=args.title)
     losses.legend()
     losses.grid(alpha=0.3)
     flips.set(xlabel="tokens, millions", ylabel="share of codes changed in a step", yscale="log", title="flips")

@@ -146,7 +146,7 @@ def best_table(best: list[Facts], finished: list[Facts]) -> str:
         "validation loss",
         *(f"minus {names[method]}" for method in baselines),
     ]
-    columns += ["second text", "bytes a linear weight", "flips at the end"]
+    columns += ["second text", "bytes per linear weight", "flips at the end"]
     rows = []
     for run in best:
         same = seeds_of(run, finished)
@@ -240,7 +240,7 @@ def draw_curves(path: Path, best: list[Facts]) -> Path:
             flips.plot(tokens, run["train"]["flip_rate"], lw=1, color=colour, label=run["recipe"])
     shown = sorted(loss for run in best for _, loss in run["valid"])
     margin = 0.05 * (shown[-1] - shown[0]) or 0.01
-    losses.set(xlabel="tokens, millions", ylabel="loss, nats a token", title="validation (dots) and training (thin)")
+    losses.set(xlabel="tokens, millions", ylabel="loss, nats per token", title="validation (dots) and training (thin)")
     losses.set_ylim(shown[0] - 2 * margin, shown[-1] + margin)
     flips.set(xlabel="tokens, millions", ylabel="share of codes changed in a step", yscale="log", title="flips")
     return save(plt, figure, path)

@@ -420,7 +420,7 @@ def tables(found: dict[str, Any]) -> str:
         "ratio",
         "GiB between steps",
     ]
-    columns += ["bytes a low-bit weight", "loss, first to last"]
+    columns += ["bytes per low-bit weight", "loss, first to last"]
     rows = [cells(row, first) for row in found["rows"]]
     about = f"{found['about']} MFU against {found['peak']}; {found['steps']} steps after {found['warmup']}."
     model = ", ".join(f"{key} {value}" for key, value in found["model"].items())

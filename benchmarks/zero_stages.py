@@ -26,7 +26,7 @@ COLUMNS = (
     "stage",
     "tokens/s",
     "peak memory GiB",
-    "bytes a low-bit weight",
+    "bytes per low-bit weight",
     "sent a step: gradients MB",
     "codes MB",
     "digest",

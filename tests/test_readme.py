@@ -79,4 +79,4 @@ def test_the_demo_command_trains_over_four_processes(tmp_path: Path) -> None:
     summary = json.loads((run / "summary.json").read_text())
     assert summary["layout"]["tensor"] == summary["layout"]["pipeline"] == 2
     assert summary["last_loss"] < summary["first_loss"]
-    assert "bytes a low-bit weight" in done.stdout and "what it writes" in done.stdout
+    assert "bytes per low-bit weight" in done.stdout and "what it writes" in done.stdout

@@ -29,7 +29,7 @@ what is scored:
   predicted once. The model reads a window of tokens at a time. With --stride equal to the window (the default) windows
   do not overlap and the figures are those of lm-eval's rolling log-likelihood; a smaller stride scores only the last
   STRIDE tokens of each window, so that none is predicted from little: slower, and a lower loss where the model uses its
-  context. loss is in nats a token; bits per byte divides by the bytes of the text in UTF-8 and compares across
+  context. loss is in nats per token; bits per byte divides by the bytes of the text in UTF-8 and compares across
   tokenizers.
 
 Wrong input ends with one message and exit code 2.
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> None:
     print(f"model           {model.description}")
     print(f"data            {args.data}: {figures.tokens:,} tokens scored, {figures.text_bytes:,} bytes of text")
     print(f"window, stride  {figures.window}, {figures.stride} tokens")
-    print(f"loss            {figures.loss:.4f} nats a token")
+    print(f"loss            {figures.loss:.4f} nats per token")
     print(f"perplexity      {figures.perplexity:.3f}")
     print(f"bits per byte   {figures.bits_per_byte:.4f}")
 

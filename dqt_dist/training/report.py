@@ -48,7 +48,7 @@ def _line(text: str) -> None:
 def _rows(summary: dict[str, Any], config: Config) -> list[tuple[str, str]]:
     layout = summary["layout"]
     rows = [
-        ("loss, first to last step", f"{summary['first_loss']:.3f} -> {summary['last_loss']:.3f} nats a token"),
+        ("loss, first to last step", f"{summary['first_loss']:.3f} -> {summary['last_loss']:.3f} nats per token"),
         ("validation", f"loss {summary['valid_loss']:.3f}, perplexity {summary['valid_perplexity']:.1f}"),
         ("speed", f"{summary['tokens_per_s']:,.0f} tokens/s over {summary['steps']} steps"),
         ("layout", f"tensor {layout['tensor']} x pipeline {layout['pipeline']} x data {layout['data']}"),
@@ -57,7 +57,7 @@ def _rows(summary: dict[str, Any], config: Config) -> list[tuple[str, str]]:
     if breakdown:
         parts = ", ".join(f"{kind} {value:.3f}" for kind, value in breakdown.items() if value)
         rows.append(("low-bit weights", f"{summary['low_bit_parameters']:,}"))
-        rows.append(("bytes a low-bit weight", f"{summary['static_bytes_per_low_bit_weight']:.3f} ({parts}), measured"))
+        rows.append(("bytes per low-bit weight", f"{summary['static_bytes_per_low_bit_weight']:.3f} ({parts}), measured"))
     rows.append(("TensorBoard files", str(Path(config.checkpoint.dir) / "tb")))
     rows.append(("checkpoint", str(last_checkpoint(summary, config))))
     return rows

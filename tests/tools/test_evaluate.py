@@ -141,7 +141,7 @@ def test_figures_follow_from_the_loss(trained: Trained, text: Path, capsys: pyte
     assert found["bits_per_byte"] == pytest.approx(bits / found["text_bytes"])
     assert tool.main(["--checkpoint", str(trained(NONE)), "--data", str(text)]) == 0
     shown = capsys.readouterr().out
-    assert f"{found['loss']:.4f} nats a token" in shown and f"bits per byte   {found['bits_per_byte']:.4f}" in shown
+    assert f"{found['loss']:.4f} nats per token" in shown and f"bits per byte   {found['bits_per_byte']:.4f}" in shown
 
 
 # ---- what is read ----
