@@ -57,7 +57,9 @@ def _rows(summary: dict[str, Any], config: Config) -> list[tuple[str, str]]:
     if breakdown:
         parts = ", ".join(f"{kind} {value:.3f}" for kind, value in breakdown.items() if value)
         rows.append(("low-bit weights", f"{summary['low_bit_parameters']:,}"))
-        rows.append(("bytes per low-bit weight", f"{summary['static_bytes_per_low_bit_weight']:.3f} ({parts}), measured"))
+        rows.append(
+            ("bytes per low-bit weight", f"{summary['static_bytes_per_low_bit_weight']:.3f} ({parts}), measured")
+        )
     rows.append(("TensorBoard files", str(Path(config.checkpoint.dir) / "tb")))
     rows.append(("checkpoint", str(last_checkpoint(summary, config))))
     return rows
