@@ -1,4 +1,5 @@
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# Triton may be absent. Its types know no index into a jit function, and no result of one.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportGeneralTypeIssues=false
 """The rounding update in Triton. Packed codes are rewritten in place; the update takes a direction, or does AdamW in the same pass.
 
     update_rows_triton         reads a direction                    definition: lowbit/update.py, update_rows_reference
@@ -538,7 +539,7 @@ def _divide(weight: LowBitMatrix, rows: int) -> _Division:
     """The division of `rows` rows of `weight`."""
     num_blocks = triton.cdiv(weight.columns, BLOCK)
     blocks_per_program = max(MIN_BLOCKS, triton.cdiv(num_blocks, triton.cdiv(MIN_PROGRAMS, rows)))
-    shape = (rows, triton.cdiv(num_blocks, blocks_per_program), 3)
+    shape = (rows, int(triton.cdiv(num_blocks, blocks_per_program)), 3)
     counts = torch.empty(shape, dtype=torch.int32, device=weight.codes.device)
     return _Division(counts, blocks_per_program * BLOCK)
 

@@ -1,4 +1,5 @@
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# Triton may be absent. Its types know no index into a jit function, and no result of one.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportGeneralTypeIssues=false
 """Triton forms of `quantize.py`: one program a token (a persistent one for the norm's weight gradient).
 
 A row of up to ONE_BLOCK features stays in registers between the read and the write. A wider one is walked in blocks as often as
@@ -251,7 +252,7 @@ def _scaled_kernel(
 
 def _blocks(features: int) -> dict[str, int]:
     """How a row of `features` is walked, as arguments of a kernel."""
-    whole = triton.next_power_of_2(features)
+    whole = int(triton.next_power_of_2(features))
     block = whole if whole <= ONE_BLOCK else BLOCK
     return {"BLOCK": block, "num_warps": min(16, max(1, block // FEATURES_PER_WARP))}
 

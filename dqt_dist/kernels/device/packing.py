@@ -1,4 +1,5 @@
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# Triton may be absent. Its types know no index into a jit function, and no arithmetic of a constexpr.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportOperatorIssue=false
 """Packed codes as device functions: the byte layout of lowbit/packing.py.
 
     storage bits   byte                                    field
