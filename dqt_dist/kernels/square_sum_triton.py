@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false, reportIndexIssue=false
-"""Triton form of `square_sum.py`: a partial sum a program."""
+"""Triton form of `square_sum.py`: one partial sum per program."""
 
 from __future__ import annotations
 
