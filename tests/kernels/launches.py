@@ -2,9 +2,9 @@
 
     config  ->  layers and optimizer calls on fake CUDA tensors  ->  Launch: kernel, arguments, constants
 
-torch's FakeTensorMode propagates device, dtype and shape without a device. `recorded` replaces `launch` in every `*_triton` module,
-so the arguments are those that a training step on one GPU would pass: nothing about a kernel is written down a second time here.
-`compiled` then does what Triton's own launch does before it calls the driver: it specialises the arguments and compiles them.
+torch's FakeTensorMode propagates device, dtype and shape without a device. `recorded` replaces `launch` in every
+`*_triton` module, so the arguments are those that a training step on one GPU passes. Nothing about a kernel is written
+down a second time here. `specialised` and `compiled` then do what Triton's own launch does before it calls the driver.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch; `args` holds pointers, numbers and None, `constants` the constexpr parameters and launch options."""
+    """One kernel launch. args: pointers, numbers and None. constants: constexpr parameters and launch options."""
 
     kernel: Any
     args: tuple[Any, ...]
@@ -88,7 +88,8 @@ def recorded() -> Iterator[list[Launch]]:
         stack.enter_context(
             mock.patch.object(low_bit_feed_forward.parallel_state, "get_tensor_model_parallel_group", lambda: OneRank())
         )
-        # torch's own products with `out=`, which fake tensors of another build's device do not have.
+        # These are torch's own products with `out=`. Fake tensors have none for a device that this torch is
+        # not built for.
         stack.enter_context(mock.patch.object(compute, "add_weight_gradient", lambda *_: None))
         for cache in caches:
             cache.cache_clear()
@@ -100,7 +101,10 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def _get_item(x: Tensor, index: Any) -> Tensor:
-    """x[index] for a slice, an integer, None and a tensor per dimension: torch's own indexing asks for the device's driver."""
+    """x[index], where each part of index is a slice, an integer, None or a tensor.
+
+    torch's own indexing asks for the driver of the device.
+    """
     dim = 0
     for part in index if isinstance(index, tuple) else (index,):
         if isinstance(part, int):
@@ -127,7 +131,10 @@ class OneRank:
 
 
 class AutogradStep:
-    """Calls an autograd function's two halves itself: autograd's graph needs a torch that is built for the tensors' device."""
+    """Calls forward and backward of an autograd function directly.
+
+    Autograd's graph needs a torch that is built for the device of the tensors.
+    """
 
     def __init__(self, function: Any) -> None:
         self.function = function

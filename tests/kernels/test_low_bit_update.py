@@ -24,7 +24,8 @@ from dqt_dist.optim.adamw import (
 from tests.kernels.runners import INTERPRETED, Runner
 
 ALL_BITS = ["ternary", 2, 3, 4, 5, 8]
-# Columns below the kernel's block of 256, whole blocks, and with a rest, in one part of a row and in several; all in whole Philox groups.
+# Columns: less than the kernel's block of 256, whole blocks, blocks and a rest; one part of a row and several. All are
+# whole Philox groups.
 COLUMNS = [4, 100, 1024, 1028, 2500]
 # Rows of the three blocks of a shard; at least 5 in all.
 BLOCK_ROWS = (6, 5, 6)
@@ -82,8 +83,11 @@ def test_kernel_equals_definition_where_arithmetic_is_exact(run: Runner, bits, c
 
 @pytest.mark.parametrize("bits", ["ternary", 4, 8])
 def test_kernel_differs_by_contraction_only(run: Runner, bits) -> None:
-    """Any direction, rate and decay: t may differ by an ulp of a number below 2^8, 2^-16, so a draw decides otherwise in at
-    most about one weight of 2^16; the bound is four times that."""
+    """Any direction, rate and decay.
+
+    t may differ by 2^-16, an ulp of a number below 2^8. So about one draw in 2^16 or fewer has another outcome. The
+    bound is four times this rate.
+    """
     device = run.device
     ours, reference = fused_pair(bits, DIVIDED, device)
     torch.manual_seed(1)
@@ -119,7 +123,8 @@ def test_not_finite_direction_keeps_the_codes(run: Runner) -> None:
 
 # ---- with AdamW ----
 
-# (columns, bits of the moments): whole blocks of the kernel and rests, any multiple of 4 with 32 bits and of 32 with 8.
+# (columns, bits of the moments): whole blocks of the kernel and rests. Columns are multiples of 4 with 32
+# bits, of 32 with 8.
 SHAPES = [(4, 32), (100, 32), (2500, 32), (32, 8), (288, 8), (1024, 8), (2528, 8)]
 if INTERPRETED:
     SHAPES = [(100, 32), (288, 8)]
@@ -167,9 +172,11 @@ def fraction(a: Tensor, b: Tensor) -> float:
 def test_adamw_kernel_follows_its_definition(
     run: Runner, bits, columns: int, state_bits: int, dtype: torch.dtype, mode, factor: float | None
 ) -> None:
-    """Some steps of any gradient, some elements zero and, without a clip factor, some not finite. Moments are contracted to fused
-    multiply-adds, roots and reciprocals approximate to 2^-21, so a draw that falls into the gap decides otherwise: at most a few of
-    2^16."""
+    """Some steps of any gradient. Some elements are zero and, without a clip factor, some are not finite.
+
+    The kernel contracts moments to fused multiply-adds, and its roots and reciprocals are approximate to 2^-21. So at
+    most a few draws in 2^16 have another outcome.
+    """
     device = run.device
     sizes = torch.logspace(-6, 1, columns, device=device)
     gradients = [torch.randn(sum(BLOCK_ROWS), columns, device=device) * sizes for _ in range(STEPS)]
@@ -192,10 +199,12 @@ def test_adamw_kernel_follows_its_definition(
             alike = (moments[scale] == wanted[scale]).repeat_interleave(STATE_BLOCK, dim=1)
             assert fraction(moment[alike], wanted[name][alike]) <= few, name
         else:
-            # Five roundings of 2^-24 of the two numbers that are added, which may cancel; those of a column are of one magnitude.
+            # Five roundings of 2^-24 of the two numbers that are added. The two may cancel, so the bound is relative to
+            # the largest moment of the column: numbers of a column are of one magnitude.
             bound = 2.0**-20 * wanted[name].abs().amax(dim=0)
             assert ((moment - wanted[name]).abs() <= bound).all(), name
-    # A code of the definition that is hit exactly may be missed by an ulp, on the far side of the grid's end.
+    # Where the definition hits the end of the grid exactly, the kernel may be an ulp beyond it and count
+    # a clamped weight.
     assert ((counts.sum(1) - wanted_counts.sum(1)).abs().sum(0) <= 2 + few * ours.numel).all()
     assert int(counts[..., 1].sum()) == int((ours.unpack() == 0).sum())
     start, _ = fused_pair(bits, columns, device, column_offset=32)
@@ -207,8 +216,11 @@ def test_adamw_kernel_follows_its_definition(
 def test_adamw_kernel_gives_the_same_8_bit_moments_where_arithmetic_is_exact(
     run: Runner, columns: int, dtype: torch.dtype
 ) -> None:
-    """beta1 = 1/2 and beta2 = 1/2 of gradients that are small integers times powers of two: every sum is exact in fp32, so codes and
-    exponents of both moments are equal. Control: another seed rounds them otherwise."""
+    """beta1 = beta2 = 1/2, and gradients that are small integers times powers of two.
+
+    Every sum is exact in fp32, so codes and exponents of both moments are equal. Control: with another
+    seed they differ.
+    """
     device, rows = run.device, sum(BLOCK_ROWS)
     gradients = [
         torch.randint(-8, 9, (rows, columns), device=device) * 2.0 ** torch.randint(-3, 4, (rows, 1), device=device)
@@ -244,7 +256,7 @@ def test_adamw_of_rows_in_parts_equals_rows_at_once(run: Runner, state_bits: int
 
 @pytest.mark.parametrize("state_bits", [8, 32])
 def test_a_clip_of_zero_moves_no_code_on_the_device(run: Runner, state_bits: int) -> None:
-    """Not even by the first moment, and without a word to the host. Control: a clip of one moves them."""
+    """Not even the first moment moves a code, and the host does not wait. Control: a clip of one moves codes."""
     device, columns = run.device, 256 if INTERPRETED else 1024
     weight, reference = fused_pair("ternary", columns, device)
     moments = new_moments(weight.rows, columns, state_bits, torch.device(device))

@@ -1,4 +1,4 @@
-"""Prologue and quantisation in one pass: the definitions against torch's autograd on a CPU, the Triton kernels against them."""
+"""Prologue and quantisation in one pass: definitions against torch's autograd, Triton kernels against definitions."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_swiglu_and_its_backward_equal_autograd() -> None:
 
 @pytest.mark.parametrize("operand_dtype", [torch.int8, E4M3])
 def test_codes_are_those_of_the_prologue(operand_dtype: torch.dtype) -> None:
-    """The one pass is prologue, then quantisation; and at the forward's scale the backward gets the forward's codes."""
+    """The one pass is prologue, then quantisation. At the forward's scale the backward computes the forward's codes."""
     gate_up = made(5, 2 * 48)
     h = kernels.swiglu_quantize(gate_up.float(), None).values
     operand = kernels.swiglu_quantize(gate_up, operand_dtype)
@@ -82,7 +82,10 @@ def test_tiny_gradients_keep_their_digits() -> None:
 
 
 def equal_or_close(found: Tensor, wanted: Tensor, ulps: int) -> None:
-    """8-bit codes: equal but where an fp32 value differs by an ulp at a border between codes: one step, in few of them."""
+    """8-bit codes are equal but for a few that differ by one step: their fp32 values, at a border, differ by an ulp.
+
+    Other numbers are equal within `ulps`.
+    """
     if found.dtype in (torch.int8, E4M3):
         steps = (found.view(torch.int8).int() - wanted.view(torch.int8).int()).abs()
         opposite_zeros = (found.float() == 0) & (wanted.float() == 0)
