@@ -1,10 +1,10 @@
-"""Cross-entropy over logits whose vocabulary may be split over ranks, without ever holding them in fp32.
+"""Cross-entropy over logits whose vocabulary may be split over ranks. The logits never exist in fp32 as a whole.
 
     loss = log(sum exp(logit)) - logit[label]        d loss / d logit = softmax - onehot(label)
 
-The forward reads the logits once, in whatever type they are, and keeps three fp32 numbers a token: the maximum, the sum of
-exp(logit - maximum), the label's logit. Ranks merge those. The backward writes the gradient over the logits, which nobody needs
-any more. Triton on CUDA; elsewhere the definitions in this file, some tokens at a time.
+The forward reads the logits once, in their own type. It keeps three fp32 numbers per token: the maximum, the sum of
+exp(logit - maximum), and the label's logit. Ranks merge these numbers. The backward writes the gradient over the
+logits, which are not needed any more. Triton on CUDA; elsewhere the definitions in this file, some tokens at a time.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ CHUNK = 256
 
 
 def statistics(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """fp32 [tokens] each: maximum m, sum of exp(logit - m), the label's logit or 0 where the label is not in [0, vocabulary).
+    """fp32 [tokens] each: maximum m, sum of exp(logit - m), the label's logit.
 
-    logits [tokens, vocabulary], labels int64 [tokens], relative to the first column.
+    The last is 0 where the label is not in [0, vocabulary). logits [tokens, vocabulary]; labels int64 [tokens], counted
+    from the first column.
     """
     if logits.is_cuda:
         from dqt_dist.kernels import cross_entropy_triton

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false, reportIndexIssue=false
-"""Triton forms of `cross_entropy.py`: one program a token.
+"""Triton forms of `cross_entropy.py`: one program per token.
 
 Floor for bf16 logits: 2 bytes read in the forward, 2 read and 2 written in the backward.
 """
@@ -23,14 +23,14 @@ def _statistics_kernel(logits, labels, largest, sum_exp, own, vocabulary, BLOCK:
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * vocabulary
     block = tl.arange(0, BLOCK)
-    # Online softmax in each lane (Milakov and Gimelshein, arXiv 1805.02867); lanes are merged at the end.
+    # Online softmax in each lane (Milakov and Gimelshein, arXiv 1805.02867). The lanes are merged at the end.
     m = tl.full((BLOCK,), float("-inf"), tl.float32)
     z = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocabulary, BLOCK):
         offsets = start + block
         x = tl.load(row + offsets, mask=offsets < vocabulary, other=float("-inf")).to(tl.float32)
         higher = tl.maximum(m, x)
-        # A lane past the end of the first block has seen nothing: -inf - -inf is no number.
+        # A lane past the end of the first block has seen no logit yet, and -inf - -inf is no number.
         z = tl.where(higher == float("-inf"), 0.0, z * tl.exp(m - higher) + tl.exp(x - higher))
         m = higher
     top = tl.max(m)
@@ -90,6 +90,6 @@ def gradient_(logits: Tensor, labels: Tensor, log_sum: Tensor, grad: Tensor) -> 
         BLOCK=BLOCK,
         num_warps=NUM_WARPS,
     )
-    # Autograd counts what torch writes; what a kernel writes it must be told.
+    # Autograd counts writes by torch, but not writes by a kernel.
     increment_version(logits)
     return logits

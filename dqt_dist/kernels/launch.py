@@ -1,8 +1,9 @@
 """Launches of Triton kernels without most of Triton's Python.
 
-A step of a 24-layer model launches a thousand kernels. Triton binds and specialises the arguments of each anew, 50 us and more on
-a slow core, which adds up to a third of the step. Here the compiled kernel is looked up by what Triton specialises on, and
-launched directly; only the first launch of a kind goes Triton's way.
+A step of a 24-layer model launches a thousand kernels. Triton binds and specialises the arguments of every launch,
+which takes 50 us and more on a slow core: up to a third of the step. This module looks up the compiled kernel by the
+properties of arguments that Triton specialises on, and launches the kernel directly. Only the first launch of a kind
+goes through Triton.
 """
 
 from __future__ import annotations
@@ -18,8 +19,13 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
     """kernel[grid](*args, **constants), a jit function whose constexpr parameters come last.
 
-    args: tensors, None, numbers. Tensors count by type and 16-byte alignment, integers by value unless the kernel does not
-    specialise on them (then by width), floats are all alike. constants: constexpr parameters, and options such as num_warps.
+    args: tensors, None, numbers. Launches are of one kind when these properties of their arguments agree:
+
+        tensor    dtype, and whether the address is a multiple of 16 bytes
+        integer   its value; its width (32 or 64 bits) where the kernel does not specialise on the parameter
+        float     none
+
+    constants: constexpr parameters, and options such as num_warps.
     """
     if not torch.cuda.is_available():  # Triton's interpreter
         kernel[grid](*args, **constants)

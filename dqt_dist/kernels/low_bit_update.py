@@ -1,6 +1,6 @@
-"""The rounding update of some rows: the Triton kernel on CUDA, its definition in `lowbit/update.py` elsewhere.
+"""The rounding update of some rows: the Triton kernel on CUDA, the definition in `lowbit/update.py` elsewhere.
 
-AdamW and the rounding update in one pass are in `optim/adamw.py`, with the definition.
+`optim/adamw.py` does AdamW and the rounding update in one pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class AdamWSettings:
     beta2: float
     epsilon: float
     weight_decay: float
-    """Decoupled: a step takes learning_rate * weight_decay of a weight away."""
+    """Decoupled: a step makes each weight smaller by the fraction learning_rate * weight_decay."""
     gradient_limit: float
     """Without a clip factor, gradient elements of this magnitude or more count as zero."""
 
@@ -33,7 +33,7 @@ class AdamWSettings:
 def update_rows(
     weight: LowBitMatrix, direction: Tensor, start: int, learning_rate: float, weight_decay: float, key: RoundingKey
 ) -> Tensor:
-    """Updates rows [start, start + len(direction)) in place; arguments and meaning as `update_rows_reference`.
+    """Updates rows [start, start + len(direction)) in place. Arguments and meaning: `update_rows_reference`.
 
     Returns int32 or int64 [n, parts, 3]: flips, zeros and clamped weights of each part of each row.
     """
@@ -54,8 +54,8 @@ def sum_by_matrix(weight: LowBitMatrix, start: int, row_counts: Tensor) -> Tenso
 def kernel_fits(weight: LowBitMatrix) -> bool:
     """Whether the kernels can update `weight`.
 
-    The codes must be on CUDA, columns must be in whole Philox groups of 4 (the config allows no other shape), and the counter of
-    each element must fit one 32-bit word.
+    The codes must be on CUDA. Columns must be in whole Philox groups of 4; the config allows no other shape. The
+    counter of each element must fit into one 32-bit word.
     """
     layout = weight.layout
     assert layout is not None

@@ -1,25 +1,34 @@
-# pyright: reportMissingImports=false, reportIndexIssue=false
-"""The rounding update in Triton. Packed codes are rewritten in place; the update takes a direction, or does AdamW in the same pass.
+# Triton may be absent. Its types know no index into a jit function, and no result of one.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+"""The rounding update in Triton: two kernels that rewrite packed codes in place.
 
-    update_rows_triton         reads a direction                    definition: lowbit/update.py, update_rows_reference
-    adamw_update_rows_triton   reads a gradient, updates moments    definition: optim/adamw.py, adamw_update_rows_reference
+    function                   reads                   definition
+    update_rows_triton         a direction             lowbit/update.py, update_rows_reference
+    adamw_update_rows_triton   a gradient, moments     optim/adamw.py, adamw_update_rows_reference; writes moments too
 
-Each kernel draws the same 32-bit words as its definition. It differs from the definition in four ways only:
+Each kernel draws the same 32-bit words as its definition. There are four differences:
 
     - fp32 arithmetic is contracted to fused multiply-adds;
     - the wanted weight is counted from the lowest code instead of from zero (a *field* is a code less the lowest code);
     - roots and quotients are approximate;
     - a small u has more digits (`device/rounding.py`, `round_fields`).
 
-Each of these decides otherwise about one draw in 2^20, and about none where the wanted weight is exact in fp32.
+Each difference changes the outcome of about one draw in 2^20, and of no draw where the wanted weight is exact in fp32.
 
-Bytes moved per ternary weight: codes 1/4 read and 1/4 written; a direction 4 read. With AdamW a bf16 gradient 2 read, and 8-bit
-moments 2.0625 (32-bit moments 8) read and written, 6.6 in all. With 8-bit moments an H200 spends more time on instructions than on
-these bytes. So instructions count: 52 per weight for ternary codes, 10 of them for Philox, of which one call serves both the codes
-and the moments of four weights. docs/benchmarks/kernels.md has what each part costs.
+Bytes that move per ternary weight:
 
-One program works on one row, or on a part of a row where rows are few. Matrix, scale and first element index are then scalars, and
-counts need no atomics.
+    codes                1/4 read, 1/4 written
+    fp32 direction       4 read
+    bf16 gradient        2 read                                 with AdamW
+    8-bit moments        2.0625 read, 2.0625 written            with AdamW; 6.6 bytes in all
+    32-bit moments       8 read, 8 written                      with AdamW
+
+With 8-bit moments an H200 spends more time on instructions than on these bytes. So instructions count: 52 per weight
+for ternary codes, 10 of them for Philox. One Philox call serves both the codes and the moments of four weights.
+docs/benchmarks/kernels.md lists the cost of each part.
+
+One program works on one row, or on a part of a row where there are few rows. Matrix, scale and first element index are
+then scalars, and counts need no atomics.
 """
 
 from __future__ import annotations
@@ -58,11 +67,11 @@ from dqt_dist.lowbit.coordinates import Purpose, row_words
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey
 
-# Columns that a program handles at once, a power of two, and its warps: 8 columns per thread, so a bf16 gradient is a 16-byte load.
-# One warp needs no barriers, and 256 divides more row lengths than larger blocks do.
+# Columns that a program handles at once, a power of two, and its warps. A thread has 8 columns, so a bf16 gradient is a
+# 16-byte load. One warp needs no barriers. 256 divides more row lengths than larger blocks do.
 BLOCK, NUM_WARPS = 256, 1
-# A row is divided over programs until there are MIN_PROGRAMS, four for each of the 32 places on 132 multiprocessors, or until a
-# program has only MIN_BLOCKS blocks.
+# A row is divided over programs until there are MIN_PROGRAMS, or until a program has only MIN_BLOCKS blocks.
+# MIN_PROGRAMS is four for each of the 32 places on 132 multiprocessors.
 MIN_PROGRAMS, MIN_BLOCKS = 1 << 14, 4
 
 
@@ -71,7 +80,11 @@ MIN_PROGRAMS, MIN_BLOCKS = 1 << 14, 4
 
 @triton.jit
 def _locate_program(first_element, matrix_id, columns, columns_per_program):
-    """Row of this program, its first column and the column after its last, the counter of the row's first four elements, the matrix."""
+    """What this program works on.
+
+    Returns its row, its first column, the column after its last, the counter of the row's first four elements, and the
+    id of the row's matrix.
+    """
     row = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * columns_per_program
     counter = (tl.load(first_element + row) >> 2).to(tl.int32)
@@ -166,14 +179,16 @@ def _update_kernel(
     For each block of BLOCK columns, with s the scale of the row:
 
         1. u  = C - QMIN                                          fields of the packed codes C
-        2. t  = u * d + (QMIN * d - QMIN) - direction * (lr / s)  the wanted field, d = decay_factor; u where t is not finite
-        3. u' = round(clamp(t, 0, QMAX - QMIN))                   stochastic with Philox(key, element, step, matrix), or to nearest
+        2. t  = u * d + (QMIN * d - QMIN) - direction * (lr / s)  wanted field, d = decay_factor; t = u if not finite
+        3. u' = round(clamp(t, 0, QMAX - QMIN))                   to nearest, or stochastic with the words of
+                                                                  Philox(key, element, step, matrix)
         4. pack u', store it over C, count flips, zeros and clamped weights
 
     argument              shape                    dtype          meaning
     codes                 [rows, packed_columns]   uint8 or int8  packed codes; rewritten
     direction             [rows, columns]          fp32           weight units per unit of learning rate
-    first_element         [rows]                   int64          index of the row's first element in its matrix, a multiple of 4
+    first_element         [rows]                   int64          index of the row's first element in its matrix,
+                                                                  a multiple of 4
     matrix_id             [rows]                   int64          32-bit id of the row's logical matrix
     row_scale             [rows]                   fp32           weight units per code
     counts                [rows, programs, 3]      int32          flips, zeros, clamped weights of each program; written
@@ -276,7 +291,7 @@ def _store_moments(
     STATE_BITS: tl.constexpr, STATE_BLOCK: tl.constexpr, SIGNED_EXPONENT_MIN: tl.constexpr,
     UNSIGNED_EXPONENT_MIN: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Stores moments m and v, fp32 [BLOCK]; moments of 8 bits are rounded with the lowest 20 bits of `words`."""
+    """Stores moments m and v, fp32 [BLOCK]. The lowest 20 bits of `words` round moments of 8 bits."""
     if STATE_BITS == 8:
         noise = tl.reshape((words & 0xFFFFF).to(tl.int32), (BLOCK // STATE_BLOCK, STATE_BLOCK))
         m_codes, m_exponents = encode_signed(m, noise, SIGNED_EXPONENT_MIN)
@@ -296,7 +311,7 @@ def _store_moments(
 
 @triton.jit
 def _load_gradient(gradient_row, start, columns, is_taken, BLOCK: tl.constexpr, WHOLE: tl.constexpr):
-    """Gradient of a block, fp32 [BLOCK]; zeros without a read where the step is not taken."""
+    """Gradient of a block, fp32 [BLOCK]; zeros, without a read, where the step is not taken."""
     if gradient_row.dtype.element_ty == tl.bfloat16:
         # Two bf16 at once, as an int32: bf16 is the upper half of fp32.
         pair_pointers = (gradient_row + start).to(tl.pointer_type(tl.int32), bitcast=True) + tl.arange(0, BLOCK // 2)
@@ -352,15 +367,17 @@ def _adamw_kernel(
 ):
     """One AdamW step and rounding update of `rows` rows; program (i, j) has the j-th part of row i.
 
-    Sources: arXiv 1711.05101 (AdamW), arXiv 2412.04787 (the update). The definition is, for Adam's step number n and scale s,
+    Sources: arXiv 1711.05101 (AdamW), arXiv 2412.04787 (the update). With Adam's step number n and the row's scale s:
 
         m = beta1 m + (1 - beta1) c g          v = beta2 v + (1 - beta2) (c g)^2          c = clip
         t = C (1 - lr wd) - (lr / s) * (m / (1 - beta1^n)) / (sqrt(v / (1 - beta2^n)) + eps)
 
-    The kernel divides numerator and denominator of the last term by rate = lr / (1 - beta1^n), so that the rate costs nothing per
-    weight. Both get the row's scale s once per program:
+    The kernel divides numerator and denominator of the last term by rate / s, with rate = lr / (1 - beta1^n). Then
+    neither the rate nor the scale costs an instruction per weight:
 
-        root_factor R = s / (rate * sqrt(1 - beta2^n))          epsilon E = s * eps / rate          t = C (1 - lr wd) - m / (R sqrt(v) + E)
+        root_factor R = s / (rate * sqrt(1 - beta2^n))
+        epsilon     E = s * eps / rate
+        t = C (1 - lr wd) - m / (R sqrt(v) + E)
 
     Steps, for each block of BLOCK columns:
 
@@ -369,12 +386,12 @@ def _adamw_kernel(
         3. draw the words: Philox(key, element, step, matrix)
         4. m = beta1 m + gradient_weight g          v = beta2 v + square_weight g^2
         5. store m and v; 8-bit moments are rounded stochastically with the lowest 20 bits of the words
-        6. u = C - QMIN, decayed          t = u - m / (R sqrt(v) + E), from the moments of step 4, not from those stored
+        6. u = C - QMIN, decayed          t = u - m / (R sqrt(v) + E), from the moments of step 4, not the stored ones
         7. u' = round(clamp(t, 0, QMAX - QMIN)), stochastic with the words, or to nearest
         8. pack u', store it over C, count flips, zeros and clamped weights
 
-    A clip factor of 0 says that the step is not to be taken. Gradients are then not read, R = 0 and E = infinity, so that moments
-    decay and only weight decay moves codes. A learning rate of 0 sets R and E in the same way.
+    A clip factor of 0 says that the step is not to be taken. Then the kernel reads no gradients and sets R = 0 and
+    E = infinity: moments decay, and only weight decay moves codes. A learning rate of 0 sets R and E in the same way.
 
     argument               shape                        dtype          meaning
     codes                  [rows, packed_columns]       uint8 or int8  packed codes; rewritten
@@ -393,8 +410,8 @@ def _adamw_kernel(
     gradient_weight        scalar                       fp32           1 - beta1; times c in the kernel
     beta2                  scalar                       fp32
     square_weight          scalar                       fp32           1 - beta2; times c^2 in the kernel
-    root_factor            scalar                       fp32           1 / (rate * sqrt(1 - beta2^n)); times s in the kernel
-    epsilon                scalar                       fp32           eps / rate; times s in the kernel
+    root_factor            scalar                       fp32           R / s = 1 / (rate * sqrt(1 - beta2^n))
+    epsilon                scalar                       fp32           E / s = eps / rate
     key                    scalar                       int64          purpose << 32 | seed
     step                   scalar                       int32          n, counted from 1
     columns                scalar                       int32          columns of a row, a multiple of 4
@@ -518,7 +535,7 @@ def adamw_update_rows_triton(
     return division.counts
 
 
-# ---- arguments of both kernels; a named tuple has its fields in the order of the kernels' parameters ----
+# ---- arguments of both kernels; the fields of a named tuple are in the order of the kernels' parameters ----
 
 
 class _Division(NamedTuple):
@@ -538,7 +555,7 @@ def _divide(weight: LowBitMatrix, rows: int) -> _Division:
     """The division of `rows` rows of `weight`."""
     num_blocks = triton.cdiv(weight.columns, BLOCK)
     blocks_per_program = max(MIN_BLOCKS, triton.cdiv(num_blocks, triton.cdiv(MIN_PROGRAMS, rows)))
-    shape = (rows, triton.cdiv(num_blocks, blocks_per_program), 3)
+    shape = (rows, int(triton.cdiv(num_blocks, blocks_per_program)), 3)
     counts = torch.empty(shape, dtype=torch.int32, device=weight.codes.device)
     return _Division(counts, blocks_per_program * BLOCK)
 
@@ -552,7 +569,7 @@ class _RowArguments(NamedTuple):
 
 
 def _row_arguments(weight: LowBitMatrix, start: int, stop: int) -> _RowArguments:
-    """Those of rows [start, stop)."""
+    """The arguments of rows [start, stop)."""
     assert weight.layout is not None
     first_element, matrix_id = row_words(weight.layout, weight.codes.device)
     return _RowArguments(first_element[start:stop], matrix_id[start:stop], weight.row_scale()[start:stop])

@@ -1,11 +1,11 @@
-"""Operands of low-bit products: what stands before a product and the 8-bit quantisation of its result, in one pass.
+"""Operands of low-bit products: one pass computes h, the input of a product, and its 8-bit quantisation.
 
-    identity   h = x                                   attention's output; with feature_scale also gradients: h = x * scale[feature]
+    identity   h = x                                   attention's output, and gradients as h = x * feature_scale
     norm       h = x / sqrt(mean(x^2) + eps) * weight  RMSNorm before qkv and gate|up
     swiglu     h = silu(gate) * up                     before down_proj; x is gate|up side by side
 
-h exists in registers only. Everything is computed in fp32 from x, whatever its type, and rounded once, to the codes. The
-backward passes of norm and swiglu are here too: they read what the forward read and compute h anew.
+h exists in registers only. It is computed in fp32 from x of any type and rounded once, to the codes. The backward
+passes of norm and swiglu are here too. They read the forward's inputs and compute h anew.
 
 All tensors are [tokens, features], contiguous. Triton on CUDA; elsewhere the definitions in this file.
 """
@@ -25,8 +25,8 @@ from dqt_dist.lowbit.activation import ABSMAX_FLOOR, GRADIENT_ABSMAX_FLOOR, code
 class Operand:
     """One side of a product.
 
-    values: [tokens, features], int8 or e4m3 codes, or bf16 or fp32 numbers. scale: what one code stands for, fp32 [tokens, 1]; None
-    where values are numbers themselves.
+    values: [tokens, features], int8 or e4m3 codes, or bf16 or fp32 numbers. scale: what one code stands for, fp32
+    [tokens, 1]; None where values are numbers.
     """
 
     values: Tensor
@@ -58,8 +58,10 @@ def quantize(
 def rms_norm_quantize(
     x: Tensor, weight: Tensor, eps: float, operand_dtype: torch.dtype | None, scale: Tensor | None = None
 ) -> tuple[Operand, Tensor]:
-    """The operand of norm(x), in x's type when
-    `operand_dtype` is None, and fp32 [tokens, 1] r = 1 / sqrt(mean(x^2) + eps)."""
+    """The operand of norm(x), and r = 1 / sqrt(mean(x^2) + eps), fp32 [tokens, 1].
+
+    With an `operand_dtype` of None the operand is norm(x) in x's type.
+    """
     if x.is_cuda:
         from dqt_dist.kernels import quantize_triton
 
@@ -110,11 +112,15 @@ def swiglu_backward(
     operand_dtype: torch.dtype | None,
     gradient_scale: Tensor | None,
 ) -> tuple[Operand, Operand]:
-    """Gradient of gate|up and the operand h anew, in one pass over gate_up [tokens, 2 * features] and dh [tokens, features].
+    """The gradient of gate|up, and the operand h anew, in one pass over dh and gate_up.
 
-    h_scale: fp32 [tokens, 1] of the forward's operand, whose type is `operand_dtype`. gradient_scale: fp32 [2 * features], one value for
-    gate and one for up; when given the gradient times it comes as e4m3 codes with a scale a token, otherwise as it is, in
-    gate_up's type.
+        dh               [tokens, features]
+        gate_up          [tokens, 2 * features]
+        h_scale          fp32 [tokens, 1]        scale of the forward's operand, whose type is `operand_dtype`
+        gradient_scale   fp32 [2 * features]     one value for gate and one for up
+
+    With a gradient_scale, the first result is gradient * gradient_scale as e4m3 codes with a scale per token. Without a
+    gradient_scale, it is the gradient in gate_up's type.
     """
     if gate_up.is_cuda:
         from dqt_dist.kernels import quantize_triton
@@ -146,8 +152,11 @@ def scaled(x: Tensor, token_scale: Tensor | None, feature_scale: Tensor | None, 
 
 
 def _halves(gate_up: Tensor) -> tuple[Tensor, Tensor]:
-    """gate and up in fp32, each contiguous: over the short rows of a strided half torch takes its scalar exponential, whose last
-    bit is another, so that the tensor-parallel degree would change results."""
+    """gate and up in fp32, each contiguous.
+
+    Over the short rows of a strided half, torch takes its scalar exponential, whose last bit differs from that of the
+    vectorised one. Results would then depend on the tensor-parallel degree.
+    """
     gate, up = gate_up.float().chunk(2, dim=-1)
     return gate.contiguous(), up.contiguous()
 
@@ -160,8 +169,7 @@ def _swiglu(gate_up: Tensor) -> Tensor:
 def _quantized(
     h: Tensor, operand_dtype: torch.dtype | None, dtype: torch.dtype, scale: Tensor | None, floor: float = ABSMAX_FLOOR
 ) -> Operand:
-    """h as codes at `scale`, which is taken from h when it is not given; in `dtype` when `operand_dtype`
-    is None."""
+    """h as codes at `scale`, by default the scale of h itself; h in `dtype` when `operand_dtype` is None."""
     if operand_dtype is None:
         return Operand(h.to(dtype))
     if scale is None:

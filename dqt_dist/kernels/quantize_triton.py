@@ -1,10 +1,12 @@
-# pyright: reportMissingImports=false, reportIndexIssue=false
-"""Triton forms of `quantize.py`: one program a token (a persistent one for the norm's weight gradient).
+# Triton may be absent. Its types know no index into a jit function, and no result of one.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportGeneralTypeIssues=false
+"""Triton forms of `quantize.py`: one program per token. Only the norm's backward has several tokens per program.
 
-A row of up to ONE_BLOCK features stays in registers between the read and the write. A wider one is walked in blocks as often as
-its statistics need: norm takes a sum of squares, then a maximum, then writes codes; all walks but the first hit the caches.
+A row of up to ONE_BLOCK features stays in registers between the read and the write. A wider row is read in blocks, once
+for each statistic and once for the codes. With a norm these are three reads: sum of squares, maximum, codes. All reads
+but the first hit the caches.
 
-Bytes that must move a token of H features (bf16 in, 8-bit codes out), the floor of each kernel:
+Bytes that must move per token of H features (bf16 in, 8-bit codes out), the floor of each kernel:
 
     quantize, rms_norm_quantize   3 H          swiglu_quantize   5 H (4 for gate|up, 1 for codes)
     rms_norm_backward             6 H          swiglu_backward   9 H with e4m3 gradients, 11 H with bf16 ones
@@ -23,10 +25,10 @@ from dqt_dist.kernels.device.rounding import round_to_integer
 from dqt_dist.kernels.launch import launch
 from dqt_dist.lowbit.activation import ABSMAX_FLOOR, CODE_MAX, GRADIENT_ABSMAX_FLOOR
 
-# Widest row that a program keeps in registers, and the block of those that are wider; 32 features a thread.
+# Widest row that a program keeps in registers, and the block of wider rows; 32 features per thread.
 ONE_BLOCK, BLOCK = 8192, 2048
 FEATURES_PER_WARP = 1024
-# SwiGLU's backward has three values a feature, too many registers for whole rows.
+# SwiGLU's backward has three values per feature, too many registers for whole rows.
 BACKWARD_BLOCK, BACKWARD_WARPS = 2048, 8
 # Programs of the norm's backward on each multiprocessor; each adds up the weight's gradient over its tokens.
 NORM_PROGRAMS = 4
@@ -36,7 +38,7 @@ IDENTITY, NORM, SWIGLU = (tl.constexpr(i) for i in range(3))
 
 @triton.jit
 def _sigmoid(x):
-    """1/y as the square of 1/sqrt(y): two instructions where a division takes eight."""
+    """1 / (1 + exp(-x)). 1/y is the square of 1/sqrt(y): two instructions where a division takes eight."""
     root = tl.rsqrt(1.0 + tl.exp(-x))
     return root * root
 
@@ -60,11 +62,11 @@ def _load_h(
 
 @triton.jit
 def _to_code(h, inverse_scale, INTEGER: tl.constexpr):
-    """What the cast to the code's type rounds (to e4m3, where it saturates) or takes as it is (to int8).
+    """h / scale in fp32. For int8 the result is a whole number; for e4m3 the cast that follows rounds and saturates.
 
-    A maximum times the reciprocal may end an ulp above the largest code, never half a code.
+    The row's maximum times the reciprocal may be an ulp above the largest code, but never half a code.
     """
-    # Rounded before the addition, as in the definition, and not contracted with it.
+    # The definition rounds the product before `round_to_integer` adds to it, so the two must not be contracted.
     h = multiply_to_nearest(h, inverse_scale)
     if INTEGER:
         h = round_to_integer(h)
@@ -93,6 +95,41 @@ def _quantize_kernel(
     ONE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Operand h of a product from one row of x, and its quantisation; program i has token i.
+
+        IDENTITY   h = x                                  h = x * feature_scale where x is a gradient
+        NORM       h = x * r * weight                     r = 1 / sqrt(mean(x^2) + eps)
+        SWIGLU     h = gate * sigmoid(gate) * up          x is gate | up
+
+    Steps. With ONE_BLOCK the row is read once and stays in registers. Else each step reads the row, in blocks of BLOCK:
+
+        1. NORM only: r from the sum of squares; store r
+        2. h in fp32
+        3. unit = max(|h|, floor) / LARGEST_CODE, the maximum over the row; store unit. With SCALE_KNOWN: read unit
+        4. code = h * (1 / unit), rounded half to even for int8 and by the cast for e4m3; store code
+        5. without QUANTIZE, steps 3 and 4 are left out, and h is stored in x's type
+
+    argument        shape                dtype             meaning
+    x               [tokens, width]      bf16 or fp32      input; width is features, with SWIGLU twice that
+    weight          [features]           bf16 or fp32      of the norm; None without NORM
+    feature_scale   [features]           fp32              weight units per code of each feature, or None
+    codes           [tokens, features]   int8, e4m3, x's   codes, or h without QUANTIZE; written with WRITE_CODES
+    scale           [tokens, 1]          fp32              unit, h per code; read with SCALE_KNOWN, else written
+    inverse_rms     [tokens, 1]          fp32              r, written; None without NORM
+    features        scalar               int32             width of h
+    x_stride        scalar               int32             elements from one row of x to the next
+    eps             scalar               fp32              of the norm, in units of x^2
+    floor           scalar               fp32              the least that a row's maximum counts as, in units of h
+    PROLOGUE        constexpr            int               IDENTITY, NORM or SWIGLU
+    FEATURE_SCALE   constexpr            bool              `feature_scale` is given
+    QUANTIZE        constexpr            bool              h is stored as codes
+    SCALE_KNOWN     constexpr            bool              `scale` is given
+    WRITE_CODES     constexpr            bool              False where only `scale` is wanted
+    LARGEST_CODE    constexpr            float             127 for int8, 448 for e4m3
+    INTEGER         constexpr            bool              codes are int8
+    ONE_BLOCK       constexpr            bool              a row fits in BLOCK
+    BLOCK           constexpr            int               features handled at once, a power of two
+    """
     token = tl.program_id(0).to(tl.int64)
     x_row = x + token * x_stride
     block = tl.arange(0, BLOCK)
@@ -165,6 +202,41 @@ def _swiglu_backward_kernel(
     ONE_BLOCK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Gradient of gate | up, and the operand h anew; program i has token i.
+
+    With sigma = sigmoid(gate) and silu = gate * sigma:
+
+        h = silu * up          dgate = dh * up * (sigma + silu * (1 - sigma))          dup = dh * silu
+
+    Steps. With ONE_BLOCK the row is read once and stays in registers. Else steps 1, 4 and 5 read the row in blocks:
+
+        1. h, dgate * gradient_scale and dup * gradient_scale in fp32; without QUANTIZE_GRADIENT the factor is 1
+        2. QUANTIZE_GRADIENT: unit = max(|dgate|, |dup|, floor) / GRADIENT_MAX, the maximum over the row; store unit
+        3. QUANTIZE_H: read h_scale, which the forward has computed
+        4. store h * (1 / h_scale) as the forward's code, or h itself
+        5. store dgate | dup times 1 / unit as e4m3, or as they are
+
+    argument            shape                    dtype            meaning
+    dh                  [tokens, features]       bf16 or fp32     gradient of h
+    gate_up             [tokens, 2 * features]   bf16 or fp32     gate | up, what the forward read
+    gradient_scale      [2 * features]           fp32             weight units per code: one value for all of gate, one
+                                                                  for all of up; None without QUANTIZE_GRADIENT
+    h_scale             [tokens, 1]              fp32             h per code; None without QUANTIZE_H
+    h_codes             [tokens, features]       int8, e4m3 or    codes of h, or h; written
+                                                 gate_up's
+    gradient            [tokens, 2 * features]   e4m3 or          dgate | dup, as codes or in gate_up's type; written
+                                                 gate_up's
+    gradient_unit       [tokens, 1]              fp32             unit, scaled gradient per code; written,
+                                                                  None without QUANTIZE_GRADIENT
+    features            scalar                   int32            width of h
+    floor               scalar                   fp32             the least that a row's maximum counts as
+    QUANTIZE_H          constexpr                bool             h is stored as codes
+    QUANTIZE_GRADIENT   constexpr                bool             the gradient is stored as e4m3
+    H_INTEGER           constexpr                bool             codes of h are int8
+    GRADIENT_MAX        constexpr                float            448, the largest e4m3
+    ONE_BLOCK           constexpr                bool             a row fits in BLOCK
+    BLOCK               constexpr                int              features handled at once, a power of two
+    """
     token = tl.program_id(0).to(tl.int64)
     gate_row = gate_up + token * 2 * features
     dh_row = dh + token * features
@@ -208,6 +280,30 @@ def _swiglu_backward_kernel(
 def _norm_backward_kernel(
     dh, x, weight, inverse_rms, dx, weight_parts, tokens, features, programs, BLOCK: tl.constexpr
 ):
+    """Backward of RMSNorm; program i has tokens i, i + programs, i + 2 programs, ...
+
+    With n = x * r and d = dh * weight:
+
+        dx = r * (d - n * mean(d * n))          dweight = sum over tokens of dh * n
+
+    Steps:
+
+        1. read weight once
+        2. for each token of this program: read r, x and dh; add dh * n to this program's part of dweight; store dx
+        3. store the part; the caller adds up the parts
+
+    argument        shape                   dtype               meaning
+    dh              [tokens, features]      bf16 or fp32        gradient of the normed x, h = n * weight
+    x               [tokens, features]      bf16 or fp32        what the forward read
+    weight          [features]              bf16 or fp32        of the norm
+    inverse_rms     [tokens, 1]             fp32                r of the forward
+    dx              [tokens, features]      x's                 written
+    weight_parts    [programs, features]    fp32                dweight of each program's tokens; written
+    tokens          scalar                  int32
+    features        scalar                  int32
+    programs        scalar                  int32               size of the launch grid
+    BLOCK           constexpr               int                 features rounded up to a power of two
+    """
     program = tl.program_id(0)
     offsets = tl.arange(0, BLOCK)
     inside = offsets < features
@@ -236,6 +332,7 @@ def _scaled_kernel(
     FEATURE_SCALE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """x times the scale of its token and the scale of its feature, in fp32; program i has token i."""
     token = tl.program_id(0).to(tl.int64)
     factor = 1.0
     if TOKEN_SCALE:
@@ -250,8 +347,8 @@ def _scaled_kernel(
 
 
 def _blocks(features: int) -> dict[str, int]:
-    """How a row of `features` is walked, as arguments of a kernel."""
-    whole = triton.next_power_of_2(features)
+    """Block and warps for a row of `features`, as arguments of a kernel."""
+    whole = int(triton.next_power_of_2(features))
     block = whole if whole <= ONE_BLOCK else BLOCK
     return {"BLOCK": block, "num_warps": min(16, max(1, block // FEATURES_PER_WARP))}
 
@@ -268,7 +365,7 @@ def _launch(
     feature_scale: Tensor | None = None,
     write_codes: bool = True,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Codes (or h itself in x's type), scale and inverse rms; what does not apply is None."""
+    """Codes (or h itself in x's type), scale and inverse rms; a result that does not apply is None."""
     assert x.dim() == 2 and x.stride(1) == 1, (x.shape, x.stride())
     tokens, known = x.shape[0], scale is not None
     codes = torch.empty(tokens, features if write_codes else 0, dtype=operand_dtype or x.dtype, device=x.device)

@@ -3,9 +3,10 @@
     angle(position, i) = position / base^(2 i / d)        i in 0 .. d/2 - 1
     y_i = x_i cos - x_(i + d/2) sin        y_(i + d/2) = x_(i + d/2) cos + x_i sin        halves, not neighbours
 
-Megatron's qkv output is interleaved by query group: its query heads, then its key head, then its value head. Queries and keys are
-rotated in fp32 and rounded once; values are moved. The backward rotates by the negative angle into the same interleaved place.
-Floor: every element read once and written once. Triton on CUDA; elsewhere the definitions in this file.
+Megatron's qkv output is interleaved by query group: the query heads of a group, then its key head, then its value head.
+Queries and keys are rotated in fp32 and rounded once; values are copied. The backward rotates by the negative angle and
+writes to the same interleaved places. Floor: every element read once and written once. Triton on CUDA; elsewhere the
+definitions in this file.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false, reportIndexIssue=false
-"""Triton forms of `rope.py`: one program a token, blocks of heads."""
+"""Triton forms of `rope.py`: one program per token, in blocks of heads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dqt_dist.kernels.launch import launch
 
-# Heads handled at once; with heads of 128 a thread of 4 warps holds 8 pairs.
+# Heads handled at once. With heads of 128 and 4 warps, a thread holds 8 pairs.
 HEADS = 16
 
 
@@ -39,7 +39,11 @@ def _rope_kernel(
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """`heads` are all of mixed: groups * (queries + 2). Forward: mixed -> q, k, v; backward: q, k, v -> mixed."""
+    """Forward: mixed -> q, k, v. Backward: q, k, v -> mixed.
+
+    queries: query heads per group. heads: all heads of mixed, groups * (queries + 2). half: half the width of a head.
+    q_s, q_b, q_h and so on: strides of sequence, batch and head, in elements.
+    """
     token = tl.program_id(0)
     position = (token // batch).to(tl.int64)
     sample = (token % batch).to(tl.int64)

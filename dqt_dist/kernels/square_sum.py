@@ -1,6 +1,6 @@
 """Sum of squares of a gradient, added up in fp64 without a copy in fp64: Triton on CUDA, torch's reduction elsewhere.
 
-In fp64 the way elements are divided over ranks moves the sum by 1e-16 of itself. Floor: each element read once.
+In fp64 the division of elements over ranks changes the sum by a fraction of 1e-16. Floor: each element read once.
 """
 
 from __future__ import annotations
@@ -10,7 +10,10 @@ from torch import Tensor
 
 
 def square_sum(x: Tensor) -> Tensor:
-    """fp64 [n] that add up to it, of a contiguous fp32 or bf16 tensor of any shape: few, so that many tensors take one last sum."""
+    """Parts of the sum of squares of x, fp64 [n]; n is small. x is contiguous, fp32 or bf16, of any shape.
+
+    The caller adds up the parts of many tensors at once.
+    """
     if x.is_cuda and x.numel() > 0:
         from dqt_dist.kernels import square_sum_triton
 

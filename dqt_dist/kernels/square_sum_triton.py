@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false, reportIndexIssue=false
-"""Triton form of `square_sum.py`: a partial sum a program."""
+"""Triton form of `square_sum.py`: one partial sum per program."""
 
 from __future__ import annotations
 
@@ -28,6 +28,6 @@ def _square_sum_kernel(x, parts, numel, CHUNK: tl.constexpr, BLOCK: tl.constexpr
 def square_sum(x: Tensor) -> Tensor:
     """See square_sum.py."""
     assert x.is_contiguous()
-    parts = torch.empty(triton.cdiv(x.numel(), CHUNK), dtype=torch.float64, device=x.device)
+    parts = torch.empty(int(triton.cdiv(x.numel(), CHUNK)), dtype=torch.float64, device=x.device)
     launch(_square_sum_kernel, (parts.numel(),), x, parts, x.numel(), CHUNK=CHUNK, BLOCK=BLOCK, num_warps=8)
     return parts

@@ -1,8 +1,9 @@
-"""e4m3 codes transposed: fp8 products sum along the contiguous dimension of both operands, and a weight gradient sums over tokens.
+"""e4m3 codes transposed, for weight gradients.
 
     out [features, tokens] = (codes [tokens, features] * token_factor [tokens, 1])^T          factor at most 1
 
-Without a factor codes are moved as they are. Floor: one byte read and one written a code.
+An fp8 product sums along the contiguous dimension of both operands, and a weight gradient sums over tokens. Without a
+factor the codes are copied unchanged. Floor: one byte read and one byte written per code.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from torch import Tensor
 
 
 def transpose(codes: Tensor, token_factor: Tensor | None = None) -> Tensor:
-    """Contiguous [features, tokens] e4m3; with a factor rounded to e4m3 once more."""
+    """Contiguous e4m3 [features, tokens]. With a factor the products are rounded to e4m3 once more."""
     assert codes.dtype == torch.float8_e4m3fn and codes.is_contiguous()
     if codes.is_cuda:
         from dqt_dist.kernels import transpose_triton

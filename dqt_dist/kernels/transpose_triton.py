@@ -30,7 +30,7 @@ def transpose(codes: Tensor, token_factor: Tensor | None) -> Tensor:
     """See transpose.py."""
     tokens, features = codes.shape
     out = torch.empty(features, tokens, dtype=codes.dtype, device=codes.device)
-    # Codes that only move are bytes.
+    # Without a factor the codes only move, as bytes.
     source, target = (codes, out) if token_factor is not None else (codes.view(torch.uint8), out.view(torch.uint8))
     grid = (triton.cdiv(tokens, TILE), triton.cdiv(features, TILE))
     launch(

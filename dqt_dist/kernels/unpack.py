@@ -1,10 +1,11 @@
 """Packed codes as an operand of a product: scratch for one use, never kept.
 
-    [rows, columns]    of type bf16, fp32, int8 or e4m3, all of which hold codes of up to 4 bits (bf16, fp32 and int8 of up to 8) exactly
-    transposed         [columns, rows], contiguous: the layout fp8 products ask of the second operand of a dgrad
-    row_scale          multiplied in before the one rounding: exact in bf16 when scales are powers of two
+    [rows, columns]    bf16, fp32, int8 or e4m3. All four hold codes of up to 4 bits exactly; bf16, fp32 and int8 hold
+                       codes of up to 8 bits exactly
+    transposed         [columns, rows], contiguous: the layout that fp8 products need in the second operand of a dgrad
+    row_scale          multiplied in before the only rounding: exact in bf16 when scales are powers of two
 
-Floor for a ternary matrix: 1/4 byte read and the operand's 1, 2 or 4 bytes written a weight.
+Floor for a ternary matrix, per weight: 1/4 byte read, and 1, 2 or 4 bytes of the operand written.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false, reportIndexIssue=false
-"""Triton form of `unpack.py`: one program a tile of packed bytes."""
+"""Triton form of `unpack.py`: one program per tile of packed bytes."""
 
 from __future__ import annotations
 

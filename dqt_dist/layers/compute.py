@@ -2,11 +2,12 @@
 
     product    y  = x_q @ C^T               [tokens, in] @ [out, in]^T       partial sums that ranks may add up
     epilogue   y * x scale * row scale      after ranks have added up
-    gradient   dy in the form dgrad and wgrad take
+    gradient   dy as an operand of dgrad and wgrad
     dgrad      dx = (dy * row scale) @ C    [tokens, out] @ [out, in]
-    wgrad      dW = dy^T @ x                [tokens, out]^T @ [tokens, in]   x dequantised; added to the weight's gradient buffer
+    wgrad      dW = dy^T @ x                [tokens, out]^T @ [tokens, in]   x dequantised; added to weight.gradient
 
-Codes are unpacked to the operand type of the product and thrown away after it: scratch of one layer, never of the model.
+Codes are unpacked to the operand type of a product and dropped after the product. So unpacked codes of one layer exist
+at a time, never those of the whole model.
 
     compute   product                                          dgrad and wgrad
     fp32      fp32; the reference                              fp32
@@ -14,8 +15,9 @@ Codes are unpacked to the operand type of the product and thrown away after it: 
     int8      int8 x int8 -> int32, exact                      as bf16
     fp8       e4m3 x e4m3, codes exact; scales inside          dy in e4m3 per token; dW of e4m3 or bf16 operands
 
-With ternary codes and int8 activations every partial sum of the forward is an integer below 2^24 (in_features < 132,104), so
-fp32 holds it exactly, whatever the order of the sum and the TP degree; int8 sums are exact for every grid.
+With ternary codes and int8 activations, every partial sum of the forward is an integer below 2^24
+(in_features < 132,104). fp32 holds such sums exactly, whatever the order of the sum and the TP degree. int8
+sums are exact for every grid.
 
 All tensors are [tokens, features].
 """
@@ -84,7 +86,7 @@ class Fp8Compute:
     dtype: torch.dtype
     activation_dtype: torch.dtype | None
     gradient_operand_dtype: torch.dtype | None
-    """e4m3, or None when weight gradients are products of bf16 operands, so that the bf16 gradient is needed too."""
+    """e4m3; None when weight gradients are products of bf16 operands. Then the bf16 gradient is needed too."""
 
     def product(self, x: Operand, weight: LowBitMatrix) -> Tensor:
         assert x.scale is not None
@@ -105,8 +107,11 @@ class Fp8Compute:
         return scaled_matmul(grad.values, _operand(weight, E4M3, transposed=True), grad.scale)
 
     def wgrad(self, grad: Operand, x: Operand, weight: LowBitMatrix) -> None:
-        """A token's scales, of its gradient and of its input, stand inside the sum over tokens: they are multiplied into the
-        gradient's codes, relative to their largest, which is taken out of the sum. The row scale is in the gradient already.
+        """dW = sum over tokens of (grad * grad scale / row scale)^T * (x * x scale), with the scales of each token.
+
+        A product of tensor cores cannot scale each term of its sum. So t = grad scale * x scale, relative to the
+        largest t, is multiplied into the gradient's codes, and the largest t is applied to the sum. The row scale is in
+        the gradient already and is divided out.
         """
         if grad.scale is None or x.scale is None:
             add_weight_gradient(grad.values, x.dequantized(self.dtype), weight)
@@ -119,7 +124,10 @@ class Fp8Compute:
 
 
 def add_weight_gradient(grad: Tensor, x: Tensor, weight: LowBitMatrix) -> None:
-    """Adds grad^T @ x to the gradient of `weight`, in the precision of its buffer; both operands [tokens, features] of one type."""
+    """Adds grad^T @ x to the gradient of `weight`, in the precision of the gradient's buffer.
+
+    Both operands are [tokens, features] of one type.
+    """
     buffer = weight.gradient
     if buffer.dtype == grad.dtype:
         total, has_sum = buffer.accumulator(grad.device)

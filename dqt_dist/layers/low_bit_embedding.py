@@ -1,6 +1,6 @@
-"""Embedding and head as codes, for `quantization.embeddings`: the DQT authors' code quantises them like any linear.
+"""Embedding and head as codes, for `quantization.embeddings`. The DQT authors' code quantises both like any linear.
 
-embedding   y[token] = s * C[token]        dC gets dy at the row of each token; vocabulary split by rows over TP
+embedding   y[token] = s * C[token]        dC adds dy at the row of each token; vocabulary split by rows over TP
 head        a column-parallel low-bit linear, called the way GPTModel calls its output layer
 """
 
@@ -24,7 +24,10 @@ from dqt_dist.parallel.collectives import Group
 
 
 class _LookUp(torch.autograd.Function):
-    """tokens int64 [...] -> [..., hidden], zeros for tokens of other ranks. `anchor` only makes autograd call the backward."""
+    """tokens int64 [...] -> [..., hidden], zeros for tokens of other ranks.
+
+    `anchor` requires a gradient, so that autograd calls the backward.
+    """
 
     @staticmethod
     def forward(
@@ -43,7 +46,7 @@ class _LookUp(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[None, None, None, None, None]:
         rows, elsewhere = ctx.saved_tensors
         grad = grad.flatten(0, -2).float().masked_fill(elsewhere[:, None], 0.0)
-        # Sums tokens of one row in a fixed order on every device, which index_add does not.
+        # Unlike index_add, this operator sums the tokens of one row in a fixed order on every device.
         total = torch.ops.aten.embedding_dense_backward(grad, rows, ctx.weight.rows, -1, False)
         ctx.weight.gradient.add(total)
         return None, None, None, None, None
@@ -60,7 +63,10 @@ class LowBitEmbedding(nn.Module):
         self.weight = LowBitMatrix(rows, config.hidden_size, make_grid(config.quantization.bits), device)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """tokens [b, s] -> [b, s, hidden], or [s / tp, b, hidden] under sequence parallelism, as LanguageModelEmbedding expects."""
+        """tokens [b, s] -> [b, s, hidden], or [s / tp, b, hidden] under sequence parallelism.
+
+        LanguageModelEmbedding expects these two shapes.
+        """
         anchor = torch.zeros((), device=tokens.device, requires_grad=torch.is_grad_enabled())
         embedded = _LookUp.apply(anchor, tokens, self.weight, self.first_row, self.dtype)
         if self.sequence_parallel:
@@ -69,7 +75,7 @@ class LowBitEmbedding(nn.Module):
 
 
 class LowBitHead(ColumnParallelLowBitLinear):
-    """The output layer of GPTModel: no weight is passed in, logits stay split over the vocabulary."""
+    """The output layer of GPTModel. It is given no weight, and its logits stay split over the vocabulary."""
 
     def forward(self, x: Tensor, weight: None = None, runtime_gather_output: bool | None = None, **_: Any):
         assert weight is None and not runtime_gather_output

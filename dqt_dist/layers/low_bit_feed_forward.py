@@ -2,10 +2,10 @@
 
     x -> norm -> quantise -> [gate|up] -> silu(gate) * up -> quantise -> [down] -> y
 
-Norm and SwiGLU exist in registers only, between what a product wrote and the codes that the next one reads. Kept for the
-backward are x, which the residual stream keeps anyway, the output of gate|up, and a scale a token; everything else is made
-anew. In the backward SwiGLU's gradient goes straight to the codes that gate|up's products read: the widest tensor of the
-model is never written as bf16.
+The results of norm and SwiGLU exist in registers only: one pass reads the output of a product and writes the codes for
+the next product. The forward keeps x, which the residual stream keeps anyway, the output of gate|up, and one scale per
+token. The backward computes everything else again. It writes SwiGLU's gradient directly as the codes that gate|up's
+products read, so the widest tensor of the model is never written as bf16.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class _FeedForward(torch.autograd.Function):
         dx, work = column_dgrad(gradient_1, fc1, x.dtype)
         operand, inverse_rms = fc1.operand(tokens, norm_weight, x_scale)
         assert inverse_rms is not None
-        # The sum over TP travels meanwhile.
+        # The sum over TP is under way during this product.
         fc1.compute.wgrad(gradient_1, full_sequence(operand, fc1), fc1.weight)
         if work is not None:
             work.wait()
@@ -89,7 +89,8 @@ class LowBitFeedForward(nn.Module):
         group = parallel_state.get_tensor_model_parallel_group()
         self.linear_fc1 = ColumnParallelLowBitLinear(hidden, 2 * ffn, config=config, tp_group=group)
         self.linear_fc2 = RowParallelLowBitLinear(ffn, hidden, config=config, tp_group=group)
-        # Of this module, not of linear_fc1: ZeRO stage 3 gathers the parameters of modules that are called.
+        # The weight belongs to this module and not to linear_fc1, because ZeRO stage 3 gathers the parameters of
+        # modules that are called.
         self.norm_weight = nn.Parameter(torch.ones(hidden, dtype=config.params_dtype))
 
     def forward(self, x: Tensor, **_: Any) -> tuple[Tensor, None]:

@@ -1,6 +1,7 @@
 """The low-bit linear, column- and row-parallel, each as one autograd function.
 
-    column-parallel   W split by rows (outputs)      x the same on every TP rank, or split by sequence and gathered as codes
+    column-parallel   W split by rows (outputs)      x the same on every TP rank, or split by sequence and gathered
+                                                     as codes
     row-parallel      W split by columns (inputs)    x split by features; partial sums are reduced, THEN scaled
 
     x_q, s_x = quantize(x)                  per token over the full width: row-parallel inputs take a MAX over TP first
@@ -8,12 +9,13 @@
     dx = (dy * s_row) @ C                   straight through the activation's rounding
     dW = dy^T @ (x_q * s_x)                 goes to the weight's gradient buffer, not to autograd
 
-A column-parallel linear may have the RMSNorm before it inside (Megatron's fused LayerNormColumnParallelLinear): norm and
-quantisation are one pass and the normed activation is never written. Kept for the backward are the input, which the residual
-stream or attention keeps anyway, and a scale a token; codes are made anew from them. Of the weight nothing is kept but its
-packed codes.
+A column-parallel linear may contain the RMSNorm that precedes it, like Megatron's LayerNormColumnParallelLinear. Norm
+and quantisation are then one pass, and the normed activation is never written. The forward keeps its input, which the
+residual stream or attention keeps anyway, and one scale per token. The backward computes the codes again from these. Of
+the weight nothing is kept but its packed codes.
 
-The classes have the constructor and the (output, bias) result of Megatron's parallel linears, so a layer spec can name them.
+The classes have the constructor and the (output, bias) result of Megatron's parallel linears, so a layer spec can name
+them.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from dqt_dist.parallel.collectives import Group, gather_sequence, reduce_in_plac
 
 
 class LowBitLinear(nn.Module):
-    """What the two directions share: the weight, how a product is computed, and over which ranks."""
+    """What the two directions share: the weight, the products of its compute precision, and the group of ranks."""
 
     def __init__(self, rows: int, columns: int, config: LlamaTransformerConfig, bias: bool, tp_group: Group) -> None:
         super().__init__()
@@ -47,7 +49,7 @@ class LowBitLinear(nn.Module):
         self.weight = LowBitMatrix(rows, columns, make_grid(config.quantization.bits), torch.device(device))
 
 
-# ---- forward and backward of either direction on [tokens, features], for autograd functions to put together ----
+# ---- parts of the forward and the backward of either direction, on [tokens, features] ----
 
 
 def column_forward(x: Operand, linear: LowBitLinear, dtype: torch.dtype) -> Tensor:
@@ -65,7 +67,10 @@ def full_sequence(x: Operand, linear: LowBitLinear) -> Operand:
 
 
 def column_dgrad(grad: Operand, linear: LowBitLinear, dtype: torch.dtype) -> tuple[Tensor, dist.Work | None]:
-    """dx summed over TP, and what to wait for before it is used; this rank's tokens of it under sequence parallelism."""
+    """dx summed over TP, and the work to wait for before dx is used.
+
+    Under sequence parallelism dx has this rank's tokens only, and there is nothing to wait for.
+    """
     dx = linear.compute.dgrad(grad, linear.weight).to(dtype)
     if linear.sequence_parallel:
         return scatter_sum_sequence(dx, linear.group), None
@@ -80,7 +85,7 @@ def row_scale_of_input(absmax: Tensor, linear: LowBitLinear) -> Tensor:
 
 
 def row_forward(x: Operand, linear: LowBitLinear, dtype: torch.dtype) -> Tensor:
-    """y [tokens, out], or this rank's tokens of it under sequence parallelism, of a quantised x [tokens, in / tp]."""
+    """y [tokens, out] of a quantised x [tokens, in / tp]; under sequence parallelism this rank's tokens of y."""
     y, x_scale = linear.compute.product(x, linear.weight), x.scale
     if linear.sequence_parallel:
         y = scatter_sum_sequence(y, linear.group)
@@ -103,7 +108,10 @@ def flat(x: Tensor) -> Tensor:
 
 
 def unflat(y: Tensor, x: Tensor) -> Tensor:
-    """[tokens, features] with the inner dimensions of x; no view to autograd, so that what comes next may work in place."""
+    """[tokens, features] with the inner dimensions of x.
+
+    Autograd does not see a view, so the next operation may work in place.
+    """
     return torch.ops.aten._unsafe_view(y, (-1, *x.shape[1:-1], y.shape[-1]))
 
 
@@ -126,7 +134,7 @@ class _ColumnParallel(torch.autograd.Function):
         gradient = linear.compute.gradient(flat(grad), linear.weight)
         dx, work = column_dgrad(gradient, linear, x.dtype)
         operand, inverse_rms = linear.operand(tokens, norm_weight, scale)
-        # The sum over TP travels meanwhile.
+        # The sum over TP is under way during this product.
         linear.compute.wgrad(gradient, full_sequence(operand, linear), linear.weight)
         if work is not None:
             work.wait()
@@ -139,7 +147,7 @@ class _ColumnParallel(torch.autograd.Function):
 def norm_backward(
     dh: Tensor, x: Tensor, norm_weight: Tensor, inverse_rms: Tensor, linear: LowBitLinear
 ) -> tuple[Tensor, Tensor]:
-    """dx and the norm weight's gradient; under sequence parallelism TP ranks have seen other tokens, and add up."""
+    """dx and the norm weight's gradient. Under sequence parallelism TP ranks have different tokens and add up."""
     dx, norm_gradient = rms_norm_backward(dh, x, norm_weight, inverse_rms)
     if linear.sequence_parallel:
         reduce_in_place(norm_gradient, linear.group, "gradients")
@@ -174,7 +182,7 @@ class _RowParallel(torch.autograd.Function):
 def apply_function(function: type[torch.autograd.Function], x: Tensor, *arguments: Any) -> Tensor:
     """`function` on x; refuses an x without a gradient while gradients are enabled."""
     if torch.is_grad_enabled() and not x.requires_grad:
-        # Autograd would skip this backward and the weight's gradient would be lost without a word.
+        # Autograd would skip this backward, and the weight's gradient would be lost without a message.
         raise RuntimeError("the input of a low-bit linear must require a gradient while gradients are enabled")
     return function.apply(x, *arguments)
 
@@ -202,7 +210,7 @@ class ColumnParallelLowBitLinear(LowBitLinear):
     def operand(
         self, x: Tensor, norm_weight: Tensor | None, scale: Tensor | None = None
     ) -> tuple[Operand, Tensor | None]:
-        """x [tokens, in] normed, if there is a norm, and quantised; and its inverse root mean square."""
+        """x [tokens, in] normed (with a norm) and quantised, and the inverse root mean square of x (with a norm)."""
         if norm_weight is None:
             return quantize(x, self.compute.activation_dtype, scale), None
         return rms_norm_quantize(x, norm_weight, self.eps, self.compute.activation_dtype, scale)

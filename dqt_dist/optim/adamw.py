@@ -3,14 +3,16 @@
     m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
     direction = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon)
 
-The weight itself does not appear in the direction: landing on the grid is the rounding's business (`lowbit/update.py`), and so is
-decoupled weight decay. `adamw_update_rows` does both in one step; on CUDA in one pass over memory, without a direction anywhere.
+The direction does not depend on the weight. `lowbit/update.py` adds the direction to the weight, with decoupled weight
+decay, and rounds the sum to the grid. `adamw_update_rows` does AdamW and this update in one step. On CUDA this is one
+pass over memory, and the direction is never stored.
 
-Moments have 32 bits or 8. With 8 the direction is taken from their new values before these are rounded (`lowbit/block_float.py`:
-m signed, v unsigned), with random bits of the word that also rounds the code.
+Moments have 32 bits or 8. With 8 bits, the direction is computed from the new moments before they are rounded. m
+is rounded as signed and v as unsigned block floats (`lowbit/block_float.py`), with random bits of the word that
+also rounds the code.
 
-    state_bits 32   exp_avg, exp_avg_sq               fp32  [rows, columns]         8 bytes a weight
-    state_bits 8    exp_avg, exp_avg_sq               uint8 [rows, columns]         2.0625 bytes a weight
+    state_bits 32   exp_avg, exp_avg_sq               fp32  [rows, columns]         8 bytes per weight
+    state_bits 8    exp_avg, exp_avg_sq               uint8 [rows, columns]         2.0625 bytes per weight
                     exp_avg_scale, exp_avg_sq_scale   uint8 [rows, columns / 32]    exponents of blocks
 """
 
@@ -33,12 +35,12 @@ Moments = dict[str, Tensor]
 """The moments of some rows by the names above."""
 
 GRADIENT_LIMIT = 2.0**63
-"""Elements of this magnitude, whose square is hardly finite, are treated like those that are not finite themselves."""
+"""Elements of this magnitude and above are treated like elements that are not finite: their squares almost overflow."""
 
 
 @dataclass(frozen=True)
 class AdamW:
-    """What is constant over a run."""
+    """The settings that are constant over a run."""
 
     beta1: float
     beta2: float
@@ -51,7 +53,7 @@ def adamw_direction(
 ) -> Tensor:
     """Updates both moments in place (fp32, shape of `gradient`) and returns the direction, fp32.
 
-    `step` counts from 1. The arithmetic is torch.optim.AdamW's; only the learning rate is left to the caller.
+    `step` counts from 1. The arithmetic is torch.optim.AdamW's, without the factor of the learning rate.
     """
     exp_avg.lerp_(gradient, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -86,9 +88,10 @@ def adamw_update_rows(
 ) -> Tensor:
     """One AdamW step of rows [start, start + len(gradient)): moments and codes change in place.
 
-    `gradient` [n, columns] is fp32 or bf16, and multiplied with `clip`, an fp32 scalar on its device. A clip of 0 says that elements may
-    not be finite, or hardly (GRADIENT_LIMIT): none is read, moments decay, and only weight decay moves codes. Without a clip factor
-    nobody has looked at the elements, and each that is not finite, or hardly, counts as zero. `moments` are those of the n rows;
+    `gradient` [n, columns] is fp32 or bf16 and is multiplied by `clip`, an fp32 scalar on the same device. A clip of
+    0 says that some elements may not be finite, or may be above GRADIENT_LIMIT. Then no gradient is read, moments
+    decay, and only weight decay moves codes. A clip of None says that nobody has checked the elements. Then each
+    element that is not finite, or is above GRADIENT_LIMIT, counts as zero. `moments` are those of the n rows;
     `key.step` is Adam's t.
 
     Returns integers [n, parts, 3]: flips, zeros and clamped weights of each part of each row.
@@ -133,13 +136,13 @@ def adamw_update_rows_reference(
             moments[name].copy_(codes)
             moments[f"{name}_scale"].copy_(exponents)
     if clip is not None:
-        # A step that is clipped to nothing must not move codes by its first moment either.
+        # With a clip of 0 the first moment must not move codes either.
         direction *= clip > 0
     return update_rows_reference(weight, direction, start, learning_rate, adamw.weight_decay, key, words)
 
 
 class AdamWRule:
-    """Two moments a weight, of 32 or 8 bits; on CUDA one pass over a matrix, without temporaries."""
+    """Two moments per weight, of 32 or 8 bits. On CUDA one pass over a matrix, without temporaries."""
 
     def __init__(self, config: OptimizerConfig, offload: bool) -> None:
         self.offload, self.state_bits = offload, config.state_bits
@@ -156,7 +159,7 @@ class AdamWRule:
         device = rows.weight.codes.device
         for block in rows.row_blocks(whole=device.type == "cuda" and not self.offload):
             kept = {name: tensor[block] for name, tensor in rows.state.items()}
-            # The kept tensors themselves, unless they are offloaded.
+            # Where nothing is offloaded, `to` returns the kept tensors themselves, and the update writes to these.
             moments = {name: tensor.to(device, non_blocking=True) for name, tensor in kept.items()}
             start = rows.start + block.start
             yield adamw_update_rows(

@@ -1,6 +1,7 @@
 """Where the kernels of these tests run: on a CUDA device, or in Triton's interpreter when TRITON_INTERPRET=1 is set.
 
-Triton reads the variable when it is imported, so one pytest process has one of the two. test_interpreter.py starts the other one.
+Triton reads the variable when it is imported, so one pytest process can only do one of the two. test_interpreter.py
+starts the process that has the interpreter.
 """
 
 from __future__ import annotations
@@ -32,5 +33,5 @@ if INTERPRETED:
 
 @pytest.fixture(params=["interpreter"] if INTERPRETED else [pytest.param("cuda", marks=pytest.mark.gpu)])
 def run(request: pytest.FixtureRequest) -> Runner:
-    """Calls a function of dqt_dist so that it launches its kernels; calling the function itself gives its definition."""
+    """Calls a function of dqt_dist so that it launches its kernels. Calling the function itself runs its definition."""
     return InterpreterRunner() if request.param == "interpreter" else CudaRunner()

@@ -1,7 +1,8 @@
 """dqt_dist/kernels/device/instructions.py for Triton's interpreter, which executes neither inline PTX nor libdevice.
 
-Each function has the name and the meaning of the one it stands for, computed by NumPy. All are exact but two: `square_root` and
-`reciprocal` are rounded to nearest here and approximate on a GPU. conftest.py puts this module in the other's place.
+Each function has the name and the meaning of the function that it replaces, and computes with NumPy. All are exact but
+two: `square_root` and `reciprocal` round to nearest here and are approximate on a GPU. conftest.py puts this module in
+the place of the other.
 """
 
 from __future__ import annotations

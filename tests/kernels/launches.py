@@ -2,9 +2,9 @@
 
     config  ->  layers and optimizer calls on fake CUDA tensors  ->  Launch: kernel, arguments, constants
 
-torch's FakeTensorMode propagates device, dtype and shape without a device. `recorded` replaces `launch` in every `*_triton` module,
-so the arguments are those that a training step on one GPU would pass: nothing about a kernel is written down a second time here.
-`compiled` then does what Triton's own launch does before it calls the driver: it specialises the arguments and compiles them.
+torch's FakeTensorMode propagates device, dtype and shape without a device. `recorded` replaces `launch` in every
+`*_triton` module, so the arguments are those that a training step on one GPU passes. Nothing about a kernel is written
+down a second time here. `specialised` and `compiled` then do what Triton's own launch does before it calls the driver.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 import dqt_dist.kernels
 from dqt_dist.config import Config
+from dqt_dist.dtypes import TORCH_DTYPES
 from dqt_dist.kernels import cross_entropy, quantize, rope, scaled_matmul
 from dqt_dist.kernels.low_bit_update import update_rows
 from dqt_dist.kernels.square_sum import square_sum
@@ -38,7 +39,6 @@ from dqt_dist.lowbit.update import RoundingKey
 from dqt_dist.optim.adamw import AdamW, adamw_update_rows, new_moments
 
 CUDA = torch.device("cuda")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # What an H100 and an H200 have.
 NUM_MULTIPROCESSORS = 132
 
@@ -56,7 +56,7 @@ class Pointer:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch; `args` holds pointers, numbers and None, `constants` the constexpr parameters and launch options."""
+    """One kernel launch. args: pointers, numbers and None. constants: constexpr parameters and launch options."""
 
     kernel: Any
     args: tuple[Any, ...]
@@ -78,7 +78,7 @@ def recorded() -> Iterator[list[Launch]]:
         launches.append(Launch(kernel, tuple(_without_memory(arg) for arg in args), tuple(constants.items())))
 
     properties = SimpleNamespace(multi_processor_count=NUM_MULTIPROCESSORS)
-    # Both modules keep tensors for later calls. Fake ones must not outlive this block.
+    # These functions keep tensors for later calls. Fake tensors must not outlive this block.
     caches = (coordinates.row_words, rope.angles, scaled_matmul.ones)
     with contextlib.ExitStack() as stack:
         for module in triton_modules():
@@ -88,9 +88,9 @@ def recorded() -> Iterator[list[Launch]]:
         stack.enter_context(
             mock.patch.object(low_bit_feed_forward.parallel_state, "get_tensor_model_parallel_group", lambda: OneRank())
         )
-        # torch's own products with `out=`, which fake tensors of another build's device do not have.
-        for name in ("add_weight_gradient", "_add_to_sink"):
-            stack.enter_context(mock.patch.object(compute, name, lambda *_: None))
+        # These are torch's own products with `out=`. Fake tensors have none for a device that this torch is
+        # not built for.
+        stack.enter_context(mock.patch.object(compute, "add_weight_gradient", lambda *_: None))
         for cache in caches:
             cache.cache_clear()
             stack.callback(cache.cache_clear)
@@ -101,7 +101,10 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def _get_item(x: Tensor, index: Any) -> Tensor:
-    """x[index] for a slice, an integer, None and a tensor per dimension: torch's own indexing asks for the device's driver."""
+    """x[index], where each part of index is a slice, an integer, None or a tensor.
+
+    torch's own indexing asks for the driver of the device.
+    """
     dim = 0
     for part in index if isinstance(index, tuple) else (index,):
         if isinstance(part, int):
@@ -128,7 +131,10 @@ class OneRank:
 
 
 class AutogradStep:
-    """Calls an autograd function's two halves itself: autograd's graph needs a torch that is built for the tensors' device."""
+    """Calls forward and backward of an autograd function directly.
+
+    Autograd's graph needs a torch that is built for the device of the tensors.
+    """
 
     def __init__(self, function: Any) -> None:
         self.function = function
@@ -170,31 +176,26 @@ def launches_of(config: Config) -> list[Launch]:
     return list(dict.fromkeys(launches))
 
 
-def _head_size(config: Config) -> int:
-    return config.model.hidden_size // config.model.num_attention_heads
-
-
-def _query_groups(config: Config) -> int:
-    return config.model.num_query_groups or config.model.num_attention_heads
-
-
 def _linear_shapes(config: Config) -> list[tuple[int, int]]:
     """[rows, columns] of qkv, o, gate|up and down."""
     model = config.model
-    qkv = (model.num_attention_heads + 2 * _query_groups(config)) * _head_size(config)
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
-    return [(qkv, hidden), (hidden, hidden), (2 * ffn, hidden), (hidden, ffn)]
+    return [(_qkv_width(config), hidden), (hidden, hidden), (2 * ffn, hidden), (hidden, ffn)]
+
+
+def _qkv_width(config: Config) -> int:
+    """Width of queries, keys and values of one token."""
+    return config.model.hidden_size + 2 * config.model.kv_hidden_size
 
 
 def _attention_and_loss(config: Config) -> None:
     """The rotary embedding and the loss, forward and backward, and the sum of squares of a gradient."""
-    model, dtype = config.model, DTYPES[config.quantization.dtype]
-    s, b, head = model.seq_length, config.training.micro_batch_size, _head_size(config)
+    model, dtype = config.model, TORCH_DTYPES[config.quantization.dtype]
+    s, b, head = model.seq_length, config.training.micro_batch_size, model.head_dim
     cos, sin = rope.angles(s, head, model.rope_base, CUDA)
-    width = (model.num_attention_heads + 2 * _query_groups(config)) * head
-    mixed = torch.empty(s, b, width, dtype=dtype, device=CUDA)
+    mixed = torch.empty(s, b, _qkv_width(config), dtype=dtype, device=CUDA)
     rotation = AutogradStep(rope._SplitAndRotate)
-    outputs = rotation.forward(mixed, _query_groups(config), cos, sin)
+    outputs = rotation.forward(mixed, model.num_query_groups, cos, sin)
     # Attention hands its gradients back as [batch, heads, sequence, head] in memory.
     rotation.backward(
         *(torch.empty(b, x.shape[2], s, head, dtype=dtype, device=CUDA).permute(2, 0, 1, 3) for x in outputs)
@@ -203,12 +204,12 @@ def _attention_and_loss(config: Config) -> None:
     labels = torch.empty(s * b, dtype=torch.int64, device=CUDA)
     largest, sum_exp, _ = cross_entropy.statistics(logits, labels)
     cross_entropy.gradient_(logits, labels, largest + torch.log(sum_exp), torch.empty(s * b, device=CUDA))
-    square_sum(torch.empty(model.hidden_size, dtype=DTYPES[config.optimizer.gradient_dtype], device=CUDA))
+    square_sum(torch.empty(model.hidden_size, dtype=TORCH_DTYPES[config.optimizer.gradient_dtype], device=CUDA))
 
 
 def _layers(config: Config) -> None:
     """Forward and backward of the low-bit linears around attention, and of the feed-forward half."""
-    model, dtype, group = config.model, DTYPES[config.quantization.dtype], OneRank()
+    model, dtype, group = config.model, TORCH_DTYPES[config.quantization.dtype], OneRank()
     layer_config: Any = SimpleNamespace(
         quantization=config.quantization,
         sequence_parallel=False,
@@ -231,7 +232,7 @@ def _layers(config: Config) -> None:
         for module in layer.modules():
             if isinstance(module, LowBitMatrix):
                 module.assign(_layout(module.rows, module.columns))
-                module.gradient_dtype = DTYPES[config.optimizer.gradient_dtype]
+                module.gradient.dtype = TORCH_DTYPES[config.optimizer.gradient_dtype]
         with (
             mock.patch.object(low_bit_linear, "apply_function", _forward_and_backward),
             mock.patch.object(low_bit_feed_forward, "apply_function", _forward_and_backward),
@@ -257,7 +258,7 @@ def _update(config: Config, rows: int, columns: int) -> None:
         return
     assert optimizer.beta1 is not None
     rule = AdamW(optimizer.beta1, optimizer.beta2, optimizer.epsilon, optimizer.low_bit_weight_decay)
-    gradient = torch.empty(rows, columns, dtype=DTYPES[optimizer.gradient_dtype], device=CUDA)
+    gradient = torch.empty(rows, columns, dtype=TORCH_DTYPES[optimizer.gradient_dtype], device=CUDA)
     moments = new_moments(rows, columns, optimizer.state_bits, CUDA)
     clip = None if optimizer.fused_backward else torch.empty((), device=CUDA)
     adamw_update_rows(weight, gradient, moments, 0, clip, 1e-3, rule, key)

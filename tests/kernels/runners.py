@@ -3,8 +3,8 @@
     run(function, *args)      CPU tensors in; kernels run; CPU tensors out
     function(*args)           CPU tensors in; the definition runs
 
-Only tensors that are arguments themselves are copied. Objects that hold tensors (a LowBitMatrix, a dict of moments) are made on
-`run.device` by the test, and a function changes them in place.
+Only arguments that are tensors are copied. A test makes objects that hold tensors (a LowBitMatrix, a dict of moments)
+on `run.device`, and the function changes them in place.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 from benchmarks.common import waiting_is_an_error
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether this process runs kernels in the interpreter, where sizes must be small: a block takes ten milliseconds."""
+"""Whether this process runs kernels in the interpreter. Sizes must then be small: each block takes ten milliseconds."""
 
 
 class CudaRunner:
@@ -52,12 +52,12 @@ class InterpreterRunner:
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         # Kernels write over some of their inputs.
         copies = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
-        # So few that programs that persist have several tokens each.
+        # With so few multiprocessors, programs that loop over tokens have several tokens.
         properties = SimpleNamespace(multi_processor_count=2)
         with (
             mock.patch.object(Tensor, "is_cuda", True),
             mock.patch("torch.cuda.get_device_properties", lambda _: properties),
-            # A GPU says nothing of an infinity or of what is no number.
+            # A GPU gives no warning for infinities and NaN.
             np.errstate(all="ignore"),
         ):
             return function(*copies, **kwargs)

@@ -1,7 +1,7 @@
-"""Every kernel is compiled for GPUs that are not here, with the arguments that the configs give it.
+"""Every kernel is compiled without a GPU, with the arguments that the configs give it.
 
-Triton brings ptxas, so a cubin needs no GPU. What is compiled follows from configs/*.json through `launches.py`. VARIANTS are the
-choices a user has that no file of configs/ makes and that lead to other machine code.
+Triton brings ptxas, so a cubin needs no GPU. What is compiled follows from configs/*.json through `launches.py`.
+VARIANTS are choices that lead to other machine code and that no file of configs/ makes.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def representatives(specialised: list[Specialised]) -> Iterator[Specialised]:
 
 
 def failures(specialised: list[Specialised]) -> dict[str, str]:
-    """The compiler's message of each kernel it refuses, by the kernel's name and constants."""
+    """The compiler's message for each kernel that it refuses, by the kernel's name and constants."""
     found = {}
     for one in specialised:
         try:
@@ -73,12 +73,12 @@ def failures(specialised: list[Specialised]) -> dict[str, str]:
 
 @pytest.fixture(autouse=True)
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiles anew: Triton would take machine code of an earlier run from its cache."""
+    """Makes Triton compile. With its usual cache it would take machine code of an earlier run."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 def test_the_configs_launch_every_kernel() -> None:
-    """Otherwise a kernel would go uncompiled without a word. Control: no kernel of one config alone is all of them."""
+    """Otherwise some kernel would never be compiled. Control: the kernels of one config are not all kernels."""
     kernels = {
         value
         for module in triton_modules()
@@ -103,7 +103,7 @@ def test_every_kernel_compiles_for_sm_100() -> None:
 
 @pytest.mark.slow
 def test_every_kernel_compiles_for_sm_80_but_those_with_e4m3() -> None:
-    """A100: `representatives`. Kernels with e4m3 are refused, and only for that reason: fp8 operands, and AdamW's 8-bit moments."""
+    """A100: `representatives`. The compiler refuses exactly the kernels with e4m3: fp8 operands, and 8-bit moments."""
     chosen = list(representatives(distinct(launches(), 80)))
     assert failures([one for one in chosen if not uses_e4m3(one)]) == {}
     refused = failures([one for one in chosen if uses_e4m3(one)])
@@ -128,13 +128,16 @@ def test_the_check_sees_a_kernel_that_does_not_compile(monkeypatch: pytest.Monke
 
 PRIVATE = (
     "kernels/launch.py calls Triton's private launcher, and this Triton has changed it: {}. Read JITFunction.run in "
-    "triton/runtime/jit.py, let `launch` make the same call, then raise the bound on triton in pyproject.toml. Until then keep the old "
-    "bound, or let `launch` always take Triton's own way: kernel[grid](*args, **constants)."
+    "triton/runtime/jit.py, let `launch` make the same call, then raise the bound on triton in pyproject.toml. Until "
+    "then keep the old bound, or let `launch` always take Triton's own way: kernel[grid](*args, **constants)."
 )
 
 
 def test_what_launch_reads_of_triton_is_still_there() -> None:
-    """`launch` makes the call that JITFunction.run makes. Its source is compared with the call, since without a GPU it cannot be made."""
+    """`launch` makes the call that JITFunction.run makes.
+
+    Without a GPU the call itself is impossible, so the source of JITFunction.run is searched for it.
+    """
     one = next(one for one in launches() if one.kernel.fn.__name__ == "_update_kernel")
     kernel, compiled = one.kernel, distinct([one], 90)[0].compiled()
     source = " ".join(inspect.getsource(JITFunction.run).split())

@@ -1,4 +1,4 @@
-"""Prologue and quantisation in one pass: the definitions against torch's autograd on a CPU, the Triton kernels against them."""
+"""Prologue and quantisation in one pass: definitions against torch's autograd, Triton kernels against definitions."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ CODES = [torch.int8, E4M3, None]
 # Below, at and above the kernels' block of 2048 features, and widths that fill no power of two.
 FEATURES = [16, 1000, 2064, 8208] if INTERPRETED else [16, 1000, 2048, 5632]
 EPS = 1e-5
+# More than the programs of the norm's backward, so that some programs have several.
+TOKENS = 11 if INTERPRETED else 33
 
 
 def made(tokens: int, features: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
@@ -53,9 +55,9 @@ def test_swiglu_and_its_backward_equal_autograd() -> None:
 
 @pytest.mark.parametrize("operand_dtype", [torch.int8, E4M3])
 def test_codes_are_those_of_the_prologue(operand_dtype: torch.dtype) -> None:
-    """The one pass is prologue, then quantisation; and at the forward's scale the backward gets the forward's codes."""
+    """The one pass is prologue, then quantisation. At the forward's scale the backward computes the forward's codes."""
     gate_up = made(5, 2 * 48)
-    h = kernels.swiglu_quantize(gate_up.float(), None).codes
+    h = kernels.swiglu_quantize(gate_up.float(), None).values
     operand = kernels.swiglu_quantize(gate_up, operand_dtype)
     scale = token_scale(token_absmax(h), operand_dtype)
     assert operand.scale is not None and torch.equal(operand.scale, scale)
@@ -80,7 +82,10 @@ def test_tiny_gradients_keep_their_digits() -> None:
 
 
 def equal_or_close(found: Tensor, wanted: Tensor, ulps: int) -> None:
-    """8-bit codes: equal but where an fp32 value differs by an ulp at a border between codes: one step, in few of them."""
+    """8-bit codes are equal but for a few that differ by one step: their fp32 values, at a border, differ by an ulp.
+
+    Other numbers are equal within `ulps`.
+    """
     if found.dtype in (torch.int8, E4M3):
         steps = (found.view(torch.int8).int() - wanted.view(torch.int8).int()).abs()
         opposite_zeros = (found.float() == 0) & (wanted.float() == 0)
@@ -95,7 +100,7 @@ def equal_or_close(found: Tensor, wanted: Tensor, ulps: int) -> None:
 @pytest.mark.parametrize("operand_dtype", [torch.int8, E4M3])
 def test_quantize_kernel_equals_definition(run: Runner, operand_dtype: torch.dtype, features: int) -> None:
     """Without a prologue the arithmetic is the same operation for operation: bits must agree."""
-    x = made(33, features)
+    x = made(TOKENS, features)
     found, wanted = run(kernels.quantize, x, operand_dtype), kernels.quantize(x, operand_dtype)
     assert found.scale is not None and wanted.scale is not None
     assert torch.equal(found.scale, wanted.scale)
@@ -110,12 +115,12 @@ def test_quantize_kernel_equals_definition(run: Runner, operand_dtype: torch.dty
 @pytest.mark.parametrize("operand_dtype", CODES)
 def test_norm_kernels_equal_definition(run: Runner, operand_dtype: torch.dtype | None, features: int) -> None:
     """Sums over features in another order: r differs by some ulps, and with it codes at a border."""
-    x, weight = made(33, features), (torch.rand(features) + 0.5).bfloat16()
+    x, weight = made(TOKENS, features), (torch.rand(features) + 0.5).bfloat16()
     found, found_r = run(kernels.rms_norm_quantize, x, weight, EPS, operand_dtype)
     wanted, wanted_r = kernels.rms_norm_quantize(x, weight, EPS, operand_dtype)
     torch.testing.assert_close(found_r, wanted_r, rtol=2.0**-20, atol=0)
     equal_or_close(found.values, wanted.values, 2)
-    dh = made(33, features).flip(0).contiguous()
+    dh = made(TOKENS, features).flip(0).contiguous()
     found_dx, found_dw = run(kernels.rms_norm_backward, dh, x, weight, found_r)
     wanted_dx, wanted_dw = kernels.rms_norm_backward(dh, x, weight, wanted_r)
     equal_or_close(found_dx, wanted_dx, 2)
@@ -129,7 +134,7 @@ def test_swiglu_kernels_equal_definition(
     run: Runner, operand_dtype: torch.dtype | None, features: int, as_codes: bool
 ) -> None:
     """exp differs by an ulp between devices."""
-    gate_up, dh = made(33, 2 * features), made(33, features)
+    gate_up, dh = made(TOKENS, 2 * features), made(TOKENS, features)
     found, wanted = (
         run(kernels.swiglu_quantize, gate_up, operand_dtype),
         kernels.swiglu_quantize(gate_up, operand_dtype),

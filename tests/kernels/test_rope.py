@@ -8,7 +8,7 @@ import torch
 from dqt_dist.kernels.rope import angles, split_and_rotate
 from tests.kernels.runners import Runner
 
-# sequence, batch, groups, queries a group, head; heads that fill no power of two and one of 128.
+# Sequence, batch, groups, queries per group, width of a head. Widths that are no power of two, and one of 128.
 SHAPES = [(5, 2, 2, 3, 12), (7, 3, 4, 1, 128), (4, 1, 20, 2, 64)]
 
 

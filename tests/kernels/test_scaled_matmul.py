@@ -20,7 +20,7 @@ def test_scaled_matmul_is_the_product_of_what_the_codes_stand_for() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(256, 512, 128), (1000, 2048, 48), (64, 16384, 256)])
 def test_scaled_matmul_on_tensor_cores(shape: tuple[int, int, int]) -> None:
-    """Hopper adds fp8 products up with about 14 bits: the error of a sum of k random terms stays below 2^-10 of its scale."""
+    """Hopper keeps about 14 bits of a sum of fp8 products. With random terms the error is below 2^-10 of its scale."""
     m, k, n = shape
     a, b = e4m3(m, k), torch.randint(-1, 2, (n, k)).to(E4M3)
     a_scale, b_scale = torch.rand(m, 1), torch.rand(n)

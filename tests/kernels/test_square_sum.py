@@ -20,8 +20,11 @@ def test_sum_is_exact_where_fp64_holds_it() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1,), (37, 100), (4097, 333)])
 def test_kernel_equals_definition(run: Runner, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Both to what their orders of additions allow: here 32 after one another and then a tree, of 2^-53 each; torch's norm on the CPU
-    has fewer and longer sums. Values are 20 binary orders apart, so fp32 sums would fail."""
+    """Each within the rounding of its order of additions, 2^-53 per addition.
+
+    The kernel adds 32 values after one another and then a tree. torch's norm on the CPU has fewer and longer sums.
+    Values are 20 binary orders apart, so fp32 sums would fail.
+    """
     generator = torch.Generator().manual_seed(1)
     x = (torch.randn(shape, generator=generator) * 2.0 ** torch.randint(-20, 1, shape, generator=generator)).to(dtype)
     exact = math.fsum(x.double().square().flatten().tolist())

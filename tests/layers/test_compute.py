@@ -51,8 +51,11 @@ def relative(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("compute", ["fp32", "bf16", "int8", "fp8"])
 def test_forward_and_dgrad(compute: str, device: str) -> None:
-    """On the codes as they are quantised, so that only a product's own rounding counts: none but that of the result, 2^-8 in
-    bf16; fp8 products on tensor cores keep about 14 bits of a sum. dgrad in fp8 rounds dy to 4 bits: half a step is 2^-4."""
+    """Products of operands that are quantised already, so only the rounding of the products themselves counts.
+
+    The result is rounded, by 2^-8 in bf16. fp8 products on tensor cores keep about 14 bits of a sum. dgrad in fp8
+    rounds dy to 4 bits, by half a step or 2^-4.
+    """
     products, weight, (x, dy) = compute_of(compute), made_weight(device), inputs(device)
     operand = quantize(x, products.activation_dtype)
     y = products.epilogue(products.product(operand, weight), operand.scale, weight, torch.bfloat16)
@@ -73,7 +76,10 @@ def test_forward_and_dgrad(compute: str, device: str) -> None:
     "compute, weight_gradient", [("bf16", "fp8"), ("fp8", "bf16"), ("fp8", "fp8"), ("int8", "fp8")]
 )
 def test_weight_gradients_add_up(compute: str, weight_gradient: str, gradient_dtype: torch.dtype, device: str) -> None:
-    """Two micro-batches. e4m3 rounds dy twice to 4 bits, each by at most 2^-4 of a value: of random sign, so well below their sum."""
+    """Two micro-batches. e4m3 rounds dy twice to 4 bits, by at most 2^-4 of a value each time.
+
+    The errors have random signs, so the error of the sum is well below 2^-4.
+    """
     products, weight = compute_of(compute, weight_gradient=weight_gradient), made_weight(device, gradient_dtype)
     x, dy = inputs(device)
     operand = quantize(x, products.activation_dtype)
@@ -91,7 +97,10 @@ def test_weight_gradients_add_up(compute: str, weight_gradient: str, gradient_dt
 
 
 def test_fp8_gradient_is_e4m3_and_keeps_every_tokens_digits() -> None:
-    """A token 2^-20 smaller than another has as many digits in dgrad: its scale is its own. In one scale for all it has none."""
+    """A token with a gradient of 2^-20 of another's has as many digits in dgrad, because it has a scale of its own.
+
+    Control: with one scale for all tokens, no digit of the smallest is left.
+    """
     products, weight, (_, dy) = compute_of("fp8"), made_weight("cpu"), inputs("cpu")
     gradient = products.gradient(dy, weight)
     assert gradient.values.dtype == E4M3
@@ -108,20 +117,26 @@ SHAPES = ("model.ffn_hidden_size=64", "model.num_query_groups=4", "quantization.
 
 @pytest.mark.parametrize("compute", ["int8", "fp8"])
 def test_layouts_train_alike(compute: str) -> None:
-    """One step at TP 2 with sequence parallelism against one process: bf16 sums over ranks move a gradient's digits, and with them a
-    few draws; 2 % of the codes would be hundreds. The control is another seed."""
+    """One step at TP 2 with sequence parallelism against one process.
+
+    bf16 sums over ranks change the last digits of a gradient, and so a few draws; 2 % of the codes would be hundreds.
+    The control is another seed.
+    """
     overrides = [setting.format(compute) for setting in SHAPES]
     alone = recorded(1, 2, *overrides)
     split = recorded(2, 2, *overrides, "parallel.tensor=2", "parallel.sequence=true")
     other = recorded(1, 2, *overrides, "training.seed=7")
     assert fraction_of_codes_that_differ(split.final, alone.final, alone.config) < 0.02
     assert fraction_of_codes_that_differ(other.final, alone.final, alone.config) > 0.3
-    # The mean over 12 x 16 tokens of losses that bf16 activations move by 2^-8 of a logit.
+    # The mean over 12 x 16 tokens of losses, which bf16 activations change by 2^-8 of a logit.
     assert split.losses == pytest.approx(alone.losses, rel=2e-3)
 
 
 def test_precisions_start_from_the_same_loss() -> None:
-    """Same codes, same data: the first loss differs by the rounding of activations alone; e4m3 has 3 bits of mantissa, int8 up to 7."""
+    """Same codes, same data: only the rounding of activations changes the first loss.
+
+    e4m3 has 3 bits of mantissa, int8 has up to 7.
+    """
     losses = {c: recorded(1, 1, *(s.format(c) for s in SHAPES)).losses[0] for c in ("fp32", "bf16", "int8", "fp8")}
     assert all(loss == pytest.approx(losses["fp32"], rel=2e-3) for loss in losses.values())
     assert losses["fp8"] != losses["int8"]

@@ -1,12 +1,13 @@
 """The low-bit linear against nn.Linear, and against itself under tensor and sequence parallelism.
 
-Each case runs on gloo ranks (`run_linear`); the shards it returns are put together here and compared with the whole. All
-cases of one number of ranks go in one call (`results`), as a call costs more than they do.
+Each case runs on gloo ranks (`run_linear`). The shards that the ranks return are put together here and compared
+with the whole. All cases of one number of ranks go in one call (`run_linears`), because starting the ranks takes
+longer than the cases.
 
-Two kinds of input. Dyadic ones are small integers over 16, each token with a maximum of 127 / 16, so its int8 scale is
-exactly 1 / 16: every product and every sum fits in 24 bits, no order of summation can change a bit, and equality is
-asked of forward, dgrad and wgrad at every layout. Ordinary ones are normal numbers: equality is asked where the sums
-are still integers (the forward with int8 activations), a bound with its cause elsewhere.
+There are two kinds of input. Dyadic inputs are small integers over 16, and each token has a maximum of 127 / 16, so its
+int8 scale is exactly 1 / 16. Every product and every sum fits in 24 bits, and no order of summation can change a bit:
+forward, dgrad and wgrad must be equal at every layout. Ordinary inputs are normal numbers. Here the forward with int8
+activations must be equal, because its sums are still integers. Elsewhere a test states a bound and its cause.
 """
 
 from __future__ import annotations
@@ -69,7 +70,7 @@ def whole_codes(case: Case) -> Tensor:
 
 
 def whole_scale(case: Case) -> Tensor:
-    """One scale a row [OUT]: two matrices stacked when split by rows, one when split by columns."""
+    """One scale per row [OUT]. The column direction stacks two matrices, the row direction has one."""
     if case.direction == "row":
         return torch.full((OUT,), SCALES[0])
     return torch.tensor(SCALES).repeat_interleave(OUT // 2)
@@ -283,8 +284,10 @@ def test_equals_nn_linear_on_the_dequantised_weight(run: Results, direction: str
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_ordinary_inputs_stay_within_the_order_of_sums(run: Results, direction: str, activation: str) -> None:
-    """Normal inputs; nn.Linear adds scaled products, the linear scales integer sums. Control: the quantised activation
-    differs from the float one by far more than the bound."""
+    """Normal inputs. nn.Linear adds scaled products; the low-bit linear scales integer sums.
+
+    Control: the quantised activation differs from the float activation by far more than the bound.
+    """
     case = Case(direction, activation=activation, dyadic=False)
     ours, reference = run(case), with_nn_linear(case)
     for name, bound in bounds(case).items():
@@ -297,8 +300,11 @@ def test_ordinary_inputs_stay_within_the_order_of_sums(run: Results, direction: 
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_tensor_parallel_gives_the_bits_of_one_rank(run: Results, direction: str, world_size: int) -> None:
-    """Ternary codes and int8 activations: the forward is exact for ordinary inputs, dgrad and wgrad within the order of
-    their sums. Control for the row direction: see test_scaled_partial_sums_would_depend_on_the_split."""
+    """Ternary codes and int8 activations. The forward is exact for ordinary inputs.
+
+    dgrad and wgrad are within the rounding of another order of their sums. Control for the row direction:
+    test_scaled_partial_sums_would_depend_on_the_split.
+    """
     case = Case(direction, dyadic=False)
     one, many = run(case), run(case, world_size)
     assert torch.equal(many["y"], one["y"])
@@ -340,8 +346,10 @@ def test_sequence_parallel_equals_without(run: Results, direction: str, world_si
 @pytest.mark.parametrize("world_size", [2, 4])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_sequence_parallel_keeps_each_token_with_its_scale(run: Results, direction: str, world_size: int) -> None:
-    """Ordinary inputs, every token with a scale of its own: the forward is still exact. Control: dyadic tokens all have
-    the same scale and would not show another token's."""
+    """Ordinary inputs, where every token has a scale of its own: the forward is still exact.
+
+    Dyadic tokens all have the same scale, so they would not show that a token got the scale of another.
+    """
     case = Case(direction, dyadic=False)
     plain, sequence = run(case, world_size), run(replace(case, sequence=True), world_size)
     assert torch.equal(sequence["y"], plain["y"])
@@ -352,9 +360,12 @@ def test_sequence_parallel_keeps_each_token_with_its_scale(run: Results, directi
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("bits", BF16_BITS)
 def test_bf16_rounds_results_only(run: Results, direction: str, bits: Bits) -> None:
-    """Codes and int8 activations are exact in bf16. Forward: the product and the scaled result are rounded once each.
-    dgrad: the product once. wgrad: x_q * s_x is rounded to bf16 before an fp32 product. u = 2^-8 a rounding; the
-    fp32 sums are those of `bounds`, twice because its inputs are not yet rounded to bf16."""
+    """Codes and int8 activations are exact in bf16.
+
+    Forward: the product and the scaled result are rounded once each. dgrad: the product is rounded once. wgrad: x_q *
+    s_x is rounded to bf16 before an fp32 product. Each rounding changes a number by up to u = 2^-8 of itself. The fp32
+    sums have twice the bound of `bounds`, whose inputs are not yet rounded to bf16.
+    """
     case = Case(direction, bits=bits, compute="bf16", dyadic=False)
     ours = run(case)
     x, grad = (part.bfloat16().float() for part in whole_input(case))
@@ -370,7 +381,7 @@ def test_bf16_rounds_results_only(run: Results, direction: str, bits: Bits) -> N
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_gradient_of_two_backward_passes_is_their_sum(run: Results, direction: str) -> None:
-    """Micro-batches add up in the sink; y and dx do not change."""
+    """Micro-batches add up in the gradient buffer; y and dx do not change."""
     case = Case(direction)
     once, twice = run(case), run(replace(case, backwards=2))
     assert torch.equal(twice["dw"], 2 * once["dw"])
@@ -396,7 +407,7 @@ def check_refusals(rank: int, world_size: int) -> None:
 
 
 def test_an_input_without_gradient_and_unsupported_arguments_are_refused() -> None:
-    """Autograd would skip the backward of such an input, and the weight would never learn, without a word."""
+    """Autograd would skip the backward of such an input without a message, and the weight would never learn."""
     run_distributed(check_refusals, 1)
 
 
@@ -410,9 +421,9 @@ def float_tensors_of(num_elements: int) -> int:
 
 
 def check_memory(rank: int, world_size: int, direction: str, activation: str) -> dict[str, Any]:
-    """What one forward keeps for the backward, and the live float tensors of the weight's size after each pass."""
+    """What one forward keeps for the backward, and how many float tensors of the weight's size live after each pass."""
     case = Case(direction, activation=activation)
-    gc.freeze()  # what lives already is not looked at: only the linear and its passes
+    gc.freeze()  # leaves out everything but the linear and its passes
     linear = build_linear(case, rank, world_size, dist.group.WORLD)
     x = whole_input(case)[0].requires_grad_()
     saved: list[tuple[str, int]] = []
@@ -442,6 +453,9 @@ def check_all_memory(rank: int, world_size: int) -> None:
 
 
 def test_backward_keeps_scales_beside_its_input_and_nothing_of_the_weight() -> None:
-    """Kept are the input itself, not a copy of it, and a scale a token. Control: without quantised activations there are no
-    scales. The one float tensor of the weight's size is the gradient sink."""
+    """The forward keeps the input itself, not a copy, and one scale per token.
+
+    Control: without quantised activations there are no scales. The one float tensor of the weight's
+    size is the gradient.
+    """
     run_distributed(check_all_memory, 1)

@@ -21,9 +21,11 @@ from tests.tolerances import ELEMENTWISE_FP32
 
 @pytest.mark.parametrize(("beta1", "beta2", "epsilon"), [(0.9, 0.95, 1e-8), (0.0, 0.999, 1e-3), (0.5, 0.0, 1e-6)])
 def test_equals_torch_adamw_over_several_steps(beta1: float, beta2: float, epsilon: float) -> None:
-    """Starting from zero, AdamW without decay is at minus the learning rate times the sum of the directions. Moments
-    are compared too. Control: without the bias correction the first directions are off by (1 - beta1) and sqrt(1 -
-    beta2)."""
+    """A weight that starts at zero is, without decay, minus the learning rate times the sum of the directions.
+
+    Moments are compared too. Control: without the bias correction the first directions are off by (1 - beta1) and
+    sqrt(1 - beta2).
+    """
     weight = torch.nn.Parameter(torch.zeros(7, 5))
     optimizer = torch.optim.AdamW([weight], lr=1.0, betas=(beta1, beta2), eps=epsilon, weight_decay=0.0, foreach=False)
     exp_avg, exp_avg_sq, total = torch.zeros(7, 5), torch.zeros(7, 5), torch.zeros(7, 5)
@@ -41,7 +43,7 @@ def test_equals_torch_adamw_over_several_steps(beta1: float, beta2: float, epsil
 
 
 def test_first_direction_is_the_sign_of_the_gradient() -> None:
-    """m / (1 - beta1) = g and sqrt(v / (1 - beta2)) = |g|: what bias correction is for. u = 2^-24, four roundings."""
+    """With bias correction, m / (1 - beta1) = g and sqrt(v / (1 - beta2)) = |g|. Four roundings of u = 2^-24."""
     gradient = torch.randn(100)
     direction = adamw_direction(
         gradient, torch.zeros(100), torch.zeros(100), step=1, beta1=0.9, beta2=0.95, epsilon=1e-30
@@ -50,7 +52,7 @@ def test_first_direction_is_the_sign_of_the_gradient() -> None:
 
 
 def test_a_block_of_rows_gets_the_direction_it_has_in_the_whole() -> None:
-    """What updating in chunks and sharding by rows rely on."""
+    """Updates in chunks and sharding by rows rely on this."""
     gradient, settings = torch.randn(6, 33), {"beta1": 0.9, "beta2": 0.95, "epsilon": 1e-8}
     whole = [torch.zeros(6, 33), torch.zeros(6, 33)]
     parts = [torch.zeros(6, 33), torch.zeros(6, 33)]
@@ -105,7 +107,7 @@ def test_with_32_bits_it_is_direction_and_rounding() -> None:
 
 
 def test_with_8_bits_the_direction_comes_before_the_rounding_of_moments() -> None:
-    """So the first step is that of 32 bits; later ones start from rounded moments, which are within a step of theirs."""
+    """So the first step equals that of 32 bits. Later steps start from rounded moments."""
     gradients = [torch.randn(8, 128) for _ in range(3)]
     first, wanted = shard(8, 128), shard(8, 128)
     stepped(first, 8, gradients[:1])
@@ -122,8 +124,11 @@ def test_with_8_bits_the_direction_comes_before_the_rounding_of_moments() -> Non
 
 @pytest.mark.parametrize("mode", ["stochastic", "nearest"])
 def test_a_shard_ends_with_its_part_of_the_whole(mode: Rounding) -> None:
-    """Codes and moments, rows 2 to 7 and columns 32 to 127. Control: at another place of the matrix it draws other words, for the
-    moments also where codes are rounded to nearest."""
+    """Codes and moments of rows 2 to 6 and columns 32 to 127.
+
+    Control: a shard at another place of the matrix draws other words, also for the moments when codes are
+    rounded to nearest.
+    """
     gradients = [torch.randn(8, 128) for _ in range(3)]
     rows, columns = slice(2, 7), slice(32, 128)
     parts = [gradient[rows, columns].contiguous() for gradient in gradients]
@@ -154,7 +159,7 @@ def test_elements_that_are_not_finite_count_as_zero_where_nobody_has_taken_a_nor
 
 @pytest.mark.parametrize("state_bits", [8, 32])
 def test_a_clip_of_zero_moves_no_code_and_lets_moments_decay(state_bits: int) -> None:
-    """Codes are zero here, so that weight decay has nothing to pull at. Control: with a clip of one the first moment moves them."""
+    """Codes are zero here, so weight decay moves none. Control: with a clip of one the first moment moves codes."""
     weight, gradient = shard(8, 128), torch.randn(8, 128)
     moments = stepped(weight, state_bits, [gradient])
     weight.set_codes(torch.zeros(8, 128, dtype=torch.int8))

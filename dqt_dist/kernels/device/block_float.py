@@ -25,7 +25,10 @@ def power_of_two(exponent):
 
 @triton.jit
 def decode_signed(codes, exponents, factor, BLOCK: tl.constexpr, EXPONENT_MIN: tl.constexpr):
-    """Values times the scalar `factor`, which is multiplied into the scale of each block: no operation per value."""
+    """Values times the scalar `factor`.
+
+    The factor is multiplied into the scale of each block, so it costs no operation per value.
+    """
     scale = power_of_two(tl.maximum(exponents, EXPONENT_MIN) - 134)
     return tl.reshape(codes.to(tl.float8e4nv, bitcast=True).to(tl.float32) * (scale * factor), (BLOCK,))
 
@@ -50,7 +53,7 @@ def encode_signed(values, noise, EXPONENT_MIN: tl.constexpr):
 @triton.jit
 def encode_unsigned(values, noise, EXPONENT_MIN: tl.constexpr):
     """Codes and exponents of values that are not negative, whose mantissas are rounded by `noise`."""
-    # Numbers that are not negative are ordered as their bits are, and a GPU takes the maximum of three integers at once.
+    # Numbers that are not negative have the order of their bits, and a GPU takes the maximum of three integers at once.
     bits = tl.reshape(values, noise.shape).to(tl.int32, bitcast=True)
     exponents = tl.max(bits, axis=1) >> 23
     shift = (tl.maximum(exponents, EXPONENT_MIN) - EXPONENT_MIN) << 23
@@ -61,7 +64,10 @@ def encode_unsigned(values, noise, EXPONENT_MIN: tl.constexpr):
 def load_blocks(
     codes_row, exponents_row, start, columns, BLOCK: tl.constexpr, STATE_BLOCK: tl.constexpr, WHOLE: tl.constexpr
 ):
-    """Codes and exponents of columns [start, start + BLOCK) of a row; zeros past `columns`. WHOLE: none lies past them."""
+    """Codes and exponents of columns [start, start + BLOCK) of a row; zeros past `columns`.
+
+    WHOLE: the block lies inside the row.
+    """
     code_pointers = (codes_row + start) + tl.arange(0, BLOCK)
     exponent_pointers = (exponents_row + start // STATE_BLOCK) + tl.arange(0, BLOCK // STATE_BLOCK)
     if WHOLE:

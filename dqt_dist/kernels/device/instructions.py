@@ -1,8 +1,8 @@
 # pyright: reportMissingImports=false, reportIndexIssue=false
-"""Device functions that are one or a few GPU instructions which Triton has no word for: inline PTX, and libdevice.
+"""Device functions for GPU instructions that Triton's language lacks: inline PTX, and libdevice.
 
-This is the only module of the kernels with PTX or libdevice in it. Triton's interpreter executes neither, so the tests replace this
-module as a whole by arithmetic on NumPy arrays: tests/kernels/interpreter_instructions.py has the same functions.
+No other module of the kernels contains PTX or libdevice. Triton's interpreter executes neither, so the tests replace
+this whole module by arithmetic on NumPy arrays: tests/kernels/interpreter_instructions.py has the same functions.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from triton.language.extra import libdevice
 
 @triton.jit
 def clamp_to_span(x, SPAN: tl.constexpr):
-    """fp32 x between 0 and SPAN: numbers that are not negative are ordered as their bits are.
+    """fp32 x between 0 and SPAN, by integer comparisons: numbers that are not negative have the order of their bits.
 
-    ptxas makes one instruction of both on sm_90 and later. PTX has that instruction too (min.relu), but ptxas refuses it for sm_80.
+    ptxas turns min and max into one instruction on sm_90 and later. PTX has that instruction as min.relu, but ptxas
+    refuses min.relu for sm_80.
     """
     return tl.inline_asm_elementwise(
         "{ .reg .b32 a; min.s32 a, $1, $2; max.s32 $0, a, 0; }", "=r,r,r", [x, tl.full(x.shape, SPAN, tl.float32)],

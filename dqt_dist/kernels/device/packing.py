@@ -1,4 +1,5 @@
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# Triton may be absent. Its types know no index into a jit function, and no arithmetic of a constexpr.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportOperatorIssue=false
 """Packed codes as device functions: the byte layout of lowbit/packing.py.
 
     storage bits   byte                                    field
@@ -6,8 +7,8 @@
     4              u0 | u1 << 4                            u = code - QMIN
     8              the code itself as int8                 u = code - QMIN, once it is loaded
 
-A *field* is a code less QMIN, so it is never negative. A row ends on a byte; the fields that its last byte has to spare are zero.
-Bytes are int32 in registers.
+A *field* is a code less QMIN, so a field is never negative. A row ends on a byte. Fields of the last byte that belong
+to no column are zero. Bytes are int32 in registers.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def load_packed(
         inside = tl.arange(0, COUNT) < packed_columns - first
         packed = tl.load(pointers, mask=inside, other=0).to(tl.int32)
         if STORAGE_BITS == 8:
-            # Not by `other`: of four int8 loaded at once, Triton 3.6.0 gives a negative one to the first alone.
+            # Not by `other`: of four int8 that are loaded at once, Triton 3.6.0 gives a negative `other` to the
+            # first only.
             packed = tl.where(inside, packed, QMIN)
     return packed
 
@@ -60,11 +62,14 @@ def store_packed(
 
 @triton.jit
 def _field(bytes_with_exponent, POSITION: tl.constexpr, STORAGE_BITS: tl.constexpr):
-    """Field POSITION of bytes that are or-ed with 0x4B000000, the bits of the fp32 number 2^23: fp32.
+    """Field POSITION of each byte, as fp32.
 
-        0 10010110 000000000000000 uuuuuuuu      the number 2^23 + byte, as fp32 of this exponent counts in ones
+    The bytes come with the exponent of 2^23, whose bits are 0x4B000000. With this exponent the last bit of the mantissa
+    is worth one, so the 32 bits are the fp32 number 2^23 + byte:
 
-    Masking the other fields leaves 2^23 + u * 2^SHIFT, and one fused multiply-add takes both powers of two away.
+        sign 0   exponent 10010110   mantissa 000000000000000 uuuuuuuu
+
+    Masking the other fields leaves 2^23 + u * 2^SHIFT. One fused multiply-add removes both powers of two.
     """
     SHIFT: tl.constexpr = STORAGE_BITS * POSITION
     UNIT: tl.constexpr = 1.0 / (1 << SHIFT)
@@ -76,7 +81,7 @@ def _field(bytes_with_exponent, POSITION: tl.constexpr, STORAGE_BITS: tl.constex
 def unpack_fields(packed, QMIN: tl.constexpr, STORAGE_BITS: tl.constexpr):
     """Fields of bytes, fp32 [BLOCK]: no conversion from integers, which is slow on a GPU."""
     bytes_with_exponent = packed | 0x4B000000
-    # One return: Triton types every return statement, also those a constexpr condition leaves out.
+    # One return statement: Triton checks the type of every return, also of one that a constexpr condition leaves out.
     if STORAGE_BITS == 8:
         result = packed.to(tl.float32) - QMIN
     elif STORAGE_BITS == 4:
@@ -95,7 +100,8 @@ def unpack_fields(packed, QMIN: tl.constexpr, STORAGE_BITS: tl.constexpr):
 def unpack_codes(packed, QMIN: tl.constexpr, STORAGE_BITS: tl.constexpr):
     """Codes of bytes [rows, n], int32 [rows, n * 8 / STORAGE_BITS].
 
-    Unlike `unpack_fields` these are integers: a kernel that only unpacks waits for memory, and converts to any operand type.
+    These are integers, unlike the result of `unpack_fields`. A kernel that only unpacks is limited by memory, so it can
+    afford to convert them to any operand type.
     """
     if STORAGE_BITS == 8:
         codes = packed

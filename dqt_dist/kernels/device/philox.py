@@ -1,4 +1,5 @@
-# pyright: reportMissingImports=false, reportIndexIssue=false
+# Triton may be absent. Its types know no index into a jit function, and no result of one.
+# pyright: reportMissingImports=false, reportIndexIssue=false, reportGeneralTypeIssues=false
 """Philox4x32-10 as device functions: the random words of lowbit/philox.py, bit for bit.
 
 key       64-bit, purpose << 32 | seed
@@ -18,9 +19,9 @@ from dqt_dist.kernels.device.packing import interleave4
 def philox(key, counter, step, matrix_id):
     """The four words of `counter` uint32 [n], each uint32 [n]; key int64, step int, matrix_id uint32.
 
-    Salmon et al., SC 2011. Constants as in lowbit/philox.py. tl.philox takes the halves of each product by an instruction of its
-    own; here one product gives both. The upper words of the counter are the same for all n, so that two of the twenty products are
-    scalars.
+    Salmon et al., SC 2011. Constants as in lowbit/philox.py. tl.philox computes the two halves of each product by two
+    instructions; here one 64-bit product gives both. The upper words of the counter are the same for all n, so two of
+    the twenty products are scalars.
     """
     c0, c1, c2, c3 = counter, tl.zeros_like(counter), step.to(tl.uint32), matrix_id
     k0 = key.to(tl.uint32)
@@ -40,7 +41,7 @@ def philox(key, counter, step, matrix_id):
 @triton.jit
 def random_words(counter, matrix_id, key, step, BLOCK: tl.constexpr):
     """The words of BLOCK neighbouring columns, uint32 [BLOCK]; `counter` is the scalar that gives the first four."""
-    # Each thread has 8 columns, so two counters: the words are made where they are used.
+    # Each thread has 8 columns, so two counters: every thread makes the words that it uses.
     pair = counter.to(tl.uint32) + 2 * tl.arange(0, BLOCK // 8).to(tl.uint32)
     a0, a1, a2, a3 = philox(key, pair, step, matrix_id)
     b0, b1, b2, b3 = philox(key, pair + 1, step, matrix_id)
