@@ -1,14 +1,19 @@
 #!/usr/bin/env python3
 # pyright: reportPrivateImportUsage=false
-"""What this device can do at best: copies, matrix products in each precision, attention. Others' numbers are divided by these.
+"""What this device reaches at best: copies, matrix products in each precision, attention.
 
-    copy        one tensor of several GB onto another, negated, read + written bytes
-    products    tokens x in x out: x [tokens, in] times W^T, W [out, in], as a linear's forward. bf16 torch.mm; fp8 torch._scaled_mm with a
-                scale a token and one an output, fast accumulation; int8 torch._int_mm. dgrad and wgrad are the same products turned
+The other benchmarks divide their numbers by these.
+
+    copy        one tensor of several GB onto another, negated; bytes read plus bytes written
+    products    tokens x in x out: x [tokens, in] times W^T, W [out, in], as in the forward of a linear.
+                bf16   torch.mm
+                fp8    torch._scaled_mm with one scale per token and one per output, fast accumulation
+                int8   torch._int_mm
+                dgrad and wgrad are the same products with other dimensions
     attention   causal, heads of 128, through torch's scaled_dot_product_attention with cuDNN's and flash's kernels
 
-Data are random, since a device draws less power, and clocks higher, on zeros. Each number is a median. What a device cannot do is
-shown with the reason. On a CPU shapes are small and products fp32 and bf16.
+Data are random, because on zeros a device draws less power and clocks higher. Each number is a median. Where a device
+cannot do something, the table shows the reason. On a CPU shapes are small and products are fp32 and bf16.
 """
 
 from __future__ import annotations
@@ -94,7 +99,7 @@ def measure(device: str, shapes: list[Any]) -> Iterator[Ceiling]:
 def measured(
     kind: str, shape: str, amount: float, unit: str, make: Callable[[], Callable[[], Any]], device: str
 ) -> Ceiling:
-    """`make` prepares the operands and returns what is timed; they are freed with it."""
+    """`make` prepares the operands and returns the function to time. The operands are freed with this function."""
     import torch
 
     try:
@@ -113,8 +118,8 @@ def copy(device: str) -> Callable[[], Callable[[], Any]]:
     def make() -> Callable[[], Any]:
         source = torch.randint(-(2**31), 2**31 - 1, (COPY_BYTES[device] // 4,), dtype=torch.int32, device=device)
         target = torch.empty_like(source)
-        # By a kernel that does next to nothing: as a node of a CUDA graph, a plain copy is made by the copy engines, on an H200 at two
-        # thirds of the rate.
+        # A kernel that does very little, instead of a plain copy: in a CUDA graph the copy engines do a plain copy, on
+        # an H200 at two thirds of the rate.
         return lambda: torch.neg(source, out=target)
 
     return make
@@ -164,7 +169,7 @@ PRODUCTS = {
 
 
 def attention(device: str) -> Iterator[Ceiling]:
-    """Forward and backward. A causal forward does half of 4 * S^2 * width operations a head, the backward 2.5 times that."""
+    """Forward and backward. A causal forward does 2 * S^2 * width operations per head, the backward 2.5 times that."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.nn.functional import scaled_dot_product_attention

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """What checkpoints cost: save, the time an asynchronous save blocks, load, and load at another number of ranks.
 
-Starts processes of its own (torchrun): on GPUs where there are any, else on the CPU with gloo. N data-parallel ranks under ZeRO 1
-save and load; one process loads what they wrote and writes one itself, which N load again. The model is that of a config.
+The script starts its own processes with torchrun: on GPUs where there are any, else on the CPU with gloo. N
+data-parallel ranks under ZeRO 1 save and load. One process loads their checkpoint and saves another, which the N ranks
+load. The model is that of a config.
 
-Beside each number stands its ceiling, measured in the same processes: all ranks at once write a plain file with one fsync, or read
-one, or copy one tensor to host memory, of as many bytes as their share. Files leave the page cache before they are read.
+Beside each number stands its ceiling, measured in the same processes. All ranks at once write a plain file with one
+fsync, or read a file, or copy a tensor to host memory, each of as many bytes as the rank's share. Files leave the page
+cache before they are read.
 """
 
 from __future__ import annotations

@@ -19,13 +19,16 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_SECONDS = 0.3
-# Sets of inputs: so many sizes of the L2 cache together, but so many sets at most. Calls in a graph; groups of replays that are timed,
-# and how long one takes at least.
+# All sets of inputs together fill the L2 cache CACHES times, but there are at most SETS_AT_MOST sets. A graph has at
+# least CALLS_AT_LEAST calls. GROUPS groups of replays are timed, each of at least GROUP_SECONDS.
 CACHES, SETS_AT_MOST, CALLS_AT_LEAST, GROUPS, GROUP_SECONDS = 4, 64, 16, 20, 2e-3
 
 
 def median_seconds(make: Callable[[], Callable[[], Any]], device: str) -> float:
-    """Median over many calls of what `make` returns; `make` prepares its inputs, and is called as often as sets of them are needed."""
+    """Median over many calls of the function that `make` returns.
+
+    `make` prepares the function's inputs. It is called once for each set of inputs that is needed.
+    """
     if device == "cuda":
         return _median_in_a_graph(make)
     function = make()
@@ -39,12 +42,12 @@ def median_seconds(make: Callable[[], Callable[[], Any]], device: str) -> float:
 
 
 def _median_in_a_graph(make: Callable[[], Callable[[], Any]]) -> float:
-    """Calls follow one another in a CUDA graph, each on inputs it has not in the cache and with a result of its own, as the kernels of a
-    training step do.
+    """The median over calls that follow one another in a CUDA graph, like the kernels of a training step.
 
-    So Python's time is not in it, and what a call leaves in the cache to be written back is another's cost as that of the one
-    before was its own. Zeros that clear the cache before a call (triton.testing.do_bench) would be written back in its time, up
-    to 50 MB on an H200.
+    Each call has inputs that are not in the cache, and a result of its own. The graph leaves out Python's time. Each
+    call pays for writing back what the call before has left in the cache, and leaves as much to the next.
+    triton.testing.do_bench instead clears the cache with zeros before a call. The call would then pay for writing the
+    zeros back, up to 50 MB on an H200.
     """
     import torch
 
@@ -77,7 +80,7 @@ def _median_in_a_graph(make: Callable[[], Callable[[], Any]]) -> float:
 
 
 def provenance(devices: str) -> str:
-    """What a result depends on, as the line above its table: date, commit, device, versions, and the command that made it."""
+    """The line above a table: date, commit, device, versions, and the command that made the result."""
     import torch
 
     from dqt_dist.training.cost import versions
@@ -122,9 +125,10 @@ def chosen(text: str, known: dict[str, list[str]], option: str) -> tuple[str, li
 
 
 def free_memory() -> None:
-    """Gives back what a run that nobody refers to any more has left.
+    """Frees the memory of a run to which no variable refers any more.
 
-    Engine, optimizer and hooks refer to one another, in part by way of C++: one pass of Python's collector is not enough.
+    Engine, optimizer and hooks refer to one another, in part through C++, so one pass of Python's
+    collector is not enough.
     """
     import torch
 
@@ -136,8 +140,11 @@ def free_memory() -> None:
 
 @contextmanager
 def waiting_is_an_error() -> Iterator[None]:
-    """Whoever waits for the GPU inside gets a RuntimeError: an operation of torch's that copies to the host, or a call that waits for
-    the device, a stream or an event, as DeepSpeed's throughput timer makes."""
+    """Inside this block, waiting for the GPU raises a RuntimeError.
+
+    Both kinds of waits are refused: operations of torch that copy to the host, and calls that wait for the device, a
+    stream or an event. DeepSpeed's throughput timer makes such calls.
+    """
     import torch
 
     def refuse(*_: Any, **__: Any) -> None:
@@ -148,7 +155,7 @@ def waiting_is_an_error() -> Iterator[None]:
             until_then.enter_context(patch.object(place, "synchronize", refuse))
         until_then.callback(torch.cuda.set_sync_debug_mode, "default")
         with warnings.catch_warnings():
-            # That the mode is a prototype; where warnings are errors it would be left set.
+            # torch warns that the mode is a prototype. Where warnings are errors, the mode would stay set.
             warnings.simplefilter("ignore", UserWarning)
             torch.cuda.set_sync_debug_mode("error")
         yield

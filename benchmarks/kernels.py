@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""Every operation of dqt_dist/kernels against what it cannot avoid: bytes to move, operations to do, and the time this takes at best.
+"""Every operation of dqt_dist/kernels against its floor, the least time that its bytes and operations can take.
 
-    floor = max(bytes / copy bandwidth, operations / best product rate of that precision)      of the ceiling = floor / measured
+    floor          = max(bytes / copy bandwidth, operations / best product rate of that precision)
+    of the ceiling = floor / measured
 
-Both rates are measured in the same run (ceilings.py). Bytes count each input read once and each output written once; operations are
-two for each multiplication of a matrix product. Shapes are those of the 1.36 B model of configs/ on 8 sequences of 2048 tokens; the
-whole linear (unpack, transpose, product, scales) stands as `linear ...`. On a CPU shapes are small and the definitions are measured.
+Both rates are measured in the same run (ceilings.py). Bytes count each input read once and each output written once.
+Operations are two for each multiplication of a matrix product. Shapes are those of the 1.36 B model of configs/ on 8
+sequences of 2048 tokens. Rows named `linear ...` are whole linears: unpack, transpose, product, scales. On a CPU shapes
+are small and the definitions are measured.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ SHAPES = {"cuda": Shapes(8, 2048, 2048, 5632, 16, 32000), "cpu": Shapes(2, 64, 2
 
 @dataclass(frozen=True)
 class Operation:
-    """One entry: what it must do, and a function that prepares its inputs and returns what is timed."""
+    """One entry: bytes and operations, and a function that prepares the inputs and returns the function to time."""
 
     name: str
     shape: str
@@ -151,8 +153,10 @@ def low_bit(rows: int, columns: int, device: str) -> Any:
 
 
 def updates(s: Shapes, device: str) -> Iterator[Operation]:
-    """The weight update of gate|up; AdamW with 8-bit moments also of down and of a large gate|up. Bytes a weight: codes 1/4 read and
-    written, direction 4 or gradient 2, moments read and written."""
+    """The weight update of gate|up; with AdamW and 8-bit moments also of down and of a large gate|up.
+
+    Bytes per weight: codes 1/4 read and 1/4 written, direction 4 or gradient 2, moments read and written.
+    """
     import torch
 
     from dqt_dist.kernels.low_bit_update import update_rows
@@ -189,7 +193,7 @@ def updates(s: Shapes, device: str) -> Iterator[Operation]:
 
 
 def unpacking(s: Shapes, device: str) -> Iterator[Operation]:
-    """Packed codes to operands: 1/4 byte read and the operand written a weight."""
+    """Packed codes to operands. Per weight 1/4 byte is read and the operand is written."""
     import torch
 
     from dqt_dist.kernels.unpack import unpack_operand
@@ -208,7 +212,7 @@ def unpacking(s: Shapes, device: str) -> Iterator[Operation]:
 
 
 def activations(s: Shapes, device: str) -> Iterator[Operation]:
-    """What stands between products. bf16 in and out where nothing else is said; codes are one byte."""
+    """The operations between products. Inputs and outputs are bf16 unless the name differs; codes are one byte."""
     import torch
 
     from dqt_dist.kernels import cross_entropy, quantize, rope
@@ -295,7 +299,7 @@ def activations(s: Shapes, device: str) -> Iterator[Operation]:
 
 
 def linears(s: Shapes, device: str) -> Iterator[Operation]:
-    """The three products of gate|up as layers/compute.py does them, inputs quantised already: x and codes or gradient in, bf16 out."""
+    """The three products of gate|up as in layers/compute.py. Inputs are quantised already; the result is bf16."""
     import torch
 
     from dqt_dist.config import QuantizationConfig

@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 """Does the layout change what is learned? The same run at several layouts, validation losses side by side.
 
-Each layout trains the model of a config, cut to what a CPU can do, on the same text, from the same seed, in processes of its
-own (torchrun, gloo). Rounding is a function of logical coordinates, so only the order of floating-point sums may differ.
+Each layout trains the model of a config, made small enough for a CPU, on the same text and from the same seed. Each
+layout has processes of its own (torchrun, gloo). Rounding is a function of logical coordinates, so only the order of
+floating-point sums may differ.
 """
 
 from __future__ import annotations
@@ -92,7 +93,8 @@ def table(args: argparse.Namespace, rows: list[tuple[tuple[int, int, int], dict]
         difference = summary["valid_loss"] / first["valid_loss"] - 1
         cells.append([*map(str, layout), *(f"{loss:.5f}" for loss in losses), f"{difference:+.4%}"])
     columns = ("tensor", "pipeline", "data", "first loss", "last loss", "validation loss", "against the first row")
-    cut = f"{args.config} cut to {first['parameters']:,} weights, {args.steps} steps of 1,024 tokens, gloo, fp32, one seed."
+    weights = f"{args.config} cut to {first['parameters']:,} weights"
+    cut = f"{weights}, {args.steps} steps of 1,024 tokens, gloo, fp32, one seed."
     return f"# One run at five layouts\n\n{cut}\n{provenance('CPU')}\n\n{markdown(columns, cells)}"
 
 

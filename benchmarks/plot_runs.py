@@ -16,7 +16,8 @@ import matplotlib.pyplot as plt
 
 def main() -> int:
     style = argparse.RawDescriptionHelpFormatter
-    example = "example:\n  benchmarks/plot_runs.py --run dqt=runs/a --run bf16=runs/b --title '130m' --output docs/benchmarks/x.png"
+    command = "benchmarks/plot_runs.py --run dqt=runs/a --run bf16=runs/b --title '130m' --output docs/benchmarks/x.png"
+    example = f"example:\n  {command}"
     parser = argparse.ArgumentParser(description=__doc__, epilog=example, formatter_class=style)
     parser.add_argument(
         "--run", action="append", required=True, metavar="NAME=RUN", help="label and run folder or metrics.jsonl"

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Does a cheaper precision learn the same? One config trained under several settings on the same tokens, validation losses side by side.
+"""Does a cheaper precision learn the same?
 
-Each setting is a run of launchers/pretrain.py in a process of its own and a folder of its own below --work, from the same seed. A run
-that was stopped goes on; one that has finished is not repeated: remove its folder for that. One seed each, so read small differences
-with care: another seed of the same setting is the measure, and can be asked for (last example).
+One config is trained under several settings on the same tokens; a table shows the validation losses side by side.
+Each setting is a run of launchers/pretrain.py from the same seed, in a process of its own and a folder of its own
+below --work. A run that was stopped goes on. A run that has finished is not repeated; to repeat it, remove its
+folder. Each setting has one seed, so read small differences with care. The last example shows how to run another seed
+of a setting for comparison.
 
     benchmarks/precision.py --config configs/130m_ternary.json --set training.steps=400 --set optimizer.warmup_steps=40
     benchmarks/precision.py --config configs/demo_cpu.json --settings "fp32;fp8" --work runs/precision
@@ -36,7 +38,7 @@ SETTINGS: dict[str, list[str]] = {
     "fp8, 8-bit moments, fused update": [*SMALL, "optimizer.fused_backward=true", "optimizer.max_grad_norm=0"],
     "bf16, not clipped": ["quantization.compute=bf16", "optimizer.max_grad_norm=0"],
 }
-"""The last one is what the fused update, which cannot clip, is to be compared with."""
+"""Compare the fused update, which cannot clip, with "bf16, not clipped"."""
 DEFAULT = "bf16;int8;fp8, dW in bf16;fp8;fp8, 8-bit moments;fp8, 8-bit moments, bf16 gradients"
 
 
@@ -78,7 +80,7 @@ def train(args: argparse.Namespace, text: str) -> tuple[str, str]:
     if not (folder / "summary.json").exists():
         print(f"{name}: {' '.join(settings)}", flush=True)
         command = [sys.executable, str(ROOT / "launchers/pretrain.py"), "--config", args.config, "--resume", "auto"]
-        # A setting that fails has said why, and has a line of its own in the table.
+        # No check: a setting that fails has printed the reason, and has a line in the table.
         subprocess.run([*command, *(part for setting in settings for part in ("--set", setting))])
     return name, str(folder)
 
@@ -99,7 +101,7 @@ def read(name: str, folder: Path) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Differences are to the first run that finished; its number of tokens must be everybody's."""
+    """Differences are to the first run that finished. Runs with another number of tokens show no difference."""
     finished = [row for row in rows if "valid_loss" in row]
     columns = (
         "setting",

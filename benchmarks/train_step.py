@@ -1,20 +1,23 @@
 #!/usr/bin/env python3
 """A training step of each method and precision, side by side in one process: speed, memory, and where the time goes.
 
-Every variant is the real trainer: megatron-core's model, DeepSpeed's engine, our optimizer, the data loader's worker processes.
-The config gives model, batch and data; a variant changes what its name says. Text is the config's corpus where it exists, otherwise
-the documentation of Python's library, prepared into a temporary folder.
+Every variant is the real trainer: megatron-core's model, DeepSpeed's engine, our optimizer, the data loader's worker
+processes. The config gives model, batch and data; a variant changes what its name says. Text is the config's corpus.
+Where that does not exist, the documentation of Python's library is prepared into a temporary folder.
 
     python benchmarks/train_step.py --set data.train.0.path=data/corpus/train
-    python benchmarks/train_step.py --variants "none-bf16;dqt-fp8;mine=quantization.bits=4,training.recompute=mlp" --json step.json
-    python benchmarks/train_step.py --from-json step.json --plot step.png        # where matplotlib is
+    python benchmarks/train_step.py --json step.json \\
+        --variants "none-bf16;dqt-fp8;mine=quantization.bits=4,training.recompute=mlp"
+    python benchmarks/train_step.py --from-json step.json --plot step.png        # needs matplotlib
     python benchmarks/train_step.py --steps 1 --warmup 1 --no-profile --variants "dqt-fp8, fused, recompute full" \\
-        --set training.micro_batch_size=1 --set model.num_layers=80 --set model.hidden_size=8192 ...    # the largest that fits
+        --set training.micro_batch_size=1 --set model.num_layers=80 --set model.hidden_size=8192 ...    # the largest
 
-A step lasts from the end of the one before it to its own, waiting for the loader included. MFU counts model FLOPs (training/cost.py)
-against the device's dense bf16 peak in every variant, so that they compare; on a CPU against an fp32 product measured first.
-Parts are kernels by name (on a CPU operators, without those inside them); whatever the optimizer's step has launched is `update`.
-Idle is the median step less the sum of the kernels of one profiled step.
+    step     from the end of the previous step to its own end, with the wait for the loader
+    MFU      model FLOPs (training/cost.py) against the device's dense bf16 peak, in every variant, so that variants
+             compare; on a CPU against an fp32 product that is measured first
+    parts    kernels by name; on a CPU operators, without the operators inside them
+    update   everything that the optimizer's step has launched
+    idle     the median step less the sum of the kernels of one profiled step
 """
 
 from __future__ import annotations
@@ -75,8 +78,8 @@ for name in ("none-bf16", "bitnet-bf16", "dqt-bf16", "dqt-int8", "dqt-fp8"):
 DEFAULTS = {
     "cuda": (
         "configs/1b_ternary.json",
-        "none-bf16;bitnet-bf16;dqt-bf16;dqt-int8;dqt-fp8;dqt-fp8, dW in bf16;dqt-fp8, fused update;dqt-fp8, recompute mlp;"
-        "dqt-fp8, recompute full",
+        "none-bf16;bitnet-bf16;dqt-bf16;dqt-int8;dqt-fp8;dqt-fp8, dW in bf16;dqt-fp8, fused update;"
+        "dqt-fp8, recompute mlp;dqt-fp8, recompute full",
     ),
     "cpu": ("configs/demo_cpu.json", "none-fp32;dqt-fp32;dqt-bf16"),
 }
@@ -85,15 +88,19 @@ PARTS: list[tuple[str, tuple[str, ...]]] = [
     ("communication", ("nccl", "c10d::", "gloo:")),
     ("update", ("_adamw", "_update_kernel", "multi_tensor_apply")),
     ("attention", ("sdpa", "cudnn::fusion", "flash", "fmha", "scaled_dot_product")),
-    ("matrix products", ("nvjet", "gemm", "cutlass", "xmma", "aten::mm", "aten::addmm", "aten::bmm", "aten::_int_mm", "aten::_scaled_mm")),
+    (
+        "matrix products",
+        ("nvjet", "gemm", "cutlass", "xmma", "aten::mm", "aten::addmm", "aten::bmm", "aten::_int_mm",
+         "aten::_scaled_mm"),
+    ),
     ("loss", ("_statistics_kernel", "_gradient_kernel", "softmax")),
     (
         "quantise, norm, SwiGLU, rope",
-        ("_quantize", "_swiglu", "_norm_backward", "_transpose_kernel", "_unpack", "_scaled_kernel", "_rope", "layer_norm", "rms_norm",
-         "GammaBeta", "silu"),
+        ("_quantize", "_swiglu", "_norm_backward", "_transpose_kernel", "_unpack", "_scaled_kernel", "_rope",
+         "layer_norm", "rms_norm", "GammaBeta", "silu"),
     ),
 ]  # fmt: skip
-"""Kernels by part of the step; the first part with a fragment of the name has it, the rest is `other`."""
+"""Kernels by part of the step. A kernel belongs to the first part that has a fragment of its name, else to `other`."""
 IN_OPTIMIZER = "dqt_dist: update"
 LINES = 25
 
@@ -171,7 +178,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def load(args: argparse.Namespace, settings: list[str], folder: str, world_size: int) -> Any:
-    """The config of a variant: no parallel layout, one micro-batch a step, constant rates, unless --set says otherwise."""
+    """The config of a variant. By default no parallel layout, one micro-batch per step and constant rates."""
     from dqt_dist.config import check_world, load_config
 
     base = ["parallel.tensor=1", "parallel.pipeline=1", "optimizer.gradient_dtype=bf16", "training.steps=1000"]
@@ -203,13 +210,13 @@ def corpus(args: argparse.Namespace, config: Any, groups: Any, folder: str) -> l
     dist.broadcast_object_list(made)
     path = made[0]
     sources = [f'data.{part}=[{{"path": "{path}/{part}"}}]' for part in ("train", "valid")]
-    # A validation set is made too, though never read: one batch of it must exist.
+    # Validation data are never read, but one batch must exist.
     return [*sources, f'data.tokenizer="{path}/tokenizer.model"', "training.eval_batches=1"]
 
 
 @contextmanager
 def progress(name: str, seconds: float = 15.0) -> Iterator[None]:
-    """A line every so often while nothing else is printed: building a large model takes minutes."""
+    """Prints a line every few seconds, because building a large model takes minutes."""
     import torch
 
     done, start = threading.Event(), time.perf_counter()
@@ -265,7 +272,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
 
     try:
         if on_cuda:
-            # Before the first steps: what a CUDA graph will need again and again, torch counts when it is recorded only.
+            # Before the first steps, because torch counts the memory of a CUDA graph only when the graph is recorded.
             torch.cuda.reset_peak_memory_stats()
         for _ in range(args.warmup):
             step()
@@ -361,7 +368,10 @@ def update_range(events: list[dict[str, Any]]) -> tuple[float, float]:
 
 
 def on_device(events: list[dict[str, Any]]) -> Iterator[tuple[str, float, bool]]:
-    """(name, milliseconds, launched by the optimizer's step) of everything the GPU ran; a launch has its kernel's correlation."""
+    """(name, milliseconds, launched by the optimizer's step) of everything that the GPU ran.
+
+    A launch on the host and its kernel have the same correlation id.
+    """
     begin, end = update_range(events)
     launched = {
         e["args"]["correlation"]: e["ts"]
@@ -392,7 +402,7 @@ def on_host(events: list[dict[str, Any]]) -> Iterator[tuple[str, float, bool]]:
 
 
 def sync_check(engine: Any, model_chunks: Any, batches: list[Any], forward_backward: Any) -> str:
-    """ "none", or the lines of ours that waited for the GPU. Copies of the batch to the device are inside."""
+    """ "none", or the lines of our code that waited for the GPU. Steps include the copy of the batch to the device."""
     from dqt_dist.training.step import train_step
 
     try:
@@ -414,7 +424,7 @@ def tables(found: dict[str, Any]) -> str:
         "tokens/s",
         "ratio",
         "tokens/s, wall",
-        "ms a step",
+        "ms per step",
         "MFU",
         "peak GiB",
         "ratio",
@@ -457,7 +467,7 @@ def cells(row: dict[str, Any], first: dict[str, Any]) -> list[str]:
 
 
 def plot(found: dict[str, Any], path: str) -> None:
-    """Speed and memory as bars, and the parts of a step stacked, a line a variant."""
+    """Speed and memory as bars, and the parts of a step stacked; one line per variant."""
     plt = drawing()
     rows = [row for row in found["rows"] if "tokens_per_s" in row][::-1]
     bars = [("tokens_per_s", "tokens/s", "{:,.0f}", "#4c72b0")]

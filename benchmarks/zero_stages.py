@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""What each ZeRO stage costs and keeps: speed, memory and traffic of the same steps, and the digest of the state they leave.
+"""What each ZeRO stage costs: speed, memory and traffic of the same steps, and the digest of the state after them.
 
-Start it with torchrun, one process a GPU (or on a CPU with gloo). All stages run one after the other in the same processes, from
-the same seed, on the same random tokens; stages with equal digests have computed the same bits.
+Start the script with torchrun, one process per GPU (or on a CPU with gloo). All stages run one after the other in the
+same processes, from the same seed, on the same random tokens. Stages with equal digests have computed the same bits.
 
     torchrun --nproc-per-node 4 benchmarks/zero_stages.py --config configs/130m_ternary.json
-    torchrun --nproc-per-node 4 benchmarks/zero_stages.py --config configs/130m_ternary.json --set training.deterministic=true
+    torchrun --nproc-per-node 4 benchmarks/zero_stages.py --config configs/130m_ternary.json \\
+        --set training.deterministic=true
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ COLUMNS = (
     "tokens/s",
     "peak memory GiB",
     "bytes per low-bit weight",
-    "sent a step: gradients MB",
+    "sent per step: gradients MB",
     "codes MB",
     "digest",
 )
@@ -135,7 +136,7 @@ def batches(config: Any, groups: Any, step: int) -> list[dict[str, Any]]:
 
 
 def state_digest(model_chunks: Any, optimizer: Any, groups: Any) -> str:
-    """The digest of tools/inspect_ckpt.py, through a checkpoint in a folder that is dropped; on rank 0, elsewhere ""."""
+    """The digest of tools/inspect_ckpt.py, by way of a temporary checkpoint; "" on ranks other than 0."""
     import tempfile
 
     import torch.distributed as dist

@@ -3,13 +3,13 @@
     m = beta1 m + (1 - beta1) g        v = beta2 v + (1 - beta2) g^2
     direction = (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + epsilon)
 
-The direction does not depend on the weight. `lowbit/update.py` adds the direction to the weight, with decoupled weight
-decay, and rounds the sum to the grid. `adamw_update_rows` does AdamW and this update in one step. On CUDA this is one
-pass over memory, and the direction is never stored.
+The direction does not depend on the weight. `lowbit/update.py` moves the weight by minus the learning rate times the
+direction, applies decoupled weight decay, and rounds the result to the grid. `adamw_update_rows` does AdamW and this
+update in one step. On CUDA this is one pass over memory, and the direction is never stored.
 
-Moments have 32 bits or 8. With 8 bits, the direction is computed from the new moments before they are rounded. m
-is rounded as signed and v as unsigned block floats (`lowbit/block_float.py`), with random bits of the word that
-also rounds the code.
+Moments have 32 bits or 8. With 8 bits, the direction is computed from the new moments before the moments are rounded.
+m is rounded to signed and v to unsigned block floats (`lowbit/block_float.py`), with random bits of the word that also
+rounds the code.
 
     state_bits 32   exp_avg, exp_avg_sq               fp32  [rows, columns]         8 bytes per weight
     state_bits 8    exp_avg, exp_avg_sq               uint8 [rows, columns]         2.0625 bytes per weight
