@@ -122,14 +122,15 @@ def main(argv: list[str] | None = None) -> int:
 # ---------------------------------------------------------------- prepare
 
 PREPARE_HELP = """\
-The shards are train-00, train-01, ... and valid, each .jsonl or .jsonl.zst, with a "text" in every line. The tokenizer is trained on
-train-00 alone. Tokens keep the order of the shards and of their lines, whatever --workers is. OUT then holds
+The shards are train-00, train-01, ... and valid, each .jsonl or .jsonl.zst, with a "text" in every line. The
+tokenizer is trained on train-00 alone. Tokens keep the order of the shards and of their lines, whatever --workers is.
+OUT then holds
 
     tokenizer.model   train.bin/.idx/.json   valid.bin/.idx/.json   second.bin/.idx/.json (with --second-text)
     text.json         sha256 of the files above and of the shards, and counts of tokens
 
-The same shards and tokenizer give the same files byte for byte: compare text.json of two days. The second text is one document.
-A .zst file is read with the package zstandard, or without it by the command zstd.
+The same shards and tokenizer give the same files byte for byte: compare text.json of two days. The second text is one
+document. A .zst file is read with the package zstandard, or without it by the command zstd.
 """
 
 
@@ -191,7 +192,7 @@ def train_tokenizer_on(shard: Path, vocab_size: int, model: Path) -> None:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The documents of a file that hold any text, in order. tools/prepare_data.py reads many more kinds, but needs `datasets`."""
+    """The documents of a file that hold any text, in order. tools/prepare_data.py reads more kinds; it needs `datasets`."""
     if path.name.endswith((".txt", ".txt.gz")):
         text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
         if text.strip():
@@ -228,15 +229,18 @@ def sha256(path: Path) -> str:
 # ---------------------------------------------------------------- run
 
 RUN_HELP = """\
-Each run is a process of launchers/pretrain.py in the folder OUT/NAME, with a log in OUT/NAME.log. A run that has finished is not
-repeated. After --seconds the runs save and stop; the same command goes on with them. When a run has finished, its loss on the second
-text is measured, if the text has one. A line is printed for each run that ends, and one a minute with the time that is left.
+Each run is a process of launchers/pretrain.py in the folder OUT/NAME, with a log in OUT/NAME.log. A run that has
+finished is not repeated. After --seconds the runs save and stop; the same command goes on with them. When a run has
+finished, its loss on the second text is measured, if the text has one. A line is printed for each run that ends, and
+one a minute with the time that is left.
 
 A JSON file of --list holds the fields of `Run` in benchmarks/quality_list.py, for example
     [{"size": "S", "method": "dqt4", "rate": 0.001, "seed": 2},
-     {"size": "S", "method": "dqt4", "rate": 0.001, "label": "decay_0.1", "settings": ["optimizer.low_bit_weight_decay=0.1"]}]
+     {"size": "S", "method": "dqt4", "rate": 0.001, "label": "decay_0.1",
+      "settings": ["optimizer.low_bit_weight_decay=0.1"]}]
 
-Small runs leave a GPU idle between kernels, so several at once are faster together. Speeds measured so are those of a shared GPU.
+Small runs leave a GPU idle between kernels, so several at once are faster together. Speeds measured so are those of a
+shared GPU.
 """
 
 
@@ -507,9 +511,10 @@ def time_left(machine: Machine) -> str:
 # ---------------------------------------------------------------- collect
 
 COLLECT_HELP = """\
-A file holds what was asked for, the losses, the shares of codes that flip, are zero or were clamped, the bytes of a linear weight,
-speed, commit, device, versions, date, and the sha256 of the text. A run that has not finished is written with "finished": false and
-takes no part in the page's comparisons. A finished file is not replaced by an unfinished one.
+A file holds what was asked for, the losses, the shares of codes that flip, are zero or were clamped, the bytes of a
+linear weight, speed, commit, device, versions, date, and the sha256 of the text. A run that has not finished is
+written with "finished": false and takes no part in the page's comparisons. A finished file is not replaced by an
+unfinished one.
 """
 
 
@@ -581,7 +586,7 @@ def small_form(folder: Path) -> dict[str, Any]:
 
 
 def counted_bytes(item: Run) -> float | None:
-    """Bytes of a linear weight between steps where nothing is measured: bf16 weight 2, fp32 master 4, two fp32 moments 8."""
+    """Bytes per linear weight between steps where nothing is measured: bf16 weight 2, fp32 master 4, moments 8."""
     plain = METHODS[item.method].master and not any("compute" in setting for setting in item.settings)
     return 14.0 if plain else None
 
@@ -604,8 +609,8 @@ def one_line_a_field(facts: dict[str, Any]) -> str:
 # ---------------------------------------------------------------- page
 
 PAGE_HELP = """\
-Needs matplotlib. Reads nothing but DIR/*.json, so anyone can draw the page again. Runs of another size, length or text get sections of
-their own.
+Needs matplotlib. Reads nothing but DIR/*.json, so anyone can draw the page again. Runs of another size, length or
+text get sections of their own.
 """
 
 

@@ -1,7 +1,8 @@
 """What the quality study trains: sizes, methods and lists of runs, as data.
 
-A run is a size, a method, a rate of the linears and a seed. Everything else is the same for all runs of a size, so that two runs
-differ in what their names say and in nothing else. To add a method, add one line to METHODS, and a line with its rates to the list.
+A run is a size, a method, a rate of the linears and a seed. Everything else is the same for all runs of a size, so
+that two runs differ in what their names say and in nothing else. To add a method, add one line to METHODS, and a line
+with its rates to the list.
 """
 
 from __future__ import annotations

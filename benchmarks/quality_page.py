@@ -1,7 +1,8 @@
 """The page of the quality study: tables and plots from the small files of its runs.
 
-Runs are compared with those of the same size, length and text only. A recipe is a method with its further settings; its best
-run is that with the lowest validation loss at the end. Where the best rate is the lowest or the highest that was tried, the page says so.
+Runs are compared with those of the same size, length and text only. A recipe is a method with its further settings;
+its best run is that with the lowest validation loss at the end. Where the best rate is the lowest or the highest that
+was tried, the page says so.
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ INTRODUCTION = """\
 # What each method learns
 
 Made by `benchmarks/quality.py page` from the JSON files beside this page; do not edit it. Losses are nats per token,
-lower is better. "rate" is the peak rate of the linears of the blocks; "rest" is that of embeddings, head and norms. All
-runs of a section see the same tokens in the same order, with the same warm-up and a cosine to 0. They differ in recipe,
-rates and seed only. The settings of each run are in its JSON file. Unless a recipe says otherwise, linears with a master
-decay by 0.1 as the embeddings do, and DQT weights do not decay.
+lower is better. "rate" is the peak rate of the linears of the blocks; "rest" is that of embeddings, head and norms.
+All runs of a section see the same tokens in the same order, with the same warm-up and a cosine to 0. They differ in
+recipe, rates and seed only. The settings of each run are in its JSON file. Unless a recipe says otherwise, linears
+with a master decay by 0.1 as the embeddings do, and DQT weights do not decay.
 
-DQT weights are integers and nothing else. "fp32 master" means that the method keeps a float weight, an fp32 copy of it
-and two moments. Bytes per linear weight are those between steps on one GPU, with moments and without the gradient, which
-CUDA graphs keep in every method. The bytes are measured for DQT. For methods with a master they are counted: 2 for bf16,
-4 for the master, 8 for the moments."""
+DQT weights are integers and nothing else. "fp32 master" means that the method keeps a float weight, an fp32 copy of
+it and two moments. Bytes per linear weight are those between steps on one GPU, with moments and without the gradient,
+which CUDA graphs keep in every method. The bytes are measured for DQT. For methods with a master they are counted: 2
+for bf16, 4 for the master, 8 for the moments."""
 
 
 def section(folder: Path, name: str, runs: list[Facts]) -> str:
@@ -95,7 +96,8 @@ def setting(runs: list[Facts]) -> str:
         f"The training text has {millions(text['train'], 1)} tokens, so it is read {epochs:.1f} times.",
         f"Validation is on {first['valid_tokens']:,} tokens.",
         f"Seeds of a recipe: {of_seeds}.",
-        f"Devices: {unique(runs, 'device')}. torch {unique(runs, 'torch')}. Commits: {unique(runs, 'commit')}. Dates: {unique(runs, 'date')}.",
+        f"Devices: {unique(runs, 'device')}. torch {unique(runs, 'torch')}. Commits: {unique(runs, 'commit')}. "
+        f"Dates: {unique(runs, 'date')}.",
     ]
     if len(counts) > 1 or counts[0] < 3:
         sentences.append("Where a recipe has one seed, read a small difference with care.")

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Draws docs/architecture.svg from the source: the folders of dqt_dist in import order, and the files of one training step.
+"""Draws docs/architecture.svg from the source: the folders of dqt_dist in import order, and the files of one training
+step.
 
     docs/architecture_picture.py            writes the picture
     docs/architecture_picture.py --check    exit code 1 when the picture is not what would be written
 
-Import order and the files of a step are read from tests/test_import_layers.py and docs/architecture.md, the questions that folders
-answer from the table in docs/architecture.md, the imports from the source.
+Import order and the files of a step are read from tests/test_import_layers.py and docs/architecture.md, the questions
+that folders answer from the table in docs/architecture.md, the imports from the source.
 """
 
 from __future__ import annotations

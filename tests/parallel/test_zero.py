@@ -14,6 +14,7 @@ from dqt_dist.checkpoint.state import logical_state
 from dqt_dist.layers.build import build_model
 from dqt_dist.layers.parameters import low_bit_matrices
 from dqt_dist.optim.engine import build_engine
+from dqt_dist.optim.schedule import StepRates
 from dqt_dist.parallel.collectives import BYTES_SENT
 from tests.distributed import run_distributed
 from tests.parallel.runs import Run, Whole, assemble, start, whole_state
@@ -229,8 +230,11 @@ def from_equal_gradients(rank: int, world_size: int, *overrides: str) -> str:
                 generator = torch.Generator().manual_seed(matrix.id + step)
                 logical = torch.randn(matrix.rows, matrix.columns, generator=generator)
                 whole[local : local + count] = logical[row : row + count, columns]
-            rows.gradient.mean = whole[rows.start : rows.stop]
-        low_bit.update(step, 5e-3, torch.tensor(0.5))
+            rows.gradient.local = whole
+            rows.gradient.send()
+            rows.gradient.receive(whole[rows.start : rows.stop])
+        low_bit.begin_step(StepRates(step, 1.0, 5e-3, 5e-3))
+        low_bit.update(torch.tensor(0.5))
         low_bit.gather_codes()
     low_bit_state = {
         name: tensor
