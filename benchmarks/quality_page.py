@@ -57,7 +57,10 @@ with a master decay by 0.1 as the embeddings do, and DQT weights do not decay.
 DQT weights are integers and nothing else. "fp32 master" means that the method keeps a float weight, an fp32 copy of
 it and two moments. Bytes per linear weight are those between steps on one GPU, with moments and without the gradient,
 which CUDA graphs keep in every method. The bytes are measured for DQT. For methods with a master they are counted: 2
-for bf16, 4 for the master, 8 for the moments."""
+for bf16, 4 for the master, 8 for the moments.
+
+Flips, zeros and clamped weights are shares of all codes, at the last logged step whose rate is not 0. For a stopped run
+that step is in the middle of the schedule."""
 
 
 def section(folder: Path, name: str, runs: list[Facts]) -> str:
@@ -149,7 +152,7 @@ def best_table(best: list[Facts], finished: list[Facts]) -> str:
         "validation loss",
         *(f"minus {names[method]}" for method in baselines),
     ]
-    columns += ["second text", "bytes per linear weight", "flips at the end"]
+    columns += ["second text", "bytes per linear weight", "flips, before the rate is 0"]
     rows = []
     for run in best:
         same = seeds_of(run, finished)
@@ -164,10 +167,15 @@ def best_table(best: list[Facts], finished: list[Facts]) -> str:
         row += [
             f"{statistics.mean(second):.4f}" if second else "-",
             shown_bytes(run),
-            f"{flips[-1]:.2e}" if flips else "-",
+            f"{flips[moving(run)]:.2e}" if flips else "-",
         ]
         rows.append(row)
     return markdown(columns, rows)
+
+
+def moving(run: Facts) -> int:
+    """Index of the last logged step whose learning rate is not 0: at the last step of a cosine to 0 no code changes."""
+    return -2 if run["finished"] and len(run["train"]["tokens"]) > 1 else -1
 
 
 def rate_notes(best: list[Facts], finished: list[Facts]) -> str:
@@ -179,14 +187,14 @@ def rate_notes(best: list[Facts], finished: list[Facts]) -> str:
         )
         tried = ", ".join(f"{rate:g}" for rate in rates)
         if len(rates) == 1:
-            verdict = "No other rate was tried."
+            verdict = "No other rate has finished."
         elif run["rate"] in (rates[0], rates[-1]):
             edge = "lowest" if run["rate"] == rates[0] else "highest"
             verdict = f"The best is the {edge} of them: a better one may lie outside."
         else:
             verdict = "The best lies inside."
         lines.append(f"- {run['recipe']}: rates {tried}, rest {run['rest_rate']:g}. {verdict}")
-    return "Rates that were tried:\n\n" + "\n".join(lines)
+    return "Rates that have finished:\n\n" + "\n".join(lines)
 
 
 def all_runs_table(runs: list[Facts]) -> str:
@@ -205,7 +213,7 @@ def all_runs_table(runs: list[Facts]) -> str:
         valid = ", ".join(f"{loss:.3f}" for _, loss in run["valid"][:-1]) + ", " * (len(run["valid"]) > 1)
         valid += f"**{final(run):.4f}**" if run["finished"] else f"{final(run):.3f}" if run["valid"] else ""
         last = [run["train"].get(key) for key in ("flip_rate", "zero_fraction", "saturation")]
-        shares = [f"{values[-1]:.2e}" if values else "-" for values in last]
+        shares = [f"{values[moving(run)]:.2e}" if values else "-" for values in last]
         second = f"{run['second_text']:.4f}" if run["second_text"] is not None else "-"
         speed = f"{run['tokens_per_s']:,}" if run["tokens_per_s"] else "-"
         state = "finished" if run["finished"] else f"stopped at {millions(run['tokens'], 1)} tokens"

@@ -1,17 +1,19 @@
 """GradientBuffer: the gradient of one weight, from the backward passes to the update.
 
-A buffer is in one of three states:
+Backward passes add micro-batches to `local`, this rank's sum [rows, columns]. The state says where the mean over
+data-parallel ranks is:
 
-    ACCUMULATE   backward passes add micro-batches to `local`, this rank's sum              [rows, columns]
-    REDUCE       `local` was sent; the mean over data-parallel ranks is on its way to the owners of the rows
+    ACCUMULATE   there is no mean yet; micro-batches are added up
+    REDUCE       `local` was sent; the mean is on its way to the owners of the rows
     TAKE         `mean` has arrived and waits for the update                                [owned rows, columns]
 
     ACCUMULATE --send--> REDUCE --receive--> TAKE --take--> ACCUMULATE
+                           TAKE --send--> REDUCE      with EVERY_BACKWARD only: the next micro-batch is added to `mean`
 
 `optim/gradient_reducer.py` moves a buffer from ACCUMULATE to TAKE, at the time that `ReduceWhen` says. With
-EVERY_BACKWARD a buffer passes ACCUMULATE and REDUCE once per micro-batch, and `mean` is a sum of means. A buffer with a
-consumer never waits in TAKE: the consumer gets the mean at once. Codes and ordinary parameters use the same buffer. A
-parameter is a matrix with one column.
+EVERY_BACKWARD the next micro-batch is added to `local` while the buffer is in REDUCE or TAKE, and `mean` is a sum of
+means. A buffer with a consumer never waits in TAKE: the consumer gets the mean at once. Codes and ordinary parameters
+use the same buffer. A parameter is a matrix with one column.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """The only file that uses internals of DeepSpeed; the rest of the project uses the class `HighPrecisionOptimizer`.
 
 DeepSpeed keeps fp32 masters and AdamW's moments of the high-precision parameters, and divides masters and moments over
-the data-parallel ranks. The rest of this project needs five things, the same five in every ZeRO stage:
+the data-parallel ranks. The rest of this project calls the public methods of the class, the same in every ZeRO stage:
 
     shards                 which elements of which parameter this rank updates, and where their masters lie
     moments                the optimizer state of a shard
     put_gradients          takes the reduced gradients
     step                   one AdamW step of all masters; the parameters are set from the new masters
+    set_learning_rates     the rates of a step
+    set_step               AdamW's count of steps, after moments were loaded
     refresh_parameters     sets the parameters from masters that were loaded
 
 Where DeepSpeed keeps the fp32 master of a parameter:
@@ -36,6 +38,7 @@ from torch import Tensor, nn
 from dqt_dist.config import Config, process_grid
 from dqt_dist.errors import RunError
 from dqt_dist.layers.parameters import Parameter
+from dqt_dist.optim.schedule import StepRates
 from dqt_dist.parallel.groups import Group, Groups
 from dqt_dist.parallel.row_sharding import Bounds
 
@@ -143,13 +146,13 @@ class HighPrecisionOptimizer:
         for value in self.torch_optimizer.state.values():
             value["step"].fill_(float(step))
 
-    def set_learning_rates(self, multiplier: float, step_enabled: Tensor) -> None:
-        """Sets each group's rate to peak rate * `multiplier` * `step_enabled`.
+    def set_learning_rates(self, rates: StepRates, step_enabled: Tensor) -> None:
+        """Sets each group's rate to the field of `rates` that the group names, times `step_enabled`.
 
-        `step_enabled` is 0-dim on `device`: 1, or 0 for a step that must change no weight.
+        `step_enabled` is 0-dim on `device`: 1, or 0 for a step that must change nothing.
         """
         for group in self.torch_optimizer.param_groups:
-            group["lr"] = group["peak_learning_rate"] * multiplier * step_enabled
+            group["lr"] = getattr(rates, group["rate_name"]) * step_enabled
 
     def put_gradients(self, gradients: list[Tensor], clip: Tensor) -> None:
         """Gives gradients, multiplied by `clip` in fp32, to the torch optimizer.

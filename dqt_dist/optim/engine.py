@@ -53,11 +53,11 @@ def high_precision_adamw(model_chunks: nn.Module, config: Config) -> torch.optim
     linears = [p.tensor for p in matrices if p.layout.matrices[0].name.startswith("layers.")]
     others = [p.tensor for p in matrices if not p.layout.matrices[0].name.startswith("layers.")]
     vectors = [p.tensor for p in all_parameters if p.layout.columns == 1]
-    rate, linear_rate, decay = optimizer.learning_rate, optimizer.low_bit_learning_rate, optimizer.weight_decay
+    decay = optimizer.weight_decay
     param_groups = [
-        {"params": others, "weight_decay": decay, "peak_learning_rate": rate},
-        {"params": vectors, "weight_decay": 0.0, "peak_learning_rate": rate},
-        {"params": linears, "weight_decay": decay, "peak_learning_rate": linear_rate},
+        {"params": others, "weight_decay": decay, "rate_name": "learning_rate"},
+        {"params": vectors, "weight_decay": 0.0, "rate_name": "learning_rate"},
+        {"params": linears, "weight_decay": decay, "rate_name": "low_bit_learning_rate"},
     ]
     return torch.optim.AdamW(
         [group for group in param_groups if group["params"]],
@@ -136,7 +136,7 @@ class CombinedOptimizer:
     @torch.no_grad()
     def _update_high_precision(self, rates: StepRates, clip: Tensor) -> None:
         # A step with clip 0 also gets learning rate 0. The first moments would change the weights otherwise.
-        self.high_precision.set_learning_rates(rates.multiplier, (clip > 0).to(self.high_precision.device))
+        self.high_precision.set_learning_rates(rates, (clip > 0).to(self.high_precision.device))
         self.high_precision.put_gradients([gradient.take().view(-1) for gradient in self.gradients], clip)
         self.high_precision.step()
 

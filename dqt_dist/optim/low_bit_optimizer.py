@@ -13,7 +13,8 @@ In every stage the owner of a row takes the mean in rank order (gradient_reducer
 Moments exist for owned rows only. They lie on the device or, with deepspeed.zero_optimization.offload_optimizer, in
 pinned memory of the host.
 
-The class sequences the phases of a step. The update itself is a rule of `adamw.py` or `adafactor.py`:
+`CombinedOptimizer.step` runs the phases; this class has phases 3 and 4. The update itself is a rule of `adamw.py` or
+`adafactor.py`:
 
     Phase 1 reduce           GradientReducer.finish, called by CombinedOptimizer
     Phase 2 norm and clip    GradientReducer.square_norm, called by CombinedOptimizer

@@ -21,8 +21,6 @@ class StepRates:
 
     step: int
     """Counts from 1."""
-    multiplier: float
-    """Factor of every peak rate."""
     learning_rate: float
     """Rate of embeddings, head and norms."""
     low_bit_learning_rate: float
@@ -33,9 +31,7 @@ def step_rates(step: int, config: Config) -> StepRates:
     """The rates of update `step` (1 .. training.steps)."""
     optimizer = config.optimizer
     multiplier = rate_multiplier(step, config.training.steps, optimizer)
-    return StepRates(
-        step, multiplier, optimizer.learning_rate * multiplier, optimizer.low_bit_learning_rate * multiplier
-    )
+    return StepRates(step, optimizer.learning_rate * multiplier, optimizer.low_bit_learning_rate * multiplier)
 
 
 def rate_multiplier(step: int, steps: int, config: OptimizerConfig) -> float:

@@ -36,14 +36,6 @@ class Groups:
     device: torch.device
     local_rank: int
 
-    @property
-    def is_first_stage(self) -> bool:
-        return self.pipeline.rank() == 0
-
-    @property
-    def is_last_stage(self) -> bool:
-        return self.pipeline.rank() == self.pipeline.size() - 1
-
 
 def initialize(config: Config, launch: Launch) -> Groups:
     """Joins the process group of `launch` and builds Megatron's groups.

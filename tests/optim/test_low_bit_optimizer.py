@@ -34,7 +34,7 @@ def given_gradients(rank: int, world_size: int, num_parts: int, *overrides: str)
         total = reducer.square_norm(low_bit.gradients)
         torch.distributed.all_reduce(total)
         norms.append(float(total.sqrt()))
-        low_bit.begin_step(StepRates(step, 1.0, 5e-3, 5e-3))
+        low_bit.begin_step(StepRates(step, 5e-3, 5e-3))
         low_bit.update(torch.tensor(0.5))
         low_bit.gather_codes()
     return {name: tensor for name, tensor in whole_state(run).items() if name.startswith(KINDS)}, norms

@@ -233,7 +233,7 @@ def from_equal_gradients(rank: int, world_size: int, *overrides: str) -> str:
             rows.gradient.local = whole
             rows.gradient.send()
             rows.gradient.receive(whole[rows.start : rows.stop])
-        low_bit.begin_step(StepRates(step, 1.0, 5e-3, 5e-3))
+        low_bit.begin_step(StepRates(step, 5e-3, 5e-3))
         low_bit.update(torch.tensor(0.5))
         low_bit.gather_codes()
     low_bit_state = {
