@@ -108,7 +108,7 @@ def test_two_runs_become_files_and_a_page(data: Path, tmp_path: Path, capfd: pyt
     assert main(["page", str(small)]) == 0
     text = small.with_suffix(".md").read_text()
     assert "stopped at" in text and text.count("stopped recipe") == 0 and text.count("\n## ") == 2
-    assert f"{ternary['valid'][-1][1]:.4f}" in text and "No other rate was tried." in text
+    assert f"{ternary['valid'][-1][1]:.4f}" in text and "No other rate has finished." in text
     for plot in ("curves", "rates", "frontier"):
         assert f"(quality/tiny_0M_{plot}.png)" in text and (small / f"tiny_0M_{plot}.png").stat().st_size > 1000
 
