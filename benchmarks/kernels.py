@@ -159,9 +159,9 @@ def updates(s: Shapes, device: str) -> Iterator[Operation]:
     """
     import torch
 
-    from dqt_dist.kernels.low_bit_update import update_rows
+    from dqt_dist.kernels.low_bit_update import AdamW, update_rows
     from dqt_dist.lowbit.update import RoundingKey
-    from dqt_dist.optim.adamw import AdamW, adamw_update_rows, new_moments
+    from dqt_dist.optim.adamw import adamw_update_rows, new_moments
 
     key = RoundingKey(1, 1, "stochastic")
 

@@ -14,20 +14,20 @@ from dqt_dist.config import CODES_PER_GROUP
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey, update_rows_reference
 
+GRADIENT_LIMIT = 2.0**63
+"""Gradient elements of this magnitude and above are treated like elements that are not finite: their squares almost
+overflow."""
+
 
 @dataclass(frozen=True)
-class AdamWSettings:
-    """The numbers of one AdamW step; symbols as in optim/adamw.py."""
+class AdamW:
+    """The constants of AdamW; symbols as in optim/adamw.py."""
 
-    learning_rate: float
-    """Weight units per unit of direction."""
     beta1: float
     beta2: float
     epsilon: float
     weight_decay: float
     """Decoupled: a step makes each weight smaller by the fraction learning_rate * weight_decay."""
-    gradient_limit: float
-    """Without a clip factor, gradient elements of this magnitude or more count as zero."""
 
 
 def update_rows(

@@ -61,7 +61,7 @@ from dqt_dist.kernels.device.packing import (
 from dqt_dist.kernels.device.philox import random_words
 from dqt_dist.kernels.device.rounding import round_fields
 from dqt_dist.kernels.launch import launch
-from dqt_dist.kernels.low_bit_update import AdamWSettings
+from dqt_dist.kernels.low_bit_update import GRADIENT_LIMIT, AdamW
 from dqt_dist.lowbit.block_float import SIGNED_EXPONENT_MIN, UNSIGNED_EXPONENT_MIN
 from dqt_dist.lowbit.coordinates import Purpose, row_words
 from dqt_dist.lowbit.matrix import LowBitMatrix
@@ -483,7 +483,8 @@ def adamw_update_rows_triton(
     moments: dict[str, Tensor],
     start: int,
     clip: Tensor | None,
-    settings: AdamWSettings,
+    learning_rate: float,
+    adamw: AdamW,
     key: RoundingKey,
 ) -> Tensor:
     """As `adamw_update_rows_reference` of optim/adamw.py, with counts in parts.
@@ -498,10 +499,10 @@ def adamw_update_rows_triton(
     assert all(tensor.is_contiguous() for tensor in (gradient, exp_avg, exp_avg_sq, *exponents))
     rows = gradient.shape[0]
     division = _divide(weight, rows)
-    beta1, beta2 = settings.beta1, settings.beta2
-    rate = settings.learning_rate / (1.0 - beta1**key.step)
+    beta1, beta2 = adamw.beta1, adamw.beta2
+    rate = learning_rate / (1.0 - beta1**key.step)
     root_factor, epsilon = (
-        (1.0 / (1.0 - beta2**key.step) ** 0.5 / rate, settings.epsilon / rate) if rate > 0 else (0.0, float("inf"))
+        (1.0 / (1.0 - beta2**key.step) ** 0.5 / rate, adamw.epsilon / rate) if rate > 0 else (0.0, float("inf"))
     )
     launch(
         _adamw_kernel,
@@ -515,7 +516,7 @@ def adamw_update_rows_triton(
         *_row_arguments(weight, start, start + rows),
         division.counts,
         clip,
-        1.0 - settings.learning_rate * settings.weight_decay,
+        1.0 - learning_rate * adamw.weight_decay,
         beta1,
         1.0 - beta1,
         beta2,
@@ -524,12 +525,12 @@ def adamw_update_rows_triton(
         epsilon,
         *_walk_arguments(weight, division, key),
         CLIPPED=clip is not None,
-        GRADIENT_LIMIT=settings.gradient_limit,
+        GRADIENT_LIMIT=GRADIENT_LIMIT,
         STATE_BITS=state_bits,
         STATE_BLOCK=STATE_BLOCK,
         SIGNED_EXPONENT_MIN=SIGNED_EXPONENT_MIN,
         UNSIGNED_EXPONENT_MIN=UNSIGNED_EXPONENT_MIN,
-        DECAYS=settings.weight_decay > 0,
+        DECAYS=adamw.weight_decay > 0,
         **_constants(weight, key),
     )
     return division.counts

@@ -19,13 +19,12 @@ rounds the code.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dqt_dist.config import STATE_BLOCK, OptimizerConfig
-from dqt_dist.kernels.low_bit_update import AdamWSettings, kernel_fits
+from dqt_dist.kernels.low_bit_update import GRADIENT_LIMIT, AdamW, kernel_fits
 from dqt_dist.lowbit.block_float import decode_signed, decode_unsigned, encode_signed, encode_unsigned, noise_of
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey, rounding_words, update_rows_reference
@@ -33,19 +32,6 @@ from dqt_dist.optim.owned_rows import OwnedRows, UpdateSettings
 
 Moments = dict[str, Tensor]
 """The moments of some rows by the names above."""
-
-GRADIENT_LIMIT = 2.0**63
-"""Elements of this magnitude and above are treated like elements that are not finite: their squares almost overflow."""
-
-
-@dataclass(frozen=True)
-class AdamW:
-    """The settings that are constant over a run."""
-
-    beta1: float
-    beta2: float
-    epsilon: float
-    weight_decay: float
 
 
 def adamw_direction(
@@ -100,10 +86,7 @@ def adamw_update_rows(
         # Triton need not be installed where there is no CUDA.
         from dqt_dist.kernels.low_bit_update_triton import adamw_update_rows_triton
 
-        settings = AdamWSettings(
-            learning_rate, adamw.beta1, adamw.beta2, adamw.epsilon, adamw.weight_decay, GRADIENT_LIMIT
-        )
-        return adamw_update_rows_triton(weight, gradient, moments, start, clip, settings, key)
+        return adamw_update_rows_triton(weight, gradient, moments, start, clip, learning_rate, adamw, key)
     return adamw_update_rows_reference(weight, gradient, moments, start, clip, learning_rate, adamw, key)
 
 

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from dqt_dist.config import Config, process_grid
 from dqt_dist.dtypes import TORCH_DTYPES
+from dqt_dist.kernels.low_bit_update import GRADIENT_LIMIT
 from dqt_dist.layers.parameters import low_bit_matrices, parameters
 from dqt_dist.lowbit.gradient_buffer import GradientBuffer
-from dqt_dist.optim.adamw import GRADIENT_LIMIT
 from dqt_dist.optim.deepspeed_adapter import (
     HIGH_PRECISION_OPTIMIZERS,
     HighPrecisionOptimizer,

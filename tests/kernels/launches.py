@@ -26,7 +26,7 @@ import dqt_dist.kernels
 from dqt_dist.config import Config
 from dqt_dist.dtypes import TORCH_DTYPES
 from dqt_dist.kernels import cross_entropy, quantize, rope, scaled_matmul
-from dqt_dist.kernels.low_bit_update import update_rows
+from dqt_dist.kernels.low_bit_update import AdamW, update_rows
 from dqt_dist.kernels.square_sum import square_sum
 from dqt_dist.layers import compute, low_bit_feed_forward, low_bit_linear
 from dqt_dist.layers.low_bit_feed_forward import LowBitFeedForward
@@ -36,7 +36,7 @@ from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey
-from dqt_dist.optim.adamw import AdamW, adamw_update_rows, new_moments
+from dqt_dist.optim.adamw import adamw_update_rows, new_moments
 
 CUDA = torch.device("cuda")
 # What an H100 and an H200 have.

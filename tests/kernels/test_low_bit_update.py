@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from dqt_dist.config import STATE_BLOCK
-from dqt_dist.kernels.low_bit_update import update_rows
+from dqt_dist.kernels.low_bit_update import AdamW, update_rows
 from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey, update_rows_reference
 from dqt_dist.optim.adamw import (
-    AdamW,
     Moments,
     adamw_update_rows,
     adamw_update_rows_reference,

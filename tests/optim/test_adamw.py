@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from dqt_dist.config import Rounding
-from dqt_dist.kernels.low_bit_update import update_rows
+from dqt_dist.kernels.low_bit_update import AdamW, update_rows
 from dqt_dist.lowbit.block_float import decode_signed, decode_unsigned
 from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey
-from dqt_dist.optim.adamw import AdamW, Moments, adamw_direction, adamw_update_rows, new_moments
+from dqt_dist.optim.adamw import Moments, adamw_direction, adamw_update_rows, new_moments
 from tests.tolerances import ELEMENTWISE_FP32
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from deepspeed.utils.config import get_timers_config
 
-from dqt_dist.optim.adamw import GRADIENT_LIMIT
+from dqt_dist.kernels.low_bit_update import GRADIENT_LIMIT
 from dqt_dist.optim.deepspeed_adapter import deepspeed_config
 from dqt_dist.optim.engine import clip_factor
 from dqt_dist.optim.schedule import rate_multiplier
