@@ -72,6 +72,7 @@ def config_problems(config: Config) -> Iterable[str]:
     yield from _tensor_parallel_problems(config)
     yield from _pipeline_problems(config)
     yield from _quantization_problems(config)
+    yield from _latent_problems(config)
     yield from _fused_backward_problems(config)
     yield from _recompute_problems(config)
     yield from _cuda_graph_problems(config)
@@ -188,6 +189,52 @@ def _quantization_problems(config: Config) -> Iterable[str]:
                 f'{quantization.bits}; use "bf16"'
             )
         yield from _fp8_shape_problems(config)
+
+
+def _latent_problems(config: Config) -> Iterable[str]:
+    quantization = config.quantization
+    bits, latent_bits, interval = quantization.bits, quantization.latent_bits, quantization.scale_refit_interval
+    if latent_bits is None:
+        for name in ("latent_sigmas", "latent_threshold"):
+            value = getattr(quantization, name)
+            if value is not None:
+                yield (
+                    f"quantization.{name}: {value:g} is about latents, and there are none; leave it out, or set "
+                    f"quantization.latent_bits"
+                )
+        if interval:
+            yield (
+                f"quantization.scale_refit_interval: {interval} refits scales from latents, and there are none; use 0, "
+                f"or set quantization.latent_bits"
+            )
+        return
+    if quantization.method != "dqt":
+        yield (
+            f'quantization.latent_bits: {latent_bits} does not go with quantization.method = "{quantization.method}", '
+            f'whose weights are no integers; leave it out, or use method "dqt"'
+        )
+    if bits != "ternary" and bits >= min(latent_bits, 5):
+        yield (
+            f"quantization.latent_bits: {latent_bits} bits are stored for codes of quantization.bits = {bits}; latents "
+            f'are for codes of at most 4 bits and have more bits than these; use "ternary", or leave latent_bits out'
+        )
+    if quantization.latent_threshold is not None:
+        largest = 2 ** (latent_bits - 1) - 1
+        if bits != "ternary":
+            yield (
+                f"quantization.latent_threshold: {quantization.latent_threshold} is for ternary codes, "
+                f"quantization.bits is {bits}; leave it out"
+            )
+        elif quantization.latent_threshold > largest:
+            yield (
+                f"quantization.latent_threshold: {quantization.latent_threshold} is more than {largest}, the largest "
+                f"latent of {latent_bits} bits, so every code would be 0; use 1 to {largest}"
+            )
+    if interval and quantization.scale_power_of_two:
+        yield (
+            f"quantization.scale_power_of_two: true does not go with quantization.scale_refit_interval = {interval}: "
+            f"refitted scales are no powers of two; use false, or an interval of 0"
+        )
 
 
 def _fp8_shape_problems(config: Config) -> Iterable[str]:

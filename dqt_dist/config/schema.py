@@ -26,6 +26,10 @@ STATE_BLOCK = 32
 DTYPE_BYTES = {"fp32": 4, "bf16": 2}
 """Bytes per element of the types that fields name; dtypes.py has the torch types."""
 
+LATENT_SIGMAS = {3: 2.5, 4: 3.0, 5: 4.0, 6: 5.0, 7: 5.5, 8: 6.0}
+"""Default of quantization.latent_sigmas by latent_bits. 4, 6 and 8 bits are the ranges of the prototypes that were
+measured first (docs/LOG.md, 2026-11-25). The others lie between and beside them."""
+
 Bits = Literal["ternary", 2, 3, 4, 5, 6, 7, 8]
 Rounding = Literal["stochastic", "nearest"]
 ScaleRule = Literal["absmean", "sigma", "absmax", "paper"]
@@ -105,6 +109,19 @@ class QuantizationConfig(Section):
     """dqt: weights are integer codes only. bitnet: b1.58, float master, straight-through. none: ordinary weights."""
     bits: Bits = "ternary"
     """Grid of the codes: "ternary" (-1, 0, 1) or 2..8 bits, -2^(b-1) to 2^(b-1)-1."""
+    latent_bits: Literal[3, 4, 5, 6, 7, 8] | None = None
+    """Bits of a second, finer integer per weight, the latent, which AdamW and rounding update in place of the code. The
+    code is a function of the latent. Latents are optimizer state: they are sharded with the moments and never
+    gathered. For codes of up to 4 bits. Default: none, the codes are all there is."""
+    latent_sigmas: PositiveFloat | None = Field(default_factory=lambda data: LATENT_SIGMAS.get(data["latent_bits"]))
+    """Range of the latents in standard deviations of the initial weights: the weight of one latent is latent_sigmas *
+    std / Qp. Default: by latent_bits, 2.5 (3 bits) to 6 (8 bits)."""
+    latent_threshold: PositiveInt | None = None
+    """Smallest |latent| whose ternary code is not 0. Default: none, each latent has the code whose weight is nearest,
+    so the threshold follows the scale."""
+    scale_refit_interval: NonNegativeInt = 0
+    """Steps between refits of the codes' scale from the mean magnitude of the latents, the rule that BitNet b1.58
+    applies to its master weights. 0: the scale is fixed at initialisation."""
     embeddings: bool = False
     """Store embedding and head as codes too, as the DQT authors' code does. By default both stay in high precision."""
     compute: Literal["fp32", "bf16", "fp8", "int8"] = "bf16"
@@ -129,8 +146,9 @@ class QuantizationConfig(Section):
         default_factory=lambda data: 3.0 if data["bits"] == "ternary" or data["bits"] <= 4 else 6.0
     )
     """k of the sigma rule: the range in standard deviations. Default: 3 up to 4 bits, 6 above."""
-    scale_power_of_two: bool = True
-    """Round the scale to a power of two, so that scale * code is exact in bf16 and every export is lossless."""
+    scale_power_of_two: bool = Field(default_factory=lambda data: data["scale_refit_interval"] == 0)
+    """Round the scales at initialisation, of codes and of latents, to powers of two, so that scale * code is exact in
+    bf16 and every export is lossless. Default: true; false when scales are refitted."""
 
     @property
     def dtype(self) -> FloatType:

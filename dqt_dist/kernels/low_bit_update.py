@@ -31,23 +31,29 @@ class AdamW:
 
 
 def update_rows(
-    weight: LowBitMatrix, direction: Tensor, start: int, learning_rate: float, weight_decay: float, key: RoundingKey
+    weight: LowBitMatrix,
+    direction: Tensor,
+    start: int,
+    learning_rate: float,
+    weight_decay: float,
+    key: RoundingKey,
+    latents: Tensor | None = None,
 ) -> Tensor:
     """Updates rows [start, start + len(direction)) in place. Arguments and meaning: `update_rows_reference`.
 
-    Returns int32 or int64 [n, parts, 3]: flips, zeros and clamped weights of each part of each row.
+    Returns int32 or int64 [n, parts, counts], counts of each part of each row.
     """
     if kernel_fits(weight):
         # Triton need not be installed where there is no CUDA.
-        from dqt_dist.kernels.low_bit_update_triton import update_rows_triton as update
-    else:
-        update = update_rows_reference
-    return update(weight, direction, start, learning_rate, weight_decay, key)
+        from dqt_dist.kernels.low_bit_update_triton import update_rows_triton
+
+        return update_rows_triton(weight, direction, start, learning_rate, weight_decay, key, latents)
+    return update_rows_reference(weight, direction, start, learning_rate, weight_decay, key, latents=latents)
 
 
 def sum_by_matrix(weight: LowBitMatrix, start: int, row_counts: Tensor) -> Tensor:
-    """Counts per logical matrix, int64 [matrices, 3], from counts [n, parts, 3] of rows [start, start + n)."""
-    counts = torch.zeros(len(weight.scale), 3, dtype=torch.int64, device=row_counts.device)
+    """Counts per logical matrix, int64 [matrices, counts], from [n, parts, counts] of rows [start, start + n)."""
+    counts = torch.zeros(len(weight.scale), row_counts.shape[2], dtype=torch.int64, device=row_counts.device)
     return counts.index_add_(0, weight.row_matrix[start : start + len(row_counts)].int(), row_counts.sum(dim=1))
 
 

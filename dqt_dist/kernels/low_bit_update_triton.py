@@ -59,13 +59,13 @@ from dqt_dist.kernels.device.packing import (
     unpack_fields,
 )
 from dqt_dist.kernels.device.philox import random_words
-from dqt_dist.kernels.device.rounding import round_fields
+from dqt_dist.kernels.device.rounding import ROUNDER, round_fields
 from dqt_dist.kernels.launch import launch
 from dqt_dist.kernels.low_bit_update import GRADIENT_LIMIT, AdamW
 from dqt_dist.lowbit.block_float import SIGNED_EXPONENT_MIN, UNSIGNED_EXPONENT_MIN
 from dqt_dist.lowbit.coordinates import Purpose, row_words
 from dqt_dist.lowbit.matrix import LowBitMatrix
-from dqt_dist.lowbit.update import RoundingKey
+from dqt_dist.lowbit.update import COUNTS, LATENT_COUNTS, RoundingKey
 
 # Columns that a program handles at once, a power of two, and its warps. A thread has 8 columns, so a bf16 gradient is a
 # 16-byte load. One warp needs no barriers. 256 divides more row lengths than larger blocks do.
@@ -92,60 +92,114 @@ def _locate_program(first_element, matrix_id, columns, columns_per_program):
 
 
 @triton.jit
+def _latents_of_row(latents, codes_per_latent, row, packed_latents, LATENT_STORAGE_BITS: tl.constexpr):
+    """Pointer to the latents of a row, and its r. Without latents two values that nobody reads."""
+    latents_row = latents
+    ratio = 0.0
+    if LATENT_STORAGE_BITS > 0:
+        latents_row = latents + row * packed_latents
+        ratio = tl.load(codes_per_latent + row)
+    return latents_row, ratio
+
+
+@triton.jit
 def _decayed(fields, decay_factor, QMIN: tl.constexpr):
     """Fields of codes times a factor: (u + QMIN) * factor - QMIN."""
     return fields * decay_factor + (QMIN * decay_factor - QMIN)
 
 
 @triton.jit
+def _load_stored(
+    codes_row, latents_row, start, packed_columns, packed_latents,
+    QMIN: tl.constexpr, STORAGE_BITS: tl.constexpr, LATENT_QMIN: tl.constexpr, LATENT_STORAGE_BITS: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Packed codes and packed latents of a block, int32. Without latents the codes twice."""
+    old = load_packed(codes_row, start, packed_columns, QMIN, STORAGE_BITS, BLOCK, WHOLE)
+    old_latents = old
+    if LATENT_STORAGE_BITS > 0:
+        old_latents = load_packed(latents_row, start, packed_latents, LATENT_QMIN, LATENT_STORAGE_BITS, BLOCK, WHOLE)
+    return old, old_latents
+
+
+@triton.jit
+def _codes_of_latents(fields, ratio, LATENT_QMIN: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr):
+    """Fields of the codes of latents, int32 [BLOCK] with a multiple of 2^16 added. Definition: lowbit/latent.py.
+
+    `fields` are the fields of latents as `round_fields` leaves them, `ratio` is r. |L| r is exact.
+    """
+    latents = fields.to(tl.float32, bitcast=True) - (ROUNDER - LATENT_QMIN)
+    magnitude = tl.abs(latents) * ratio
+    if QMIN == -1:
+        codes = tl.where(magnitude < 0.5, 0.0, tl.where(latents < 0, -1.0, 1.0))
+    else:
+        magnitude = tl.floor(magnitude + 0.5)
+        codes = tl.minimum(tl.maximum(tl.where(latents < 0, -magnitude, magnitude), QMIN), QMAX)
+    return (codes + (ROUNDER - QMIN)).to(tl.int32, bitcast=True), latents
+
+
+@triton.jit
 def _round_and_store(
-    codes_row,
-    old,
-    wanted,
-    words,
-    start,
-    columns,
-    packed_columns,
-    STOCHASTIC: tl.constexpr,
-    QMIN: tl.constexpr,
-    QMAX: tl.constexpr,
-    STORAGE_BITS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
+    codes_row, latents_row, old, old_latents, wanted, words, ratio, start, columns, packed_columns, packed_latents,
+    STOCHASTIC: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, STORAGE_BITS: tl.constexpr,
+    LATENT_QMIN: tl.constexpr, LATENT_QMAX: tl.constexpr, LATENT_STORAGE_BITS: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """Rounds wanted fields, fp32 [BLOCK] and finite, and stores their bytes over `old`.
 
-    Returns flips, zeros and clamped weights of every 8 columns: int32, int32 and fp32 [BLOCK / 8].
+    With latents (LATENT_STORAGE_BITS is not 0) these are fields of latents, whose bytes are stored over `old_latents`,
+    and the codes of the new latents are stored over `old`. Returns what COUNTS and LATENT_COUNTS of lowbit/update.py
+    name, for every 8 columns: int32 [BLOCK / 8], clamped weights and sums of |L| in fp32.
     """
-    inside_grid = clamp_to_span(wanted, QMAX - QMIN)
-    new = round_fields(inside_grid, words, QMIN, STOCHASTIC)
+    HAS_LATENTS: tl.constexpr = LATENT_STORAGE_BITS > 0
+    STORED_QMIN: tl.constexpr = LATENT_QMIN if HAS_LATENTS else QMIN
+    STORED_QMAX: tl.constexpr = LATENT_QMAX if HAS_LATENTS else QMAX
+    inside_grid = clamp_to_span(wanted, STORED_QMAX - STORED_QMIN)
+    new = round_fields(inside_grid, words, STORED_QMIN, STOCHASTIC)
     clamped = tl.where(inside_grid != wanted, 1.0, 0.0)
+    latent_flips, abs_sum = _no_counts(BLOCK)
+    if HAS_LATENTS:
+        new_latents = new
+        new, latents = _codes_of_latents(new, ratio, LATENT_QMIN, QMIN, QMAX)
+        magnitudes = tl.abs(latents)
+        if not WHOLE:
+            inside = start + tl.arange(0, BLOCK) < columns
+            magnitudes = tl.where(inside, magnitudes, 0.0)
+            # Columns past the end keep a zero field, as packing leaves it.
+            new_latents = tl.where(inside, new_latents, 0)
+        new_latents = pack_fields(new_latents, LATENT_QMIN, LATENT_STORAGE_BITS, BLOCK)
+        store_packed(latents_row, new_latents, start, packed_latents, LATENT_STORAGE_BITS, BLOCK, WHOLE)
+        latent_flips = count_nonzero_fields(old_latents ^ new_latents, LATENT_STORAGE_BITS, BLOCK)
+        abs_sum = tl.sum(tl.reshape(magnitudes, (BLOCK // 8, 8)), axis=1)
     if not WHOLE:
         inside = start + tl.arange(0, BLOCK) < columns
         clamped = tl.where(inside, clamped, 0.0)
-        # Columns past the end keep a zero field, as packing leaves it.
         new = tl.where(inside, new, 0)
     new = pack_fields(new, QMIN, STORAGE_BITS, BLOCK)
     store_packed(codes_row, new, start, packed_columns, STORAGE_BITS, BLOCK, WHOLE)
     zeros = 8 - count_nonzero_fields(new ^ byte_of_zero_codes(QMIN, STORAGE_BITS), STORAGE_BITS, BLOCK)
     flips = count_nonzero_fields(old ^ new, STORAGE_BITS, BLOCK)
-    return flips, zeros, tl.sum(tl.reshape(clamped, (BLOCK // 8, 8)), axis=1)
+    return flips, zeros, tl.sum(tl.reshape(clamped, (BLOCK // 8, 8)), axis=1), latent_flips, abs_sum
 
 
 @triton.jit
 def _no_counts(BLOCK: tl.constexpr):
-    """Flips, zeros and clamped weights before the first block, typed as `_round_and_store` returns them."""
+    """Zero counts of every 8 columns, int32 and fp32."""
     none = tl.zeros((BLOCK // 8,), tl.int32)
-    return none, none, none.to(tl.float32)
+    return none, none.to(tl.float32)
 
 
 @triton.jit
-def _store_counts(counts, flips, zeros, clamped):
+def _store_counts(counts, flips, zeros, clamped, latent_flips, abs_sum, HAS_LATENTS: tl.constexpr):
     """Stores the counts of this program; fp32 holds them exactly."""
-    own = counts + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * 3
+    num_counts = 5 if HAS_LATENTS else 3
+    own = counts + (tl.program_id(0).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)) * num_counts
     tl.store(own, tl.sum(flips))
     tl.store(own + 1, tl.sum(zeros))
     tl.store(own + 2, tl.sum(clamped).to(tl.int32))
+    if HAS_LATENTS:
+        tl.store(own + 3, tl.sum(latent_flips))
+        tl.store(own + 4, tl.sum(abs_sum).to(tl.int32))
 
 
 # ---- the update by a direction ----
@@ -155,10 +209,12 @@ def _store_counts(counts, flips, zeros, clamped):
 @triton.jit(do_not_specialize=["key", "step"])
 def _update_kernel(
     codes,
+    latents,
     direction,
     first_element,
     matrix_id,
-    row_scale,
+    stored_scale,
+    codes_per_latent,
     counts,
     learning_rate,
     decay_factor,
@@ -166,69 +222,89 @@ def _update_kernel(
     step,
     columns,
     packed_columns,
+    packed_latents,
     columns_per_program,
     STOCHASTIC: tl.constexpr,
     QMIN: tl.constexpr,
     QMAX: tl.constexpr,
     STORAGE_BITS: tl.constexpr,
+    LATENT_QMIN: tl.constexpr,
+    LATENT_QMAX: tl.constexpr,
+    LATENT_STORAGE_BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
     """One rounding update of `rows` rows; program (i, j) has the j-th part of row i. Source: arXiv 2412.04787.
 
-    For each block of BLOCK columns, with s the scale of the row:
+    For each block of BLOCK columns, with s the scale of the row. With latents, read latents for codes in steps 1 to 3,
+    and their grid and scale:
 
         1. u  = C - QMIN                                          fields of the packed codes C
         2. t  = u * d + (QMIN * d - QMIN) - direction * (lr / s)  wanted field, d = decay_factor; t = u if not finite
         3. u' = round(clamp(t, 0, QMAX - QMIN))                   to nearest, or stochastic with the words of
                                                                   Philox(key, element, step, matrix)
-        4. pack u', store it over C, count flips, zeros and clamped weights
+        4. with latents: store u' over the latents; u' = the fields of their codes
+        5. pack u', store it over C, count flips, zeros and clamped weights
 
     argument              shape                    dtype          meaning
     codes                 [rows, packed_columns]   uint8 or int8  packed codes; rewritten
+    latents               [rows, packed_latents]   uint8 or int8  packed latents; rewritten; None where there are none
     direction             [rows, columns]          fp32           weight units per unit of learning rate
     first_element         [rows]                   int64          index of the row's first element in its matrix,
                                                                   a multiple of 4
     matrix_id             [rows]                   int64          32-bit id of the row's logical matrix
-    row_scale             [rows]                   fp32           weight units per code
-    counts                [rows, programs, 3]      int32          flips, zeros, clamped weights of each program; written
+    stored_scale          [rows]                   fp32           weight units per code or, where there are latents, per
+                                                                  latent
+    codes_per_latent      [rows]                   fp32           r of lowbit/latent.py; None where there are no latents
+    counts                [rows, programs, 3 or 5] int32          COUNTS or LATENT_COUNTS of each program; written
     learning_rate         scalar                   fp32
     decay_factor          scalar                   fp32           1 - learning_rate * weight_decay
     key                   scalar                   int64          purpose << 32 | seed
     step                  scalar                   int32          optimizer step, counted from 1
     columns               scalar                   int32          columns of a row, a multiple of 4
-    packed_columns        scalar                   int32          bytes of a row
+    packed_columns        scalar                   int32          bytes of a row of codes
+    packed_latents        scalar                   int32          bytes of a row of latents
     columns_per_program   scalar                   int32          a multiple of BLOCK
     STOCHASTIC            constexpr                bool           rounding mode
     QMIN, QMAX            constexpr                int            ends of the grid
-    STORAGE_BITS          constexpr                int            bits of a stored code: 2, 4 or 8
+    STORAGE_BITS          constexpr                int            bits of a stored code
+    LATENT_...            constexpr                int            the same of latents; LATENT_STORAGE_BITS is 0 where
+                                                                  there are none
     BLOCK                 constexpr                int            columns handled at once
     WHOLE                 constexpr                bool           `columns` is a multiple of BLOCK
     """
     row, first, last, first_counter, id_word = _locate_program(first_element, matrix_id, columns, columns_per_program)
-    codes_per_direction = learning_rate / tl.load(row_scale + row)
+    stored_per_direction = learning_rate / tl.load(stored_scale + row)
     codes_row = codes + row * packed_columns
+    latents_row, ratio = _latents_of_row(latents, codes_per_latent, row, packed_latents, LATENT_STORAGE_BITS)
     direction_row = direction + row * columns
-    flips, zeros, clamped = _no_counts(BLOCK)
+    STORED_QMIN: tl.constexpr = LATENT_QMIN if LATENT_STORAGE_BITS > 0 else QMIN
+    flips, clamped = _no_counts(BLOCK)
+    zeros, latent_flips, abs_sum = flips, flips, clamped
     for start in range(first, last, BLOCK):
         tl.assume(start >= 0)  # so that divisions are shifts
         offsets = start + tl.arange(0, BLOCK)
         inside = None if WHOLE else offsets < columns
-        old = load_packed(codes_row, start, packed_columns, QMIN, STORAGE_BITS, BLOCK, WHOLE)
-        fields = unpack_fields(old, QMIN, STORAGE_BITS)
-        wanted = (
-            _decayed(fields, decay_factor, QMIN) - tl.load(direction_row + offsets, mask=inside) * codes_per_direction
-        )
+        old, old_latents = _load_stored(
+            codes_row, latents_row, start, packed_columns, packed_latents,
+            QMIN, STORAGE_BITS, LATENT_QMIN, LATENT_STORAGE_BITS, BLOCK, WHOLE,
+        )  # fmt: skip
+        fields = unpack_fields(old_latents, STORED_QMIN, LATENT_STORAGE_BITS or STORAGE_BITS)
+        move = tl.load(direction_row + offsets, mask=inside) * stored_per_direction
+        wanted = _decayed(fields, decay_factor, STORED_QMIN) - move
         wanted = tl.where(tl.abs(wanted) < float("inf"), wanted, fields)
         words = random_words(first_counter + (start >> 2), id_word, key, step, BLOCK)
-        new_flips, new_zeros, new_clamped = _round_and_store(
-            codes_row, old, wanted, words, start, columns, packed_columns,
-            STOCHASTIC, QMIN, QMAX, STORAGE_BITS, BLOCK, WHOLE,
+        new_flips, new_zeros, new_clamped, new_latent_flips, new_abs_sum = _round_and_store(
+            codes_row, latents_row, old, old_latents, wanted, words, ratio, start, columns, packed_columns,
+            packed_latents, STOCHASTIC, QMIN, QMAX, STORAGE_BITS, LATENT_QMIN, LATENT_QMAX, LATENT_STORAGE_BITS,
+            BLOCK, WHOLE,
         )  # fmt: skip
         flips += new_flips
         zeros += new_zeros
         clamped += new_clamped
-    _store_counts(counts, flips, zeros, clamped)
+        latent_flips += new_latent_flips
+        abs_sum += new_abs_sum
+    _store_counts(counts, flips, zeros, clamped, latent_flips, abs_sum, LATENT_STORAGE_BITS > 0)
 
 
 def update_rows_triton(
@@ -238,15 +314,18 @@ def update_rows_triton(
     learning_rate: float,
     weight_decay: float,
     key: RoundingKey,
+    latents: Tensor | None = None,
 ) -> Tensor:
     """As `update_rows_reference`, with counts in parts. `direction` is contiguous, on the device of the codes."""
     assert direction.dtype == torch.float32 and direction.is_contiguous()
+    assert latents is None or latents.is_contiguous()
     rows = direction.shape[0]
     division = _divide(weight, rows)
     launch(
         _update_kernel,
         division.grid,
         weight.packed(start, start + rows),
+        latents,
         direction,
         *_row_arguments(weight, start, start + rows),
         division.counts,
@@ -329,6 +408,7 @@ def _load_gradient(gradient_row, start, columns, is_taken, BLOCK: tl.constexpr, 
 @triton.jit(do_not_specialize=["key", "step"])
 def _adamw_kernel(
     codes,
+    latents,
     gradient,
     exp_avg,
     exp_avg_exponents,
@@ -336,7 +416,8 @@ def _adamw_kernel(
     exp_avg_sq_exponents,
     first_element,
     matrix_id,
-    row_scale,
+    stored_scale,
+    codes_per_latent,
     counts,
     clip,
     decay_factor,
@@ -350,6 +431,7 @@ def _adamw_kernel(
     step,
     columns,
     packed_columns,
+    packed_latents,
     columns_per_program,
     CLIPPED: tl.constexpr,
     GRADIENT_LIMIT: tl.constexpr,
@@ -362,6 +444,9 @@ def _adamw_kernel(
     QMIN: tl.constexpr,
     QMAX: tl.constexpr,
     STORAGE_BITS: tl.constexpr,
+    LATENT_QMIN: tl.constexpr,
+    LATENT_QMAX: tl.constexpr,
+    LATENT_STORAGE_BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
@@ -379,22 +464,24 @@ def _adamw_kernel(
         epsilon     E = s * eps / rate
         t = C (1 - lr wd) - m / (R sqrt(v) + E)
 
-    Steps, for each block of BLOCK columns:
+    With latents L, read L for C and the latent scale for s above. Steps, for each block of BLOCK columns:
 
-        1. read the packed codes, the gradient g and the moments m, v
+        1. read the packed codes and latents, the gradient g and the moments m, v
         2. without a clip factor: g = 0 where |g| >= GRADIENT_LIMIT or g is not finite
         3. draw the words: Philox(key, element, step, matrix)
         4. m = beta1 m + gradient_weight g          v = beta2 v + square_weight g^2
         5. store m and v; 8-bit moments are rounded stochastically with the lowest 20 bits of the words
         6. u = C - QMIN, decayed          t = u - m / (R sqrt(v) + E), from the moments of step 4, not the stored ones
         7. u' = round(clamp(t, 0, QMAX - QMIN)), stochastic with the words, or to nearest
-        8. pack u', store it over C, count flips, zeros and clamped weights
+        8. with latents: store u' over L; u' = the fields of the codes of the new latents
+        9. pack u', store it over C, count flips, zeros and clamped weights
 
     A clip factor of 0 says that the step is not to be taken. Then the kernel reads no gradients and sets R = 0 and
     E = infinity: moments decay, and only weight decay moves codes. A learning rate of 0 sets R and E in the same way.
 
     argument               shape                        dtype          meaning
     codes                  [rows, packed_columns]       uint8 or int8  packed codes; rewritten
+    latents                [rows, packed_latents]       uint8 or int8  packed latents; rewritten; None without latents
     gradient               [rows, columns]              bf16 or fp32   g
     exp_avg                [rows, columns]              uint8 or fp32  m: signed block floats, or fp32; rewritten
     exp_avg_exponents      [rows, columns/STATE_BLOCK]  uint8          exponents of m; unused where STATE_BITS is 32
@@ -402,8 +489,9 @@ def _adamw_kernel(
     exp_avg_sq_exponents   [rows, columns/STATE_BLOCK]  uint8          exponents of v; unused where STATE_BITS is 32
     first_element          [rows]                       int64          index of the row's first element in its matrix
     matrix_id              [rows]                       int64          32-bit id of the row's logical matrix
-    row_scale              [rows]                       fp32           s, weight units per code
-    counts                 [rows, programs, 3]          int32          flips, zeros, clamped weights; written
+    stored_scale           [rows]                       fp32           s, weight units per code, or per latent
+    codes_per_latent       [rows]                       fp32           r of lowbit/latent.py; None without latents
+    counts                 [rows, programs, 3 or 5]     int32          COUNTS or LATENT_COUNTS; written
     clip                   [] or None                   fp32           c
     decay_factor           scalar                       fp32           1 - lr wd
     beta1                  scalar                       fp32
@@ -415,7 +503,8 @@ def _adamw_kernel(
     key                    scalar                       int64          purpose << 32 | seed
     step                   scalar                       int32          n, counted from 1
     columns                scalar                       int32          columns of a row, a multiple of 4
-    packed_columns         scalar                       int32          bytes of a row
+    packed_columns         scalar                       int32          bytes of a row of codes
+    packed_latents         scalar                       int32          bytes of a row of latents
     columns_per_program    scalar                       int32          a multiple of BLOCK
     CLIPPED                constexpr                    bool           `clip` is given
     GRADIENT_LIMIT         constexpr                    float          of step 2
@@ -425,7 +514,9 @@ def _adamw_kernel(
     DECAYS                 constexpr                    bool           decay_factor is not 1
     STOCHASTIC             constexpr                    bool           rounding mode of the codes
     QMIN, QMAX             constexpr                    int            ends of the grid
-    STORAGE_BITS           constexpr                    int            bits of a stored code: 2, 4 or 8
+    STORAGE_BITS           constexpr                    int            bits of a stored code
+    LATENT_...             constexpr                    int            the same of latents; LATENT_STORAGE_BITS is 0
+                                                                       where there are none
     BLOCK                  constexpr                    int            columns handled at once
     WHOLE                  constexpr                    bool           `columns` is a multiple of BLOCK
     """
@@ -436,19 +527,25 @@ def _adamw_kernel(
         gradient_weight *= factor
         square_weight *= factor * factor
         is_taken = factor > 0.0
-    scale = tl.load(row_scale + row)
+    scale = tl.load(stored_scale + row)
     root_factor = tl.where(is_taken, root_factor * scale, 0.0)
     epsilon = tl.where(is_taken, epsilon * scale, float("inf"))
     codes_row = codes + row * packed_columns
+    latents_row, ratio = _latents_of_row(latents, codes_per_latent, row, packed_latents, LATENT_STORAGE_BITS)
     gradient_row = gradient + row * columns
     exp_avg_row = exp_avg + row * columns
     exp_avg_sq_row = exp_avg_sq + row * columns
     exp_avg_exponents_row = exp_avg_exponents + row * (columns // STATE_BLOCK)
     exp_avg_sq_exponents_row = exp_avg_sq_exponents + row * (columns // STATE_BLOCK)
-    flips, zeros, clamped = _no_counts(BLOCK)
+    STORED_QMIN: tl.constexpr = LATENT_QMIN if LATENT_STORAGE_BITS > 0 else QMIN
+    flips, clamped = _no_counts(BLOCK)
+    zeros, latent_flips, abs_sum = flips, flips, clamped
     for start in range(first, last, BLOCK):
         tl.assume(start >= 0)  # so that divisions are shifts
-        old = load_packed(codes_row, start, packed_columns, QMIN, STORAGE_BITS, BLOCK, WHOLE)
+        old, old_latents = _load_stored(
+            codes_row, latents_row, start, packed_columns, packed_latents,
+            QMIN, STORAGE_BITS, LATENT_QMIN, LATENT_STORAGE_BITS, BLOCK, WHOLE,
+        )  # fmt: skip
         g = _load_gradient(gradient_row, start, columns, is_taken, BLOCK, WHOLE)
         if not CLIPPED:
             g = tl.where(tl.abs(g) < GRADIENT_LIMIT, g, 0.0)
@@ -463,18 +560,21 @@ def _adamw_kernel(
             exp_avg_row, exp_avg_exponents_row, exp_avg_sq_row, exp_avg_sq_exponents_row, m, v, words, start, columns,
             STATE_BITS, STATE_BLOCK, SIGNED_EXPONENT_MIN, UNSIGNED_EXPONENT_MIN, BLOCK, WHOLE,
         )  # fmt: skip
-        fields = unpack_fields(old, QMIN, STORAGE_BITS)
+        fields = unpack_fields(old_latents, STORED_QMIN, LATENT_STORAGE_BITS or STORAGE_BITS)
         if DECAYS:
-            fields = _decayed(fields, decay_factor, QMIN)
+            fields = _decayed(fields, decay_factor, STORED_QMIN)
         wanted = fields - m * reciprocal(square_root(v) * root_factor + epsilon)
-        new_flips, new_zeros, new_clamped = _round_and_store(
-            codes_row, old, wanted, words, start, columns, packed_columns,
-            STOCHASTIC, QMIN, QMAX, STORAGE_BITS, BLOCK, WHOLE,
+        new_flips, new_zeros, new_clamped, new_latent_flips, new_abs_sum = _round_and_store(
+            codes_row, latents_row, old, old_latents, wanted, words, ratio, start, columns, packed_columns,
+            packed_latents, STOCHASTIC, QMIN, QMAX, STORAGE_BITS, LATENT_QMIN, LATENT_QMAX, LATENT_STORAGE_BITS,
+            BLOCK, WHOLE,
         )  # fmt: skip
         flips += new_flips
         zeros += new_zeros
         clamped += new_clamped
-    _store_counts(counts, flips, zeros, clamped)
+        latent_flips += new_latent_flips
+        abs_sum += new_abs_sum
+    _store_counts(counts, flips, zeros, clamped, latent_flips, abs_sum, LATENT_STORAGE_BITS > 0)
 
 
 def adamw_update_rows_triton(
@@ -508,6 +608,7 @@ def adamw_update_rows_triton(
         _adamw_kernel,
         division.grid,
         weight.packed(start, start + rows),
+        moments.get("latent"),
         gradient,
         exp_avg,
         exponents[0],
@@ -543,7 +644,7 @@ class _Division(NamedTuple):
     """How rows are divided over programs."""
 
     counts: Tensor
-    """int32 [rows, programs per row, 3]: where each program stores its counts."""
+    """int32 [rows, programs per row, counts]: where each program stores its counts."""
     columns_per_program: int
 
     @property
@@ -556,7 +657,8 @@ def _divide(weight: LowBitMatrix, rows: int) -> _Division:
     """The division of `rows` rows of `weight`."""
     num_blocks = triton.cdiv(weight.columns, BLOCK)
     blocks_per_program = max(MIN_BLOCKS, triton.cdiv(num_blocks, triton.cdiv(MIN_PROGRAMS, rows)))
-    shape = (rows, int(triton.cdiv(num_blocks, blocks_per_program)), 3)
+    num_counts = len(COUNTS if weight.latent_grid is None else LATENT_COUNTS)
+    shape = (rows, int(triton.cdiv(num_blocks, blocks_per_program)), num_counts)
     counts = torch.empty(shape, dtype=torch.int32, device=weight.codes.device)
     return _Division(counts, blocks_per_program * BLOCK)
 
@@ -566,14 +668,20 @@ class _RowArguments(NamedTuple):
 
     first_element: Tensor
     matrix_id: Tensor
-    row_scale: Tensor
+    stored_scale: Tensor
+    codes_per_latent: Tensor | None
 
 
 def _row_arguments(weight: LowBitMatrix, start: int, stop: int) -> _RowArguments:
     """The arguments of rows [start, stop)."""
     assert weight.layout is not None
     first_element, matrix_id = row_words(weight.layout, weight.codes.device)
-    return _RowArguments(first_element[start:stop], matrix_id[start:stop], weight.row_scale()[start:stop])
+    rows = slice(start, stop)
+    if weight.latent_grid is None:
+        scale, ratio = weight.row_scale()[rows], None
+    else:
+        scale, ratio = weight.row_latent_scale()[rows], weight.row_codes_per_latent()[rows]
+    return _RowArguments(first_element[rows], matrix_id[rows], scale, ratio)
 
 
 class _WalkArguments(NamedTuple):
@@ -583,22 +691,29 @@ class _WalkArguments(NamedTuple):
     step: int
     columns: int
     packed_columns: int
+    packed_latents: int
     columns_per_program: int
 
 
 def _walk_arguments(weight: LowBitMatrix, division: _Division, key: RoundingKey) -> _WalkArguments:
     key_words = int(Purpose.ROUND) << 32 | key.seed
-    return _WalkArguments(key_words, key.step, weight.columns, weight.codes.shape[1], division.columns_per_program)
+    packed_latents = 0 if weight.latent_grid is None else weight.latent_grid.packed_columns(weight.columns)
+    return _WalkArguments(
+        key_words, key.step, weight.columns, weight.codes.shape[1], packed_latents, division.columns_per_program
+    )
 
 
 def _constants(weight: LowBitMatrix, key: RoundingKey) -> dict[str, int | bool]:
     """Constexpr parameters that both kernels have, and launch options."""
-    grid = weight.grid
+    grid, latent_grid = weight.grid, weight.latent_grid
     return {
         "STOCHASTIC": key.mode == "stochastic",
         "QMIN": grid.qmin,
         "QMAX": grid.qmax,
         "STORAGE_BITS": grid.storage_bits,
+        "LATENT_QMIN": 0 if latent_grid is None else latent_grid.qmin,
+        "LATENT_QMAX": 0 if latent_grid is None else latent_grid.qmax,
+        "LATENT_STORAGE_BITS": 0 if latent_grid is None else latent_grid.storage_bits,
         "BLOCK": BLOCK,
         "WHOLE": weight.columns % BLOCK == 0,
         "num_warps": NUM_WARPS,

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from dqt_dist.layers.low_bit_linear import ColumnParallelLowBitLinear
 from dqt_dist.layers.transformer_config import LlamaTransformerConfig
-from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.packing import unpack
 from dqt_dist.parallel.collectives import Group
@@ -60,7 +59,7 @@ class LowBitEmbedding(nn.Module):
         self.group, self.dtype, self.sequence_parallel = group, config.params_dtype, config.sequence_parallel
         rows = vocab_size // group.size()
         self.first_row = group.rank() * rows
-        self.weight = LowBitMatrix(rows, config.hidden_size, make_grid(config.quantization.bits), device)
+        self.weight = LowBitMatrix.of(config.quantization, rows, config.hidden_size, device)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [b, s] -> [b, s, hidden], or [s / tp, b, hidden] under sequence parallelism.

@@ -30,7 +30,6 @@ from dqt_dist.kernels.quantize import Operand, quantize, rms_norm_backward, rms_
 from dqt_dist.layers.compute import Compute, make_compute
 from dqt_dist.layers.transformer_config import LlamaTransformerConfig
 from dqt_dist.lowbit.activation import token_absmax, token_scale
-from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.parallel.collectives import Group, gather_sequence, reduce_in_place, scatter_sum_sequence
 
@@ -46,7 +45,7 @@ class LowBitLinear(nn.Module):
         self.sequence_parallel = config.sequence_parallel
         self.compute: Compute = make_compute(config.quantization)
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        self.weight = LowBitMatrix(rows, columns, make_grid(config.quantization.bits), torch.device(device))
+        self.weight = LowBitMatrix.of(config.quantization, rows, columns, torch.device(device))
 
 
 # ---- parts of the forward and the backward of either direction, on [tokens, features] ----

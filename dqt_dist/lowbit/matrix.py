@@ -4,12 +4,15 @@ All tensors are buffers, none is an nn.Parameter: integers cannot require a grad
 master of each parameter. The gradient has its own `GradientBuffer`. The linear's backward fills the gradient buffer and
 the optimizer empties it, as with Megatron's main_grad (`gradient_buffer.py`).
 
-    codes   uint8 or int8 [held rows, packed_columns]   the only copy of the weight
-    scale   fp32 [matrices]                             one per logical matrix, equal on every rank, fixed after
-                                                        initialisation
+    codes          uint8 or int8 [held rows, packed_columns]   what products see; without latents the only copy of the
+                                                               weight
+    scale          fp32 [matrices]                             weight of a code; one per logical matrix, equal on every
+                                                               rank
+    latent_scale   fp32 [matrices]                             weight of a latent, where there are latents
 
 A rank holds all rows of its shard. After `keep_rows` (ZeRO stage 3) it holds some rows, and `gather` returns all rows
-for a product. Row numbers are always those of the shard.
+for a product. Row numbers are always those of the shard. Latents (`latent.py`) are optimizer state: they lie with the
+owner of a row, beside its moments, and are never gathered.
 """
 
 from __future__ import annotations
@@ -19,9 +22,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from dqt_dist.config import QuantizationConfig
 from dqt_dist.lowbit.coordinates import ShardLayout
 from dqt_dist.lowbit.gradient_buffer import GradientBuffer
-from dqt_dist.lowbit.grid import Grid
+from dqt_dist.lowbit.grid import Grid, make_grid
+from dqt_dist.lowbit.latent import codes_of_latents, codes_per_latent
 from dqt_dist.lowbit.packing import pack, storage_dtype, unpack
 from dqt_dist.lowbit.rounding import round_nearest
 
@@ -32,21 +37,38 @@ class LowBitMatrix(nn.Module):
     codes: Tensor
     scale: Tensor
     row_matrix: Tensor
+    latent_scale: Tensor
 
-    def __init__(self, rows: int, columns: int, grid: Grid, device: torch.device | None = None) -> None:
+    def __init__(
+        self,
+        rows: int,
+        columns: int,
+        grid: Grid,
+        device: torch.device | None = None,
+        latent_grid: Grid | None = None,
+        latent_threshold: int | None = None,
+    ) -> None:
         super().__init__()
         self.rows, self.columns, self.grid = rows, columns, grid
+        self.latent_grid, self.latent_threshold = latent_grid, latent_threshold
         self.layout: ShardLayout | None = None
         self.first_row = 0
         self.gather: Callable[[], Tensor] | None = None
         """Returns the packed codes of all rows. None where this rank holds all rows."""
-        # Cached, because products ask for the row scale several times per step. Recomputed after the scale was written.
-        self._row_scale: tuple[tuple[int, int], Tensor] | None = None
+        self._of_rows: dict[str, tuple[tuple[int, ...], Tensor]] = {}
+        """Values of each row, with the versions of the tensors they were made from."""
         self.gradient = GradientBuffer("", rows, columns)
         codes = torch.zeros(rows, grid.packed_columns(columns), dtype=storage_dtype(grid), device=device)
         self.register_buffer("codes", codes)
         self.register_buffer("scale", torch.ones(1, device=device))
+        self.register_buffer("latent_scale", None if latent_grid is None else torch.ones(1, device=device))
         self.register_buffer("row_matrix", torch.zeros(rows, dtype=torch.uint8, device=device), persistent=False)
+
+    @classmethod
+    def of(cls, quantization: QuantizationConfig, rows: int, columns: int, device: torch.device) -> LowBitMatrix:
+        """A matrix on the grids of a config."""
+        latent_grid = None if quantization.latent_bits is None else make_grid(quantization.latent_bits)
+        return cls(rows, columns, make_grid(quantization.bits), device, latent_grid, quantization.latent_threshold)
 
     def assign(self, layout: ShardLayout) -> None:
         """Sets the logical coordinates of the shard. Raises ValueError when the shapes disagree."""
@@ -56,6 +78,8 @@ class LowBitMatrix(nn.Module):
         self.layout = layout
         self.gradient.name = layout.matrices[0].name
         self.scale = torch.ones(len(layout.matrices), device=device)
+        if self.latent_grid is not None:
+            self.latent_scale = torch.ones_like(self.scale)
         self.row_matrix = layout.row_matrix().to(device=device, dtype=torch.uint8)
 
     @property
@@ -73,10 +97,41 @@ class LowBitMatrix(nn.Module):
 
     def row_scale(self) -> Tensor:
         """The scale of each row, fp32 [rows]. Applied in the GEMM's epilogue, never multiplied into stored codes."""
-        version = (id(self.scale), self.scale._version)
-        if self._row_scale is None or self._row_scale[0] != version:
-            self._row_scale = (version, self.scale[self.row_matrix.int()])
-        return self._row_scale[1]
+        return self._expanded("scale", lambda: self.scale, self.scale)
+
+    def row_latent_scale(self) -> Tensor:
+        """The latent scale of each row, fp32 [rows]."""
+        return self._expanded("latent_scale", lambda: self.latent_scale, self.latent_scale)
+
+    def row_codes_per_latent(self) -> Tensor:
+        """r of each row, fp32 [rows]; see latent.py."""
+        return self._expanded(
+            "codes_per_latent",
+            lambda: codes_per_latent(self.scale, self.latent_scale, self.latent_threshold),
+            self.scale,
+            self.latent_scale,
+        )
+
+    def _expanded(self, name: str, of_matrices: Callable[[], Tensor], *sources: Tensor) -> Tensor:
+        """A value of each matrix for each of its rows, fp32 [rows].
+
+        The result is kept, because a step asks for it several times. After a source has been written, it is written
+        again to the same memory: CUDA graphs read it there.
+        """
+        versions = tuple(number for source in sources for number in (id(source), source._version))
+        kept = self._of_rows.get(name)
+        if kept is not None and kept[0] == versions:
+            return kept[1]
+        values = of_matrices()[self.row_matrix.int()]
+        if kept is not None and kept[1].shape == values.shape and kept[1].device == values.device:
+            values = kept[1].copy_(values)
+        self._of_rows[name] = (versions, values)
+        return values
+
+    def set_scale(self, scale: Tensor) -> None:
+        """Overwrites the scales of the matrices, and of each row."""
+        self.scale.copy_(scale)
+        self.row_scale()
 
     def packed(self, start: int, stop: int) -> Tensor:
         """View of the packed codes of held rows [start, stop)."""
@@ -100,14 +155,25 @@ class LowBitMatrix(nn.Module):
     def set_weights(self, weights: Tensor, start: int = 0) -> None:
         """Rounds float weights [n, columns] to the nearest codes, with the present scales, and writes the codes.
 
-        The first row written is the held row `start`.
+        With latents the codes are those of the nearest latents. The first row written is the held row `start`.
         """
-        row_scale = self.row_scale()[start : start + weights.shape[0], None]
-        self.set_codes(round_nearest(weights.float() / row_scale, self.grid), start)
+        rows = slice(start, start + weights.shape[0])
+        if self.latent_grid is None:
+            codes = round_nearest(weights.float() / self.row_scale()[rows, None], self.grid)
+        else:
+            codes = codes_of_latents(self.nearest_latents(weights, start), self.row_codes_per_latent()[rows], self.grid)
+        self.set_codes(codes, start)
+
+    def nearest_latents(self, weights: Tensor, start: int) -> Tensor:
+        """int8 latents nearest to float weights [n, columns] of rows from `start` on."""
+        assert self.latent_grid is not None
+        row_scale = self.row_latent_scale()[start : start + weights.shape[0], None]
+        return round_nearest(weights.float() / row_scale, self.latent_grid)
 
     def dequantize(self) -> Tensor:
         """The weights, scale * code, as fp32 [rows, columns]. For tests and export; training never calls it."""
         return self.unpack().float() * self.row_scale()[:, None]
 
     def extra_repr(self) -> str:
-        return f"{self.rows} x {self.columns}, bits={self.grid.bits}"
+        latents = "" if self.latent_grid is None else f", latent_bits={self.latent_grid.bits}"
+        return f"{self.rows} x {self.columns}, bits={self.grid.bits}{latents}"

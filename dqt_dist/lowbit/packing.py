@@ -24,6 +24,11 @@ def storage_dtype(grid: Grid) -> torch.dtype:
     return torch.int8 if grid.storage_bits == 8 else torch.uint8
 
 
+def new_packed(rows: int, columns: int, grid: Grid, device: torch.device | None = None) -> Tensor:
+    """Memory for the packed codes of `rows` rows, not initialised."""
+    return torch.empty(rows, grid.packed_columns(columns), dtype=storage_dtype(grid), device=device)
+
+
 def pack(codes: Tensor, grid: Grid) -> Tensor:
     """Packs codes [rows, columns] (any integer dtype, on the grid) to bytes [rows, grid.packed_columns(columns)]."""
     if grid.storage_bits == 8:

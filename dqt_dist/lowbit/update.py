@@ -4,6 +4,9 @@
     C' = clamp(floor(t) + [u < t - floor(t)])            u = Philox(ROUND, seed, step, matrix, row, column)
 
 No float weight is stored: t exists for one block of rows at a time. Where t is not finite, the code is kept.
+
+Where a weight has a latent (`latent.py`), the latent takes the place of the code in these two lines, with the latent
+scale and the grid of latents. The new code is a function of the new latent.
 """
 
 from __future__ import annotations
@@ -16,9 +19,18 @@ from torch import Tensor
 from dqt_dist.config import Rounding
 from dqt_dist.lowbit.coordinates import Purpose, random_words
 from dqt_dist.lowbit.grid import Grid
+from dqt_dist.lowbit.latent import codes_of_latents
 from dqt_dist.lowbit.matrix import LowBitMatrix
+from dqt_dist.lowbit.packing import pack, unpack
 from dqt_dist.lowbit.philox import to_unit_interval
 from dqt_dist.lowbit.rounding import round_nearest, round_stochastic
+
+COUNTS = ("flips", "zeros", "clamped")
+"""What an update counts in each row: codes that changed, codes that are now zero, wanted weights that lay outside the
+grid (of the latents, where there are latents)."""
+
+LATENT_COUNTS = (*COUNTS, "latent_flips", "latent_abs_sum")
+"""The same with latents: also latents that changed, and the sum of |L| after the update."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +45,7 @@ class RoundingKey:
 def wanted_codes(
     codes: Tensor, direction: Tensor, row_scale: Tensor, learning_rate: float, weight_decay: float
 ) -> Tensor:
-    """t in fp32 [rows, columns], for codes and direction [rows, columns] and row_scale [rows]."""
+    """t in fp32 [rows, columns], for codes (or latents) and direction [rows, columns] and their row_scale [rows]."""
     wanted = codes.float()
     if weight_decay:
         wanted = wanted * (1.0 - learning_rate * weight_decay)
@@ -59,24 +71,37 @@ def update_rows_reference(
     weight_decay: float,
     key: RoundingKey,
     words: Tensor | None = None,
+    latents: Tensor | None = None,
 ) -> Tensor:
     """Updates rows [start, start + len(direction)) of `weight` in place.
 
     `direction` is fp32 [n, columns]. `words` are the `rounding_words` of the rows, where the caller has drawn them
-    already. Returns int64 [n, 1, 3], one part per row: codes that changed, codes that are now zero, wanted weights that
-    lay outside the grid.
+    already. `latents` are the packed latents of the rows, rewritten in place; None where there are none. Returns int64
+    [n, 1, counts], one part per row, in the order of COUNTS or LATENT_COUNTS.
     """
-    stop = start + direction.shape[0]
-    codes = weight.unpack(start, stop)
-    wanted = wanted_codes(codes, direction, weight.row_scale()[start:stop], learning_rate, weight_decay)
-    wanted = torch.where(wanted.isfinite(), wanted, codes.float())
+    rows = slice(start, start + direction.shape[0])
+    codes = weight.unpack(rows.start, rows.stop)
+    if latents is None:
+        stored, grid, row_scale = codes, weight.grid, weight.row_scale()[rows]
+    else:
+        assert weight.latent_grid is not None
+        grid, row_scale = weight.latent_grid, weight.row_latent_scale()[rows]
+        stored = unpack(latents, grid, weight.columns)
+    wanted = wanted_codes(stored, direction, row_scale, learning_rate, weight_decay)
+    wanted = torch.where(wanted.isfinite(), wanted, stored.float())
     uniforms = None
     if key.mode == "stochastic":
-        uniforms = to_unit_interval(rounding_words(weight, start, stop, key) if words is None else words)
-    clamped = (wanted < weight.grid.qmin) | (wanted > weight.grid.qmax)
-    updated = round_to_grid(wanted, uniforms, weight.grid)
-    # Counted before the write, because codes of 5 to 8 bits are not packed and `codes` shares the memory that is
-    # written.
-    counts = torch.stack([(updated != codes).sum(1), (updated == 0).sum(1), clamped.sum(1)], dim=1)[:, None]
-    weight.set_codes(updated, start)
-    return counts
+        uniforms = to_unit_interval(rounding_words(weight, rows.start, rows.stop, key) if words is None else words)
+    clamped = (wanted < grid.qmin) | (wanted > grid.qmax)
+    updated = round_to_grid(wanted, uniforms, grid)
+    new_codes = updated
+    if latents is not None:
+        new_codes = codes_of_latents(updated, weight.row_codes_per_latent()[rows], weight.grid)
+    # Counted before the write, because integers that fill a byte are not packed, and what was unpacked shares the
+    # memory that is written.
+    counts = [(new_codes != codes).sum(1), (new_codes == 0).sum(1), clamped.sum(1)]
+    if latents is not None:
+        counts += [(updated != stored).sum(1), updated.int().abs().sum(1)]
+        latents.copy_(pack(updated, grid))
+    weight.set_codes(new_codes, start)
+    return torch.stack(counts, dim=1)[:, None]

@@ -117,8 +117,16 @@ class AdafactorRule:
         step_enabled = clip > 0
         decay = self.config.low_bit_weight_decay
         for block, direction in self.directions(rows, clipped_gradient, settings.key.step):
-            start = rows.start + block.start
-            yield update_rows(rows.weight, direction * step_enabled, start, settings.learning_rate, decay, settings.key)
+            start, latents = rows.start + block.start, rows.state.get("latent")
+            yield update_rows(
+                rows.weight,
+                direction * step_enabled,
+                start,
+                settings.learning_rate,
+                decay,
+                settings.key,
+                None if latents is None else latents[block],
+            )
 
     def directions(self, rows: OwnedRows, gradient: GradientOfRows, step: int) -> Iterator[tuple[slice, Tensor]]:
         """Updates the factored moments of the shard, then yields the direction of each block of owned rows."""

@@ -121,7 +121,8 @@ def adamw_update_rows_reference(
     if clip is not None:
         # With a clip of 0 the first moment must not move codes either.
         direction *= clip > 0
-    return update_rows_reference(weight, direction, start, learning_rate, adamw.weight_decay, key, words)
+    latents = moments.get("latent")
+    return update_rows_reference(weight, direction, start, learning_rate, adamw.weight_decay, key, words, latents)
 
 
 class AdamWRule:

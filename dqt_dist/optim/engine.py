@@ -153,7 +153,7 @@ class CombinedOptimizer:
     def state_was_loaded(self, step: int) -> None:
         """Updates everything that depends on the state just loaded, which is that of step `step`. A collective call."""
         self.steps_done = step
-        self.low_bit.invalidate_gathered_codes()
+        self.low_bit.state_was_loaded()
         self.high_precision.set_step(step)
         self.high_precision.refresh_parameters()
 

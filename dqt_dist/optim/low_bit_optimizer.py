@@ -10,8 +10,13 @@ stop_r):
     stage 3   a rank holds the codes of owned rows only; packed codes are gathered before use (parallel/code_shards.py)
 
 In every stage the owner of a row takes the mean in rank order (gradient_reducer.py), so all stages give the same bits.
-Moments exist for owned rows only. They lie on the device or, with deepspeed.zero_optimization.offload_optimizer, in
-pinned memory of the host.
+Moments and latents exist for owned rows only. They lie on the device or, with
+deepspeed.zero_optimization.offload_optimizer, in pinned memory of the host.
+
+With quantization.scale_refit_interval some steps refit the scales (lowbit/latent.py). A refit needs the sums of |L|
+after the step before. That step's update has counted them, so there is no pass over the latents. Two all-reduces of 8
+bytes per matrix complete the sums, over TP and over the owners of rows. The new scale is written together with the new
+codes, when the matrix is updated.
 
 `CombinedOptimizer.step` runs the phases; this class has phases 3 and 4. The update itself is a rule of `adamw.py` or
 `adafactor.py`:
@@ -33,12 +38,15 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from dqt_dist.config import Config
 from dqt_dist.dtypes import TORCH_DTYPES
+from dqt_dist.layers.initialize import initial_latents
 from dqt_dist.lowbit.gradient_buffer import GradientBuffer
 from dqt_dist.lowbit.grid import make_grid
+from dqt_dist.lowbit.latent import refit_scale, scale_multiple
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey
 from dqt_dist.optim.adafactor import AdafactorRule
@@ -64,7 +72,7 @@ class LowBitOptimizer:
         groups: Groups,
         reducer: GradientReducer,
     ) -> None:
-        self.config, self.group = config, groups.data
+        self.config, self.group, self.tensor_group = config, groups.data, groups.tensor
         self.stage = config.zero_stage
         self.enabled = config.quantization.method == "dqt"
         self.grid = make_grid(config.quantization.bits)
@@ -75,6 +83,12 @@ class LowBitOptimizer:
             else AdafactorRule(optimizer, groups, rows_sharded=self.sharded)
         )
         self.rows = [self._register(index, weight, reducer) for index, weight in enumerate(weights)]
+        matrices = [weight.layout.matrices for weight in weights if weight.layout is not None]
+        self._num_matrices = [len(of_shard) for of_shard in matrices]
+        numel = [matrix.rows * matrix.columns for of_shard in matrices for matrix in of_shard]
+        self._matrix_numel = torch.tensor(numel, device=groups.device)
+        self._new_scales: tuple[Tensor, ...] | None = None
+        """Refitted scales of each shard, where this step has some."""
         self.gatherer = CodeGatherer(weights, self.group) if self.stage == 3 and self.group.size() > 1 else None
 
     @property
@@ -93,6 +107,11 @@ class LowBitOptimizer:
         bounds = row_bounds(weight.rows, self.group.size())
         rows = OwnedRows(weight, *(bounds[self.group.rank()] if self.sharded else (0, weight.rows)))
         rows.state = self.rule.new_state(rows)
+        if weight.latent_grid is not None:
+            latents = initial_latents(weight, rows.start, rows.stop, self.config)
+            if self.config.offloads_optimizer:
+                latents = latents.cpu().pin_memory() if latents.is_cuda else latents
+            rows.state["latent"] = latents
         rows.gradient.dtype = TORCH_DTYPES[self.config.optimizer.gradient_dtype]
         reducer.register(
             rows.gradient,
@@ -104,26 +123,50 @@ class LowBitOptimizer:
         return rows
 
     def begin_step(self, rates: StepRates) -> None:
-        """Sets the rates. Called before the first backward pass of a step, because fused_backward updates there."""
+        """Sets rates and new scales. Called before the first backward pass of a step: fused_backward updates there."""
         self.rates = rates
+        interval = self.config.quantization.scale_refit_interval
+        self._new_scales = self._refitted_scales() if interval and rates.step % interval == 0 else None
+
+    @torch.no_grad()
+    def _refitted_scales(self) -> tuple[Tensor, ...]:
+        """The refitted scales of each shard's matrices. A collective call."""
+        quantization = self.config.quantization
+        multiple = scale_multiple(self.grid, quantization.scale_sigmas)
+        weights = [rows.weight for rows in self.rows]
+        abs_sum = torch.cat([rows.latent_abs_sum() for rows in self.rows])
+        dist.all_reduce(abs_sum, group=self.tensor_group)
+        if self.sharded:
+            dist.all_reduce(abs_sum, group=self.group)
+        scale, latent_scale = (torch.cat([getattr(w, name) for w in weights]) for name in ("scale", "latent_scale"))
+        return refit_scale(abs_sum, self._matrix_numel, latent_scale, scale, multiple).split(self._num_matrices)
 
     @torch.no_grad()
     def update(self, clip: Tensor) -> None:
         """Phase 3 for all owned rows: gradient times `clip` (0-dim), direction, stochastic rounding onto the codes."""
         self.invalidate_gathered_codes()
-        for rows in self.rows:
-            self._update(rows, rows.gradient.take(), clip)
+        for index, rows in enumerate(self.rows):
+            self._update(index, rows.gradient.take(), clip)
 
     def _update_in_backward(self, index: int, mean: Tensor) -> None:
         """Phase 3 for one matrix, as soon as the mean of its gradient is known."""
         if self.gatherer is not None:
             self.gatherer.invalidate(index)
-        self._update(self.rows[index], mean, None)
+        self._update(index, mean, None)
 
-    def _update(self, rows: OwnedRows, mean: Tensor, clip: Tensor | None) -> None:
+    def _update(self, index: int, mean: Tensor, clip: Tensor | None) -> None:
+        rows = self.rows[index]
+        if self._new_scales is not None:
+            rows.weight.set_scale(self._new_scales[index])
         key = RoundingKey(self.config.training.seed, self.rates.step, self.config.quantization.rounding)
         settings = UpdateSettings(self.rates.low_bit_learning_rate, key, clip)
         rows.row_counts = list(self.rule.update(rows, mean, settings))
+
+    def state_was_loaded(self) -> None:
+        """Drops what the last update has left behind: its counts, and codes that stage 3 has gathered."""
+        for rows in self.rows:
+            rows.row_counts = []
+        self.invalidate_gathered_codes()
 
     def invalidate_gathered_codes(self) -> None:
         """Drops the codes that stage 3 has gathered. Call this before codes are written."""

@@ -14,7 +14,8 @@ from torch import Tensor
 from dqt_dist.kernels.low_bit_update import sum_by_matrix
 from dqt_dist.lowbit.gradient_buffer import GradientBuffer
 from dqt_dist.lowbit.matrix import LowBitMatrix
-from dqt_dist.lowbit.update import RoundingKey
+from dqt_dist.lowbit.packing import unpack
+from dqt_dist.lowbit.update import LATENT_COUNTS, RoundingKey
 
 # Elements updated at once where the update has temporaries. An update has about a dozen temporaries, fp32 and int64.
 # With blocks of this size the temporaries take little memory compared with the moments.
@@ -29,8 +30,9 @@ class OwnedRows:
     start: int
     stop: int
     state: dict[str, Tensor] = field(default_factory=dict)
+    """Optimizer state of the rows: moments by the names of their rule, and packed latents as "latent"."""
     row_counts: list[Tensor] = field(default_factory=list)
-    """One tensor per block of the last update, [rows, parts of a row, 3]: flips, zeros, clamped."""
+    """One tensor per block of the last update, [rows, parts of a row, counts]; empty before the first update."""
 
     @property
     def gradient(self) -> GradientBuffer:
@@ -43,8 +45,22 @@ class OwnedRows:
         return self.weight.row_matrix[self.start : self.stop].long()
 
     def counts(self) -> Tensor:
-        """Flips, zeros and clamped weights of the last update, of owned rows only: int64 [matrices, 3]."""
+        """What the last update counted in the owned rows of each matrix: int64 [matrices, counts].
+
+        The counts are those of COUNTS, or with latents of LATENT_COUNTS (lowbit/update.py).
+        """
         return sum_by_matrix(self.weight, self.start, torch.cat(self.row_counts))
+
+    def latent_abs_sum(self) -> Tensor:
+        """Sum of |L| over the owned rows of each matrix, int64 [matrices]: counted by the last update, or now."""
+        if self.row_counts:
+            return self.counts()[:, LATENT_COUNTS.index("latent_abs_sum")]
+        total = torch.zeros(len(self.weight.scale), dtype=torch.int64, device=self.weight.codes.device)
+        assert self.weight.latent_grid is not None
+        for block in self.row_blocks():
+            latents = unpack(self.state["latent"][block], self.weight.latent_grid, self.weight.columns)
+            total.index_add_(0, self.row_matrix[block], latents.int().abs().sum(dim=1).to(total.device))
+        return total
 
     def row_blocks(self, whole: bool = False) -> Iterator[slice]:
         """Row ranges, relative to `start`, to update one after the other. With `whole` one range has all rows."""

@@ -12,7 +12,9 @@ from dqt_dist.config import STATE_BLOCK
 from dqt_dist.kernels.low_bit_update import AdamW, update_rows
 from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout
 from dqt_dist.lowbit.grid import make_grid
+from dqt_dist.lowbit.latent import codes_of_latents
 from dqt_dist.lowbit.matrix import LowBitMatrix
+from dqt_dist.lowbit.packing import pack, unpack
 from dqt_dist.lowbit.update import RoundingKey, update_rows_reference
 from dqt_dist.optim.adamw import (
     Moments,
@@ -37,7 +39,15 @@ if INTERPRETED:
     DIVIDED, STEPS = 1060, 2
 
 
-def fused_pair(bits, columns: int, device: str, column_offset: int = 0) -> tuple[LowBitMatrix, LowBitMatrix]:
+# (bits of the codes, bits of the latents): fields of every size, ternary codes and others.
+LATENT_BITS = [("ternary", 4), ("ternary", 6), ("ternary", 8), (2, 3), (4, 5)]
+if INTERPRETED:
+    LATENT_BITS = [("ternary", 4), (3, 8)]
+
+
+def fused_pair(
+    bits, columns: int, device: str, column_offset: int = 0, latent_bits=None
+) -> tuple[LowBitMatrix, LowBitMatrix]:
     """Two equal shards that interleave two logical matrices, as qkv does, with random codes."""
     in_features = columns + column_offset + 8
     matrices = (LogicalMatrix("a", 64, in_features), LogicalMatrix("b", 32, in_features))
@@ -48,9 +58,12 @@ def fused_pair(bits, columns: int, device: str, column_offset: int = 0) -> tuple
     pair = []
     codes = torch.randint(grid.qmin, grid.qmax + 1, (layout.rows, columns), device=device)
     for _ in range(2):
-        weight = LowBitMatrix(layout.rows, columns, grid, torch.device(device))
+        latent_grid = None if latent_bits is None else make_grid(latent_bits)
+        weight = LowBitMatrix(layout.rows, columns, grid, torch.device(device), latent_grid)
         weight.assign(layout)
         weight.scale.copy_(torch.tensor([2.0**-6, 2.0**-5]))
+        if latent_grid is not None:
+            weight.latent_scale.copy_(torch.tensor([2.0**-7, 2.0**-5 / 3]))
         weight.set_codes(codes)
         pair.append(weight)
     return pair[0], pair[1]
@@ -78,6 +91,39 @@ def test_kernel_equals_definition_where_arithmetic_is_exact(run: Runner, bits, c
         run(update_rows, other, direction, 0, 2.0**-6, 0.0, RoundingKey(7, 1, mode))
         run(update_rows, ours, direction, 0, 2.0**-6, 0.0, key)
         assert not torch.equal(other.codes, ours.codes)
+
+
+def random_latents(weight: LowBitMatrix) -> Tensor:
+    """Packed latents of all rows."""
+    grid = weight.latent_grid
+    assert grid is not None
+    latents = torch.randint(grid.qmin, grid.qmax + 1, (weight.rows, weight.columns), device=weight.codes.device)
+    return pack(latents, grid)
+
+
+@pytest.mark.parametrize("mode", ["stochastic", "nearest"])
+@pytest.mark.parametrize("columns", COLUMNS)
+@pytest.mark.parametrize(("bits", "latent_bits"), LATENT_BITS)
+def test_kernel_equals_definition_with_latents(run: Runner, bits, latent_bits: int, columns: int, mode) -> None:
+    """Latents, codes and all counts, where arithmetic is exact: matrix a, whose latent scale is a power of two.
+
+    Codes of matrix b follow from its latents by another ratio. Its latents may differ by contraction.
+    """
+    ours, reference = fused_pair(bits, columns, run.device, column_offset=12, latent_bits=latent_bits)
+    first = random_latents(ours)
+    before, second = first.clone(), first.clone()
+    direction = torch.randint(-2048, 2049, (ours.rows, columns), device=run.device).float() / 1024
+    key = RoundingKey(seed=2**31 + 7, step=1, mode=mode)
+    counts = run(partial(update_rows, latents=first), ours, direction, 0, 2.0**-6, 0.0, key)
+    expected = update_rows_reference(reference, direction, 0, 2.0**-6, 0.0, key, latents=second)
+    exact = ours.row_matrix == 0
+    assert torch.equal(first[exact], second[exact]) and not torch.equal(first, before)
+    assert torch.equal(ours.codes[exact], reference.codes[exact])
+    assert torch.equal(counts.sum(dim=1)[exact.cpu()], expected.sum(dim=1)[exact].cpu())
+    assert ours.latent_grid is not None
+    latents = unpack(first, ours.latent_grid, columns)
+    assert torch.equal(ours.unpack(), codes_of_latents(latents, ours.row_codes_per_latent(), ours.grid))
+    assert torch.equal(counts[..., 4].sum(1), latents.int().abs().sum(1).cpu())
 
 
 @pytest.mark.parametrize("bits", ["ternary", 4, 8])
@@ -143,14 +189,18 @@ def stepped(
     rate: float,
     mode="stochastic",
     factor: float | None = HALF,
+    latent_bits: int | None = None,
 ) -> list[tuple[LowBitMatrix, Moments, Tensor]]:
     """Codes, moments and last counts of the kernel and of its definition, from the same start and gradients."""
     device = run.device
     results = []
     clip = None if factor is None else torch.tensor(factor, device=device)
-    pair = fused_pair(bits, columns, device, column_offset=32)
+    pair = fused_pair(bits, columns, device, 32, latent_bits)
+    latents = None if latent_bits is None else random_latents(pair[0])
     for weight, update in zip(pair, (partial(run, adamw_update_rows), adamw_update_rows_reference), strict=True):
         moments = new_moments(weight.rows, columns, state_bits, torch.device(device))
+        if latents is not None:
+            moments["latent"] = latents.clone()
         for step, gradient in enumerate(gradients, start=1):
             key = RoundingKey(2**31 + 7, step, mode)
             counts = update(weight, gradient, moments, 0, clip, rate, adamw, key)
@@ -208,6 +258,26 @@ def test_adamw_kernel_follows_its_definition(
     assert int(counts[..., 1].sum()) == int((ours.unpack() == 0).sum())
     start, _ = fused_pair(bits, columns, device, column_offset=32)
     assert fraction(ours.unpack(), start.unpack()) > 0 or mode == "nearest"
+
+
+@pytest.mark.parametrize(("bits", "latent_bits"), LATENT_BITS)
+@pytest.mark.parametrize(("columns", "state_bits"), SHAPES)
+def test_adamw_kernel_with_latents_follows_its_definition(
+    run: Runner, bits, latent_bits: int, columns: int, state_bits: int
+) -> None:
+    """As above; codes and counts follow exactly from the kernel's own latents."""
+    gradients = [torch.randn(sum(BLOCK_ROWS), columns, device=run.device) for _ in range(STEPS)]
+    (ours, moments, counts), (_, wanted, wanted_counts) = stepped(
+        run, bits, columns, state_bits, gradients, LIKE_PAPER, 3e-2, latent_bits=latent_bits
+    )
+    assert ours.latent_grid is not None
+    found, expected = (unpack(m["latent"], ours.latent_grid, columns) for m in (moments, wanted))
+    few = 2.0**-12 + 2 / ours.numel
+    assert fraction(found, expected) <= few
+    assert torch.equal(ours.unpack(), codes_of_latents(found, ours.row_codes_per_latent(), ours.grid))
+    totals = counts.sum(1).sum(0)
+    assert int(totals[1]) == int((ours.unpack() == 0).sum()) and int(totals[4]) == int(found.int().abs().sum())
+    assert ((totals - wanted_counts.sum(1).sum(0)).abs() <= 2 + few * ours.numel * 2**latent_bits).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
