@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dqt_dist.config import DTYPE_BYTES, STATE_BLOCK, Config, OptimizerConfig, process_grid
+from dqt_dist.config import DTYPE_BYTES, STATE_BLOCK, Bits, Config, OptimizerConfig, process_grid
 from dqt_dist.lowbit.grid import make_grid
 
 
@@ -53,9 +53,10 @@ class RankBytes:
     """Sums over micro-batches. In ZeRO 2 and 3 the owned part; with fused_backward none of the low-bit weights.
     Gradients in flight during the backward come on top."""
     masters: int
+    latents: int
     moments: int
     on_host: bool
-    """Whether masters and moments lie in the host's memory (offload_optimizer)."""
+    """Whether masters, latents and moments lie in the host's memory (offload_optimizer)."""
 
 
 def rank_bytes(config: Config, data_parallel_size: int) -> tuple[RankBytes, RankBytes]:
@@ -72,9 +73,10 @@ def rank_bytes(config: Config, data_parallel_size: int) -> tuple[RankBytes, Rank
         return size // data_parallel_size if stage >= from_stage else size
 
     low_bit = RankBytes(
-        share(linear * make_grid(quantization.bits).storage_bits // 8, 3),
+        share(_packed_bytes(linear, quantization.bits), 3),
         0 if config.optimizer.fused_backward else share(gradient_bytes * linear, 2),
         0,
+        share(0 if quantization.latent_bits is None else _packed_bytes(linear, quantization.latent_bits), 1),
         share(_low_bit_moments(linear, config.optimizer), 1),
         config.offloads_optimizer,
     )
@@ -85,10 +87,16 @@ def rank_bytes(config: Config, data_parallel_size: int) -> tuple[RankBytes, Rank
         share(compute_bytes * other, 3),
         share(gradient_bytes * other, 2),
         0 if own_masters else share(4 * other, 1),
+        0,
         share(8 * other, 1),
         config.offloads_optimizer,
     )
     return low_bit, high_precision
+
+
+def _packed_bytes(weights: int, bits: Bits) -> int:
+    """Bytes of `weights` codes or latents of `bits` bits."""
+    return weights * make_grid(bits).storage_bits // 8
 
 
 def _low_bit_moments(weights: int, optimizer: OptimizerConfig) -> int:
@@ -100,8 +108,9 @@ def _low_bit_moments(weights: int, optimizer: OptimizerConfig) -> int:
 
 
 def _format_bytes(size: RankBytes) -> str:
-    parts = {"weights": size.weights, "gradients": size.gradients, "masters": size.masters, "moments": size.moments}
-    host = " (masters and moments on the host)" if size.on_host else ""
+    parts = {"weights": size.weights, "gradients": size.gradients, "masters": size.masters}
+    parts |= ({"latents": size.latents} if size.latents else {}) | {"moments": size.moments}
+    host = " (all but weights and gradients on the host)" if size.on_host else ""
     return ", ".join(f"{name} {value / 2**30:,.2f}" for name, value in parts.items()) + f" GiB{host}"
 
 
@@ -112,6 +121,7 @@ def describe(config: Config, world_size: int) -> str:
     weights = largest_rank(config)
     low_bit, high_precision = rank_bytes(config, arrangement.data)
     kind = f"{make_grid(quantization.bits).storage_bits}-bit codes" if low_bit.weights else quantization.compute
+    kind += f" of {quantization.latent_bits}-bit latents" if low_bit.latents else ""
     tokens = training.global_batch_size * model.seq_length
     interleaved = f", {arrangement.virtual_pipeline} chunks a stage" if arrangement.virtual_pipeline else ""
     lines = [

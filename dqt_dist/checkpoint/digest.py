@@ -5,10 +5,13 @@ the process grid nor the split into files changes it.
                              little-endian; packed codes as they are stored (lowbit/packing.py)
     part        SHA-256 of   the 32-byte digests of its tensors, in alphabetical order of their names
       codes       codes/*                     scales      scale/*
+      latents     latent/* and latent_scale/*
       moments     low_bit.*                   parameters  parameter/* and parameter.*
       progress    one JSON line {"step": .., "tokens": .., "samples": ..} in place of tensors
-    total       SHA-256 of   the 32-byte digests of the parts in the order above: codes, scales, moments, parameters,
-                             progress
+    total       SHA-256 of   the 32-byte digests of the parts in the order above: codes, scales, latents, moments,
+                             parameters, progress
+
+A run without latents has no part latents.
 
 Config, versions, dates and the number of files are not state: the digest leaves them out.
 """
@@ -30,6 +33,7 @@ from dqt_dist.checkpoint.reader import CheckpointReader
 PARTS = {
     "codes": ("codes/",),
     "scales": ("scale/",),
+    "latents": ("latent/", "latent_scale/"),
     "moments": ("low_bit.",),
     "parameters": ("parameter/", "parameter."),
 }
@@ -41,7 +45,7 @@ class Digest:
     """Hexadecimal SHA-256 digests of a state."""
 
     parts: dict[str, str]
-    """Of codes, scales, moments, parameters, progress, in this order."""
+    """Of codes, scales, latents (where there are any), moments, parameters, progress, in this order."""
 
     @property
     def total(self) -> str:
@@ -70,6 +74,8 @@ def digest(tensors: Iterable[tuple[str, Tensor]], progress: Progress) -> Digest:
     found: dict[str, dict[str, bytes]] = {part: {} for part in PARTS}
     for name, tensor in tensors:
         found[part_of(name)][name] = tensor_digest(name, tensor)
+    if not found["latents"]:
+        del found["latents"]
     parts = {part: _sha256(b"".join(of_names[name] for name in sorted(of_names))) for part, of_names in found.items()}
     counters = {"step": progress.step, "tokens": progress.tokens, "samples": progress.samples}
     return Digest(parts | {"progress": _sha256(json.dumps(counters).encode() + b"\n")})

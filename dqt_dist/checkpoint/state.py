@@ -2,6 +2,8 @@
 
     codes/<matrix>                 packed codes          uint8 or int8 [rows, packed columns]
     scale/<matrix>                 scale                 fp32 [1, 1]
+    latent/<matrix>                packed latents        uint8 or int8 [rows, packed columns]; where there are latents
+    latent_scale/<matrix>          scale of latents      fp32 [1, 1]
     low_bit.<moment>/<matrix>      optimizer state       fp32 or uint8, exp_avg and exp_avg_sq [rows, columns]; with
                                                          8-bit moments also the exponents of blocks,
                                                          *_scale [rows, columns / 32]
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from dqt_dist.checkpoint.logical_tensor import LogicalState, LogicalTensor
 from dqt_dist.layers.parameters import low_bit_matrices
 from dqt_dist.lowbit.coordinates import LogicalMatrix, ShardLayout
+from dqt_dist.lowbit.grid import Grid
 from dqt_dist.optim.deepspeed_adapter import MasterShard
 from dqt_dist.optim.engine import CombinedOptimizer
 from dqt_dist.optim.owned_rows import OwnedRows
@@ -30,15 +33,12 @@ def logical_state(model_chunks: nn.Module, optimizer: CombinedOptimizer) -> Logi
     state: LogicalState = {}
     for weight in low_bit_matrices(model_chunks):
         assert weight.layout is not None
-        per_byte = weight.grid.codes_per_byte
-        for matrix, row, local, count in weight.layout.pieces(*weight.held_rows):
-            shape = (matrix.rows, weight.grid.packed_columns(matrix.columns))
-            view = weight.packed(local, local + count)
-            _add(state, f"codes/{matrix.name}", shape, (row, weight.layout.column_offset // per_byte), view)
-        for index, matrix in enumerate(weight.layout.matrices):
-            _add(state, f"scale/{matrix.name}", (1, 1), (0, 0), weight.scale[index].view(1, 1))
+        _add_packed(state, "codes", weight.layout, weight.grid, weight.codes, *weight.held_rows)
+        _add_scales(state, "scale", weight.layout, weight.scale)
+        if weight.latent_grid is not None:
+            _add_scales(state, "latent_scale", weight.layout, weight.latent_scale)
     for rows in optimizer.low_bit.rows:
-        _add_low_bit_moments(state, rows)
+        _add_optimizer_state(state, rows)
     for shard in optimizer.shards:
         _add_parameter(state, shard, optimizer)
     return state
@@ -48,12 +48,31 @@ def _add(state: LogicalState, name: str, shape: tuple[int, int], offset: tuple[i
     state.setdefault(name, LogicalTensor(shape, view.dtype)).add(offset, view)
 
 
-def _add_low_bit_moments(state: LogicalState, rows: OwnedRows) -> None:
-    """AdamW's moments have a value per column, or one per block of columns. Adafactor's are a column [rows, 1] and a
-    row [1, columns] per matrix."""
+def _add_packed(
+    state: LogicalState, kind: str, layout: ShardLayout, grid: Grid, packed: Tensor, start: int, stop: int
+) -> None:
+    """Packed codes or latents of shard rows [start, stop). A rank's columns begin at a whole group of packed ones."""
+    offset = grid.packed_columns(layout.column_offset)
+    for matrix, row, local, count in layout.pieces(start, stop):
+        shape = (matrix.rows, grid.packed_columns(matrix.columns))
+        _add(state, f"{kind}/{matrix.name}", shape, (row, offset), packed[local - start : local - start + count])
+
+
+def _add_scales(state: LogicalState, kind: str, layout: ShardLayout, scale: Tensor) -> None:
+    for index, matrix in enumerate(layout.matrices):
+        _add(state, f"{kind}/{matrix.name}", (1, 1), (0, 0), scale[index].view(1, 1))
+
+
+def _add_optimizer_state(state: LogicalState, rows: OwnedRows) -> None:
+    """Latents are packed like codes. AdamW's moments have a value per column, or one per block of columns. Adafactor's
+    are a column [rows, 1] and a row [1, columns] per matrix."""
     layout = rows.weight.layout
     assert layout is not None
     for name, tensor in rows.state.items():
+        if name == "latent":
+            assert rows.weight.latent_grid is not None
+            _add_packed(state, name, layout, rows.weight.latent_grid, tensor, rows.start, rows.stop)
+            continue
         if name == "column_mean":
             for index, matrix in enumerate(layout.matrices):
                 view = tensor[index : index + 1]

@@ -31,7 +31,11 @@ from dqt_dist.errors import UserError
 from dqt_dist.optim.engine import CombinedOptimizer
 
 # Fields that say what the state IS; a checkpoint with others is of another model.
-IDENTITY = {"model": None, "quantization": ("method", "bits", "embeddings"), "optimizer": ("name", "state_bits")}
+IDENTITY = {
+    "model": None,
+    "quantization": ("method", "bits", "embeddings", "latent_bits"),
+    "optimizer": ("name", "state_bits"),
+}
 # What a field was before there was one; checkpoints of then do not name it.
 BEFORE = {"state_bits": 32}
 

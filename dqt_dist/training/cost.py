@@ -121,10 +121,10 @@ def storage_bytes(tensors: list[Tensor]) -> int:
 def low_bit_bytes(optimizer: LowBitOptimizer) -> dict[str, float]:
     """Bytes per low-bit weight between steps, by kind, from the tensors alive on all ranks. A collective call.
 
-    The kinds are codes, scales with their row index, moments, and gradient buffers that outlive the step. Each kind is
-    summed over all ranks and divided by the number of weights on all ranks. Empty without low-bit weights.
+    The kinds are codes, latents, scales with their row index, moments, and gradient buffers that outlive the step. Each
+    kind is summed over all ranks and divided by the number of weights on all ranks. Empty without low-bit weights.
     """
-    kinds = ("codes", "scales", "moments", "gradient")
+    kinds = ("codes", "latents", "scales", "moments", "gradient")
     tensors: dict[str, list[Tensor]] = {kind: [] for kind in kinds}
     num_weights = 0
     for rows in optimizer.rows:
@@ -132,7 +132,10 @@ def low_bit_bytes(optimizer: LowBitOptimizer) -> dict[str, float]:
         num_weights += weight.numel
         tensors["codes"].append(weight.codes)
         tensors["scales"] += [weight.scale, weight.row_matrix]
-        tensors["moments"] += list(rows.state.values())
+        if weight.latent_grid is not None:
+            tensors["scales"].append(weight.latent_scale)
+        for name, tensor in rows.state.items():
+            tensors["latents" if name == "latent" else "moments"].append(tensor)
         buffer = rows.gradient
         tensors["gradient"] += [t for t in (buffer.local, buffer.recorded, buffer.mean) if t is not None]
     totals = torch.tensor([num_weights, *(storage_bytes(tensors[kind]) for kind in kinds)], dtype=torch.int64)

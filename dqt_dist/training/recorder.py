@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from dqt_dist.config import Config, to_json
-from dqt_dist.training.low_bit_metrics import METRIC_NAMES, LowBitMetrics
+from dqt_dist.training.low_bit_metrics import LowBitMetrics
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -108,10 +108,10 @@ class Recorder:
         """
         if not self.is_writer or self.tensorboard is None:
             return
-        for column, metric in enumerate(METRIC_NAMES):
+        for column, metric in enumerate(metrics.metric_names):
             self.tensorboard.add_histogram(f"low_bit/{metric}", metrics.per_matrix[:, column], step)
         for row, name in enumerate(metrics.names):
-            for column, metric in enumerate(METRIC_NAMES):
+            for column, metric in enumerate(metrics.metric_names):
                 self.tensorboard.add_scalar(f"{metric}/{name}", float(metrics.per_matrix[row, column]), step)
             self._add_code_histogram(f"codes/{name}", histograms[row], first_code, step)
 

@@ -2,7 +2,8 @@
 
 What is replicated over which ranks:
 
-    data parallel      codes (ZeRO stages 0 to 2) and scales; the parameters the model computes with (stages 0 to 2)
+    data parallel      codes (ZeRO stages 0 to 2) and scales; latents (stage 0); the parameters the model computes with
+                       (stages 0 to 2)
     tensor parallel    scales, and the masters of parameters that are not split (norms)
 
 When a bit flips on one rank (faulty memory, an error of a driver or a network), or a rank runs different code, every
@@ -81,7 +82,16 @@ def replicated_tensors(
         name = " ".join(matrix.name for matrix in weight.layout.matrices)
         if weight.gather is None:
             over_data[f"codes of {name}"] = weight.codes
-        over_data[f"scales of {name}"] = over_tensor[f"scales of {name}"] = weight.scale
+        scales = {"scales": weight.scale}
+        if weight.latent_grid is not None:
+            scales["latent scales"] = weight.latent_scale
+        for kind, tensor in scales.items():
+            over_data[f"{kind} of {name}"] = over_tensor[f"{kind} of {name}"] = tensor
+    for rows in optimizer.low_bit.rows:
+        if "latent" in rows.state and not optimizer.low_bit.sharded:
+            assert rows.weight.layout is not None
+            name = " ".join(matrix.name for matrix in rows.weight.layout.matrices)
+            over_data[f"latents of {name}"] = rows.state["latent"]
     for shard in optimizer.shards:
         name = shard.parameter.layout.matrices[0].name
         if optimizer.config.zero_stage < 3:

@@ -21,6 +21,7 @@ from tests.parallel.runs import Run, Whole, assemble, start, whole_state
 
 TP, PP, SP = "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"
 BF16 = "quantization.compute=bf16"
+LATENTS = ("quantization.latent_bits=4", "quantization.scale_refit_interval=2")
 
 
 def zero(stage: int) -> str:
@@ -57,12 +58,13 @@ def initial_digests(rank: int, world_size: int, stages: tuple[int, ...], *overri
 def test_every_layout_and_stage_starts_from_the_same_bits() -> None:
     """44 combinations: (TP, PP, DP) in {1, 2, 4} x {1, 2} x {1, 2, 3} with at most 8 processes, times the stages.
 
-    The stages are 0 to 3 without a pipeline, and 0 and 1 with one.
+    The stages are 0 to 3 without a pipeline, and 0 and 1 with one. The weights have latents, so codes, scales and
+    latents are compared.
     """
     found = {}
     for tp, pp, dp in LAYOUTS:
         stages = (0, 1, 2, 3) if pp == 1 else (0, 1)
-        overrides = (*WIDE, f"parallel.tensor={tp}", f"parallel.pipeline={pp}")
+        overrides = (*WIDE, *LATENTS, f"parallel.tensor={tp}", f"parallel.pipeline={pp}")
         digests = run_distributed(initial_digests, tp * pp * dp, stages, *overrides)[0]
         found |= {(tp, pp, dp, stage): value for stage, value in zip(stages, digests, strict=True)}
     assert len(found) == 44
@@ -96,6 +98,16 @@ STAGE_CASES: dict[str, tuple[Any, ...]] = {
     "bf16 gradients": (3, 5, BF16, "optimizer.gradient_dtype=bf16", "quantization.bits=4"),
     "each micro-batch": (3, 5, "optimizer.gradient_reduction=micro_batch", "quantization.embeddings=true"),
     "8-bit moments": (3, 5, CLIPPED, "optimizer.state_bits=8", "model.ffn_hidden_size=64"),
+    "latents": (3, 5, CLIPPED, *LATENTS),
+    "8-bit latents": (
+        2,
+        5,
+        BF16,
+        "quantization.latent_bits=8",
+        "quantization.embeddings=true",
+        "optimizer.state_bits=8",
+        "model.ffn_hidden_size=64",
+    ),
     "none": (3, 5, BF16, "quantization.method=none"),
     "bitnet": (3, 5, "quantization.method=bitnet"),
 }
@@ -111,11 +123,11 @@ def test_all_zero_stages_leave_the_same_bits(case: str) -> None:
     assert all(norms == found[0][1] for _, norms in found.values())
 
 
-def test_offloaded_moments_change_no_bit() -> None:
+def test_offloaded_moments_and_latents_change_no_bit() -> None:
     offload = 'deepspeed.zero_optimization.offload_optimizer={"device": "cpu"}'
-    wanted = run_distributed(digest_after, 2, 3, zero(1))[0]
+    wanted = run_distributed(digest_after, 2, 3, zero(1), *LATENTS)[0]
     for stage in (1, 2, 3):
-        assert run_distributed(digest_after, 2, 3, zero(stage), offload)[0] == wanted
+        assert run_distributed(digest_after, 2, 3, zero(stage), offload, *LATENTS)[0] == wanted
 
 
 def test_when_gradients_are_summed_changes_the_last_bits_only() -> None:
