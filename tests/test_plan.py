@@ -24,7 +24,8 @@ def held(rank: int, world_size: int, *overrides: str) -> tuple[RankBytes, RankBy
     states = [optimizer.high_precision.torch_optimizer.state[master] for master in masters]
     tensors = {
         "codes": [weight.codes for weight in low_bit_matrices(run.model_chunks)],
-        "low-bit moments": [moment for rows in optimizer.low_bit.rows for moment in rows.state.values()],
+        "low-bit moments": [t for rows in optimizer.low_bit.rows for name, t in rows.state.items() if name != "latent"],
+        "latents": [t for rows in optimizer.low_bit.rows for name, t in rows.state.items() if name == "latent"],
         "masters": [master for master in masters if id(master) not in parameters],
         "moments": [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")],
     }
@@ -37,6 +38,7 @@ CASES = [
       for stage in range(4) for compute in ("fp32", "bf16")),
     (4, "parallel.tensor=2", "deepspeed.zero_optimization.stage=1", "quantization.bits=8"),
     (1, "quantization.embeddings=true", "quantization.bits=4"),
+    (2, "quantization.latent_bits=4", "deepspeed.zero_optimization.stage=1"),
     (2, "optimizer.state_bits=8", "model.ffn_hidden_size=64", "deepspeed.zero_optimization.stage=2"),
     (2, "quantization.method=bitnet", "deepspeed.zero_optimization.stage=1"),
 ]  # fmt: skip
@@ -47,6 +49,7 @@ def test_the_plan_is_what_a_rank_holds(case: tuple) -> None:
     world_size, *overrides = case
     low_bit, others, found = run_distributed(held, world_size, *overrides)[0]
     assert (found["codes"], found["low-bit moments"]) == (low_bit.weights, low_bit.moments)
+    assert found["latents"] == low_bit.latents
     in_stage_3 = "deepspeed.zero_optimization.stage=3" in overrides and "quantization.compute=fp32" in overrides
     if not in_stage_3:  # the parameters are their own masters
         assert others.masters <= found["masters"] <= others.masters + PADDING_BYTES

@@ -20,12 +20,14 @@ ROWS, COLUMNS = 48, 32
 
 
 def whole_tensors(seed: int = 0) -> dict[str, torch.Tensor]:
-    """A tensor of every part of the state; the codes are ternary, a quarter of them -1, half 0, a quarter +1."""
+    """A tensor of every part of the state. The codes are ternary, a quarter of them -1, half 0, a quarter +1."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.tensor([-1, 0, 0, 1]).repeat(ROWS * COLUMNS // 4).view(ROWS, COLUMNS)
     return {
         f"codes/{MATRIX}": pack(codes, make_grid("ternary")),
         f"scale/{MATRIX}": torch.full((1, 1), 0.25),
+        f"latent/{MATRIX}": pack(3 * codes, make_grid(4)),
+        f"latent_scale/{MATRIX}": torch.full((1, 1), 0.0625),
         f"low_bit.exp_avg/{MATRIX}": torch.randn(ROWS, COLUMNS, generator=generator),
         "parameter/norm": torch.randn(COLUMNS, 1, generator=generator),
         "parameter.exp_avg/norm": torch.randn(COLUMNS, 1, generator=generator),

@@ -32,6 +32,8 @@ def changed_parts(tensors: dict[str, torch.Tensor], progress: Progress = START) 
     [
         (f"codes/{MATRIX}", "codes"),
         (f"scale/{MATRIX}", "scales"),
+        (f"latent/{MATRIX}", "latents"),
+        (f"latent_scale/{MATRIX}", "latents"),
         (f"low_bit.exp_avg/{MATRIX}", "moments"),
         ("parameter/norm", "parameters"),
         ("parameter.exp_avg/norm", "parameters"),

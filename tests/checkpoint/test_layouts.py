@@ -1,6 +1,7 @@
 """Every layout loads what every other layout wrote: the same digest, and the next step goes on from it.
 
-Seven layouts of (tensor, pipeline, data), data-parallel ones under ZeRO 1; 7 saves and 42 loads. One engine a reading
+Seven layouts of (tensor, pipeline, data), data-parallel ones under ZeRO 1; 7 saves and 42 loads. The weights have
+latents, whose scales are refitted in every step, so that all kinds of low-bit state are there. One engine a reading
 layout loads the six checkpoints of the others one after the other, each over a state that has been trained away from
 it.
 """
@@ -24,12 +25,13 @@ from tests.parallel.runs import Whole, fraction_of_codes_that_differ, start, who
 Layout = tuple[int, int, int]
 LAYOUTS: list[Layout] = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
 SAVED_STEP = 2
+LATENTS = ["quantization.latent_bits=4", "quantization.scale_refit_interval=1"]
 
 
 def overrides(layout: Layout) -> list[str]:
     tensor, pipeline, data = layout
     zero = ["deepspeed.zero_optimization.stage=1"] if data > 1 else []
-    return [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", "optimizer.schedule=linear", *zero]
+    return [f"parallel.tensor={tensor}", f"parallel.pipeline={pipeline}", "optimizer.schedule=linear", *LATENTS, *zero]
 
 
 def world_size(layout: Layout) -> int:

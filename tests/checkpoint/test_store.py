@@ -110,6 +110,7 @@ FOUR_LAYERS = ("model.num_layers=4", "training.global_batch_size=8")
 BITNET, NONE = "quantization.method=bitnet", "quantization.method=none"
 ADAFACTOR, MOMENT = "optimizer.name=adafactor", "optimizer.beta1=0.9"
 STATE_8 = ("optimizer.state_bits=8", "model.hidden_size=64", "model.ffn_hidden_size=64")
+LATENTS = ("quantization.latent_bits=8", "quantization.scale_refit_interval=3")
 EXTRAS = ("quantization.embeddings=true", "model.sub_norm=true")
 SAME_LAYOUT: list[Layout] = [
     (1, *SCHEDULE),
@@ -119,6 +120,7 @@ SAME_LAYOUT: list[Layout] = [
     (4, TP, ZERO_1, ADAFACTOR, MOMENT),
     (2, TP, BITNET),
     (2, ZERO_1, *STATE_8),
+    (4, TP, ZERO_1, ADAFACTOR, *LATENTS),
 ]
 
 
@@ -149,7 +151,7 @@ OTHER_LAYOUT: list[tuple[Layout, Layout, tuple[str, ...]]] = [
     ((4, TP, ZERO_1), (1,), (ADAFACTOR, MOMENT)),
     ((1,), (4, TP, ZERO_1), (ADAFACTOR, MOMENT)),
     ((2, TP), (2, ZERO_1), EXTRAS),
-    ((4, TP, ZERO_3), (3, ZERO_1), STATE_8),
+    ((4, TP, ZERO_3), (3, ZERO_1), (*STATE_8, *LATENTS)),
 ]
 
 

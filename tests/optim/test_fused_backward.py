@@ -51,6 +51,7 @@ CASES: list[tuple[Any, ...]] = [
     (2, 0, *STATE_8),
     (2, 1, "quantization.embeddings=true"),
     (2, 2, *STATE_8),
+    (2, 1, "quantization.latent_bits=4", "quantization.scale_refit_interval=2"),
     (2, 3, *STATE_8, "training.recompute=full"),
     (3, 3, "quantization.embeddings=true", "quantization.compute=bf16", "optimizer.gradient_dtype=bf16"),
 ]

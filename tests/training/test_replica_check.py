@@ -12,6 +12,7 @@ from tests.distributed import run_distributed
 from tests.parallel.runs import Run, start
 
 TP = "parallel.tensor=2"
+LATENTS = "quantization.latent_bits=6"
 
 
 def zero(stage: int) -> str:
@@ -54,6 +55,8 @@ def plant(run: Run, what: str) -> None:
     """Flips the last bit of one byte."""
     if what == "codes":
         target = low_bit_matrices(run.model_chunks)[4].codes
+    elif what == "latents":
+        target = run.optimizer.low_bit.rows[4].state["latent"]
     elif what == "scale":
         target = low_bit_matrices(run.model_chunks)[2].scale
     elif what == "parameter":
@@ -86,6 +89,7 @@ CASES = [
     (3, "codes", 0, (zero(2),), f"{O_PROJ}: rank(s) 0 differ from 1, 2"),
     (2, "codes", 1, (zero(1),), f"{O_PROJ}: rank(s) 1 differ from 0"),
     (4, "codes", 3, (TP, zero(1)), f"{O_PROJ}: rank(s) 3 differ from 1"),
+    (3, "latents", 1, (zero(0), LATENTS), "latents of layers.1.self_attn.o_proj: rank(s) 1 differ from 0, 2"),
     (3, "scale", 1, (zero(3),), "scales of layers.0.mlp.gate_proj layers.0.mlp.up_proj: rank(s) 1 differ from 0, 2"),
     (2, "scale", 1, (TP,), "scales of layers.0.mlp.gate_proj layers.0.mlp.up_proj: rank(s) 1 differ from 0"),
     (3, "parameter", 2, (zero(2),), "parameter lm_head: rank(s) 2 differ from 0, 1"),

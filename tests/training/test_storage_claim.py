@@ -45,16 +45,22 @@ def undeclared(run: Run) -> list[int]:
     return [numel for address, numel in float_storages().items() if address not in addresses and numel >= smallest]
 
 
-def _walk(rank: int, world: int, *overrides: str) -> tuple[list[int], list[tuple[int, int, str]]]:
+def _walk(rank: int, world: int, *overrides: str) -> tuple[list[int], list[tuple[int, int, str]], list[float]]:
+    """Undeclared float memory, the codes of each matrix, and bytes of latents per updated weight of each matrix."""
     run = start(*WIDE, *overrides)
     run.step(1)
     run.step(2)
     gc.collect()
+    latents = [
+        r.state["latent"].untyped_storage().nbytes() / ((r.stop - r.start) * r.weight.columns)
+        for r in run.optimizer.low_bit.rows
+        if "latent" in r.state
+    ]
     codes = [
         (r.weight.codes.untyped_storage().nbytes(), r.weight.numel, str(r.weight.codes.dtype))
         for r in run.optimizer.low_bit.rows
     ]
-    return undeclared(run), codes
+    return undeclared(run), codes, latents
 
 
 @pytest.mark.parametrize(("bits", "storage_bits"), [("ternary", 2), (2, 2), (4, 4), (8, 8)])
@@ -66,17 +72,30 @@ def test_no_float_copy_of_a_low_bit_matrix_lives(
 ) -> None:
     """Codes take exactly storage_bits per weight, and no undeclared float memory is as large as a matrix."""
     world = 2 if "parallel.tensor=2" in overrides else 1
-    for found, codes in run_distributed(_walk, world, f"quantization.bits={bits}", *overrides):
-        assert found == []
+    for found, codes, latents in run_distributed(_walk, world, f"quantization.bits={bits}", *overrides):
+        assert found == [] and latents == []
         assert len(codes) == 8
         for code_bytes, numel, dtype in codes:
             assert code_bytes * 8 == numel * storage_bits
             assert dtype == ("torch.int8" if storage_bits == 8 else "torch.uint8")
 
 
+@pytest.mark.parametrize(("latent_bits", "latent_bytes"), [(3, 0.5), (4, 0.5), (5, 1), (8, 1)])
+@pytest.mark.parametrize("overrides", [(), ("deepspeed.zero_optimization.stage=1",)])
+def test_latents_take_their_bytes_and_no_float_copy(
+    latent_bits: int, latent_bytes: float, overrides: tuple[str, ...]
+) -> None:
+    """Ternary codes with latents. In stage 1 a rank holds the latents of the rows that it owns."""
+    settings = (f"quantization.latent_bits={latent_bits}", "quantization.scale_refit_interval=1", *overrides)
+    for found, codes, latents in run_distributed(_walk, 2, *settings):
+        assert found == []
+        assert len(latents) == len(codes) == 8 and set(latents) == {latent_bytes}
+        assert all(code_bytes * 4 == numel for code_bytes, numel, _ in codes)
+
+
 def test_the_walk_sees_a_float_master() -> None:
     """Negative control: BitNet keeps float masters, and the same walk finds them."""
-    ((found, codes),) = run_distributed(_walk, 1, "quantization.method=bitnet")
+    ((found, codes, _),) = run_distributed(_walk, 1, "quantization.method=bitnet")
     assert codes == [] and len(found) >= 8
 
 
