@@ -28,6 +28,9 @@ examples:
   # for llama.cpp
   tools/convert_ckpt.py --checkpoint runs/1b_ternary --output export/1b-gguf --format gguf
 
+  # the finer integers behind the ternary codes, as plain weights
+  tools/convert_ckpt.py --checkpoint runs/1b_ternary --output export/1b-latents --weights latent
+
   # ternary inference of an 8-bit model
   tools/convert_ckpt.py --checkpoint runs/1b_int8 --output export/1b-ternary --bits ternary
 
@@ -54,6 +57,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--gguf-type", metavar="TYPE", help="TQ2_0, TQ1_0, Q4_0, Q5_0, Q6_K, Q8_0; default: the smallest that is exact")
     add("--dtype", choices=("bf16", "fp32"), help="of embedding, head and norms; default: what the run computed in")
     add("--bits", choices=("ternary",), help="round the codes of an n-bit model to ternary ones")
+    add(
+        "--weights",
+        choices=("codes", "latent"),
+        default="codes",
+        help="of a run with quantization.latent_bits: its codes, which it was trained to compute with, or its latents "
+        "as floats (format hf)",
+    )
     add("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model; default: data.tokenizer of the run")
     add("--config", type=Path, metavar="FILE", help="with --from-hf: the run; an export brings its own")
     add("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare with the trainer's model")
@@ -61,6 +71,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.config and not args.from_hf:
         parser.error("--config goes with --from-hf; a checkpoint has its configuration")
     for_export = {"--format": args.format, "--bits": args.bits, "--dtype": args.dtype, "--gguf-type": args.gguf_type}
+    for_export["--weights"] = args.weights != "codes"
     wrong = [name for name, value in for_export.items() if value and args.from_hf]
     if wrong:
         parser.error(f"{wrong[0]} does not go with --from-hf")
@@ -82,6 +93,7 @@ def run(args: argparse.Namespace) -> None:
         format=args.format,
         dtype=args.dtype,
         ternary=args.bits == "ternary",
+        of_latents=args.weights == "latent",
         verify=args.verify,
         tokenizer=args.tokenizer,
         gguf_type=args.gguf_type,

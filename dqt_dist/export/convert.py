@@ -24,7 +24,7 @@ from dqt_dist.errors import UserError
 from dqt_dist.export import bitnet, compressed, hf, plain, verify
 from dqt_dist.export.folder import check_output, new_folder
 from dqt_dist.export.model_card import model_card
-from dqt_dist.export.perplexity import cost_of_rounding
+from dqt_dist.export.perplexity import compare_with_trained
 from dqt_dist.export.record import RECORD, record_of, write_json
 from dqt_dist.export.safetensors_writer import SHARD_BYTES, Entry, write_model
 from dqt_dist.export.tokenizer_files import generation_config, write_tokenizer
@@ -44,6 +44,7 @@ class Request:
     format: str | None = None
     dtype: str | None = None
     ternary: bool = False
+    of_latents: bool = False
     verify: bool = True
     tokenizer: Path | None = None
     gguf_type: str | None = None
@@ -56,8 +57,8 @@ def convert(request: Request) -> None:
     check_output(request.output)
     reader = CheckpointReader(request.checkpoint)
     dtype = TORCH_DTYPES[request.dtype or reader.config.quantization.dtype]
-    weights = Weights(reader, dtype, request.ternary)
-    _check_ternary(request, weights)
+    _check_weights(request, reader)
+    weights = Weights(reader, dtype, request.ternary, request.of_latents)
     export_format = request.format or default_format(weights)
     tokenizer = find_tokenizer(request.tokenizer, reader)
     require_packages(export_format, request.verify)
@@ -70,8 +71,8 @@ def convert(request: Request) -> None:
         else:
             lines = _export_hf(folder, weights, tokenizer, export_format, request)
         record = record_of(weights, export_format)
-        if weights.ternarize:
-            lines += _tell_rounding(record, weights, tokenizer, request.verify)
+        if weights.ternarize or weights.of_latents:
+            lines += _tell_other_weights(record, weights, tokenizer, request.verify)
         write_json(folder / RECORD, record)
         (folder / "README.md").write_text(model_card(record))
     for line in lines:
@@ -79,13 +80,13 @@ def convert(request: Request) -> None:
     request.say(f"{request.output}: {export_format}, {_folder_bytes(request.output):,} bytes")
 
 
-def _tell_rounding(record: dict[str, Any], weights: Weights, tokenizer: Tokenizer, measured: bool) -> list[str]:
-    """Marks the run's figures as those of the trained weights and adds, when measured, what the rounding costs."""
-    old = {name if "parameters" in name else f"before_rounding_{name}": v for name, v in record["figures"].items()}
-    record["figures"] = {**old, "rounded_from_bits": weights.stored_grid.bits}
+def _tell_other_weights(record: dict[str, Any], weights: Weights, tokenizer: Tokenizer, measured: bool) -> list[str]:
+    """Marks the run's figures as those of the trained codes, and adds both perplexities when they are measured."""
+    old = {name if "parameters" in name else f"trained_codes_{name}": v for name, v in record["figures"].items()}
+    record["figures"] = {**old, "trained_codes_bits": weights.stored_grid.bits}
     if not measured:
         return []
-    figures, line = cost_of_rounding(weights, tokenizer)
+    figures, line = compare_with_trained(weights, tokenizer)
     record["figures"] |= figures
     return [line]
 
@@ -111,9 +112,22 @@ def require_packages(export_format: str, verified: bool) -> None:
         raise UserError(f"--format {export_format}: not installed: {', '.join(missing)}; pip install '.[export]'{hint}")
 
 
-def _check_ternary(request: Request, weights: Weights) -> None:
-    if request.ternary and not weights.has_codes:
+def _check_weights(request: Request, reader: CheckpointReader) -> None:
+    """Raises UserError for --bits or --weights that the checkpoint cannot give."""
+    quantization = reader.config.quantization
+    if request.ternary and quantization.method == "none":
         raise UserError('--bits ternary: the checkpoint has quantization.method = "none" and no codes')
+    if not request.of_latents:
+        return
+    if quantization.latent_bits is None:
+        raise UserError(
+            f"--weights latent: {reader.path} has no latents (quantization.latent_bits is null); leave --weights out"
+        )
+    if request.format not in (None, "hf"):
+        raise UserError(
+            f"--weights latent: the values of latents are floats, and --format {request.format} holds integers; use "
+            f"--format hf"
+        )
 
 
 def find_tokenizer(given: Path | None, reader: CheckpointReader) -> Tokenizer:

@@ -24,6 +24,7 @@ from dqt_dist.export.hf import key
 from dqt_dist.export.record import RECORD
 from dqt_dist.export.weights import linear_shapes, parameter_shapes
 from dqt_dist.lowbit.grid import make_grid
+from dqt_dist.lowbit.latent import codes_of_latents, codes_per_latent, latents_of_codes
 from dqt_dist.lowbit.rounding import round_nearest
 from dqt_dist.lowbit.scale import WeightStatistics, choose_scale
 
@@ -76,6 +77,8 @@ class HfWeights:
         self.folder, self.config = folder, config
         self.linears, self.parameters = linear_shapes(config), parameter_shapes(config)
         self.grid = make_grid(config.quantization.bits)
+        latent_bits = config.quantization.latent_bits
+        self.latent_grid = None if latent_bits is None else make_grid(latent_bits)
         self.packing = _packing(folder)
         check_architecture(folder, config)
         if self.method == "bitnet" and (self.packing or folder.record):
@@ -90,6 +93,11 @@ class HfWeights:
 
     def codes(self, name: str) -> tuple[Tensor, Tensor]:
         """int8 codes on the run's grid and their fp32 scale []."""
+        if self.latent_grid is not None and not self._has_codes():
+            latents, latent_scale = self.latents(name)
+            scale = self._recorded_scale(name)
+            scale = self._choose_scale(self._float(name)) if scale is None else scale
+            return codes_of_latents(latents, self._ratio(scale, latent_scale, len(latents)), self.grid), scale
         scale = self._recorded_scale(name)
         if self.packing and name in self.linears:
             codes, stored_scale = self._stored_codes(name)
@@ -98,6 +106,36 @@ class HfWeights:
                 return codes, scale
             return self._quantize(codes * scale, None)
         return self._quantize(self._float(name), scale if self._same_grid() else None)
+
+    def latents(self, name: str) -> tuple[Tensor, Tensor]:
+        """int8 latents on the run's grid and their fp32 scale [], for a run with latents.
+
+        Latents of an export of codes are those of the codes' own weights. In all other cases they are nearest to the
+        floats of the folder.
+        """
+        assert self.latent_grid is not None and self.config.quantization.latent_sigmas is not None
+        recorded = (self.folder.record or {}).get("latent_scales", {}).get(name)
+        codes, scale, weight = None, None, None
+        if self._has_codes():
+            codes, scale = self.codes(name)
+            weight = codes * scale
+        else:
+            weight = self._float(name)
+        if recorded is not None:
+            latent_scale = torch.tensor(recorded, dtype=torch.float32)
+        else:
+            latent_scale = self._choose_scale(weight, of_latents=True)
+        if codes is None or scale is None:
+            return round_nearest(weight / latent_scale, self.latent_grid), latent_scale
+        return latents_of_codes(codes, self._ratio(scale, latent_scale, len(codes)), self.latent_grid), latent_scale
+
+    def _ratio(self, scale: Tensor, latent_scale: Tensor, rows: int) -> Tensor:
+        """r of each row."""
+        return codes_per_latent(scale, latent_scale, self.config.quantization.latent_threshold).expand(rows)
+
+    def _has_codes(self) -> bool:
+        """Whether the folder holds codes of the run's grid, packed or as their values."""
+        return self._same_grid() and (self.folder.record or {}).get("weights", "codes") == "codes"
 
     def parameter(self, name: str) -> Tensor:
         """fp32 value of a parameter or of a linear of a method without codes."""
@@ -140,19 +178,19 @@ class HfWeights:
         return self.folder.record is not None and self.folder.record.get("bits") == self.grid.bits
 
     def _quantize(self, weight: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-        if scale is None:
-            rule = self.config.quantization
-            statistics = WeightStatistics.of(weight, float(weight.std()))
-            scale = torch.tensor(
-                choose_scale(
-                    statistics,
-                    self.grid,
-                    rule.scale_rule,
-                    sigmas=rule.scale_sigmas,
-                    power_of_two=rule.scale_power_of_two,
-                )
-            )
+        scale = self._choose_scale(weight) if scale is None else scale
         return round_nearest(weight / scale, self.grid), scale
+
+    def _choose_scale(self, weight: Tensor, of_latents: bool = False) -> Tensor:
+        """fp32 scale [] of codes or latents, by the rule of the run."""
+        config = self.config.quantization
+        grid, rule, sigmas = self.grid, config.scale_rule, config.scale_sigmas
+        if of_latents:
+            assert self.latent_grid is not None and config.latent_sigmas is not None
+            grid, rule, sigmas = self.latent_grid, "sigma", config.latent_sigmas
+        statistics = WeightStatistics.of(weight, float(weight.std()))
+        power_of_two = config.scale_power_of_two
+        return torch.tensor(choose_scale(statistics, grid, rule, sigmas=sigmas, power_of_two=power_of_two))
 
 
 def _packing(folder: HfFolder) -> str | None:

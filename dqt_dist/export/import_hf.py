@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
@@ -23,6 +23,10 @@ from dqt_dist.export.folder import check_output, new_folder
 from dqt_dist.export.hf_reader import HfFolder, HfWeights
 from dqt_dist.export.record import RECORD
 from dqt_dist.export.trainer_model import alone, fill, world_of_one
+from dqt_dist.lowbit.packing import pack
+
+if TYPE_CHECKING:
+    from dqt_dist.optim.owned_rows import OwnedRows
 
 
 def import_hf(source: Path, output: Path, config_file: Path | None, tokenizer: Path | None) -> None:
@@ -63,6 +67,19 @@ def _progress(folder: HfFolder) -> Progress:
     return Progress(0, 0, 0) if folder.record is None else Progress(**folder.record["progress"])
 
 
+def _fill_latents(all_rows: list[OwnedRows], weights: HfWeights) -> None:
+    """Overwrites latents and their scales. One process owns all rows."""
+    for rows in all_rows:
+        weight = rows.weight
+        assert weight.layout is not None and weight.latent_grid is not None
+        for index, logical in enumerate(weight.layout.matrices):
+            latents, weight.latent_scale[index] = weights.latents(logical.name)
+            packed = pack(latents, weight.latent_grid)
+            for part, row, local, count in weight.layout.pieces(rows.start, rows.stop):
+                if part == logical:
+                    rows.state["latent"][local : local + count] = packed[row : row + count]
+
+
 def _save(weights: HfWeights, config: Config, run: Path, progress: Progress, provenance: dict[str, Any]) -> None:
     """Builds model and optimizer in this process, fills the model and saves both as the trainer does."""
     if not torch.cuda.is_available():
@@ -80,6 +97,8 @@ def _save(weights: HfWeights, config: Config, run: Path, progress: Progress, pro
         engine = build_engine(model_chunks, one_process, groups)
         writer = store.open_writer(_with_folder(one_process, run))
         try:
+            if config.quantization.latent_bits is not None:
+                _fill_latents(engine.optimizer.low_bit.rows, weights)
             store.save(writer, model_chunks, engine.optimizer, config, progress, provenance)
         finally:
             writer.close()

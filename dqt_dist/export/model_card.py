@@ -17,7 +17,7 @@ llama-cli -m model.gguf -p "..."
 }
 
 NOTES = {
-    "hf": "All weights are floats, scale times code. Activations are not rounded to 8 bits, as training may have done.",
+    "hf": "All weights are floats, scale times integer. Activations are not rounded to 8 bits, as training may have done.",
     "hf-bitnet": "Linears are packed ternary codes, 2 bits a weight (`quant_method: bitnet`, needs `accelerate`). "
     "Activations are rounded to 8 bits a token, as in training (int8; training with fp8 products rounds them to e4m3).",
     "hf-compressed": "Linears are packed integer codes (`compressed-tensors`), opened by transformers and vLLM. "
@@ -36,6 +36,8 @@ def model_card(record: dict[str, Any]) -> str:
     export_format = record["format"]
     bits = record["bits"]
     weights = "floats" if bits is None else f"{bits} codes" if bits == "ternary" else f"{bits}-bit codes"
+    if record["weights"] == "latent":
+        weights = f"the values of {quantization['latent_bits']}-bit latents"
     method = {"dqt": "Direct Quantized Training", "bitnet": "BitNet b1.58", "none": "full precision"}
     # The end of a path names the corpus.
     sources = ", ".join(f"`{'/'.join(source['path'].split('/')[-2:])}`" for source in data["train"])
@@ -75,4 +77,6 @@ Format `{export_format}`. {NOTES[export_format]}
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, str):
+        return value
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,8 +1,8 @@
-"""Perplexity of the exported weights beside that of the trained ones, for `--bits ternary`.
+"""Perplexity of the exported weights beside that of the trained codes, for `--bits ternary` and `--weights latent`.
 
 The trainer's own model is measured on windows of the run's validation data, or on a short built-in text where these
-files are missing. The figure shows roughly what the rounding costs. tools/evaluate.py measures exactly, with a sliding
-window.
+files are missing. The figures show roughly what the difference costs. tools/evaluate.py measures exactly, with a
+sliding window.
 """
 
 from __future__ import annotations
@@ -50,11 +50,14 @@ def perplexity(weights: Weights, windows: Tensor) -> float:
     return math.exp(float(torch.cat(losses).mean()))
 
 
-def cost_of_rounding(weights: Weights, tokenizer: Tokenizer) -> tuple[dict[str, float], str]:
-    """Figures of the trained and of the exported weights, and a line that tells them."""
+def compare_with_trained(weights: Weights, tokenizer: Tokenizer) -> tuple[dict[str, float], str]:
+    """Figures of the trained codes and of the exported weights, and a line that tells them."""
     windows, where = held_out_windows(weights.config, tokenizer)
     bits = weights.stored_grid.bits
     trained = perplexity(Weights(weights.reader, weights.dtype), windows)
-    ternary = perplexity(weights, windows)
-    line = f"perplexity on {where}: {trained:.4g} with the {bits}-bit weights, {ternary:.4g} with ternary ones"
-    return {f"perplexity_with_{bits}_bit_weights": trained, "perplexity_with_ternary_weights": ternary}, line
+    exported = perplexity(weights, windows)
+    codes = bits if isinstance(bits, str) else f"{bits}-bit"
+    kind = "latent" if weights.of_latents else "ternary"
+    line = f"perplexity on {where}: {trained:.4g} with the {codes} weights, {exported:.4g} with {kind} ones"
+    names = (f"perplexity_with_{name}_weights" for name in (codes.replace("-", "_"), kind))
+    return dict(zip(names, (trained, exported), strict=True)), line

@@ -5,7 +5,9 @@
     progress   step, tokens, samples
     figures    losses and perplexities of the run's summary, where it has one
     format     the format of the export      bits   of its codes
+    weights    "codes", or "latent" when the floats of the export are the latents' values
     scales     of every matrix that is stored as codes, fp32: with them codes come back from any format exactly
+    latent_scales   the same of latents, where the run has some
 
 The same file with the same weights gives the same export again, byte for byte.
 """
@@ -28,7 +30,8 @@ RUN_FOLDER = "runs/imported"
 def record_of(weights: Weights, export_format: str) -> dict[str, Any]:
     """The record of an export."""
     reader = weights.reader
-    config = weights.config.model_dump(mode="json")
+    # An export of latents is of a run with codes, and can become this run again.
+    config = (reader.config if weights.of_latents else weights.config).model_dump(mode="json")
     config["checkpoint"]["dir"] = RUN_FOLDER
     return {
         "config": config,
@@ -36,7 +39,9 @@ def record_of(weights: Weights, export_format: str) -> dict[str, Any]:
         "figures": figures_of(reader),
         "format": export_format,
         "bits": weights.config.quantization.bits if weights.has_codes else None,
-        "scales": weights.scales(),
+        "weights": "latent" if weights.of_latents else "codes",
+        "scales": Weights(reader).scales() if weights.of_latents else weights.scales(),
+        "latent_scales": weights.latent_scales(),
     }
 
 

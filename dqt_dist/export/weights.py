@@ -1,6 +1,7 @@
 """The weights of a checkpoint as an export sees them: one logical matrix at a time, by its Hugging Face name.
 
     codes(name)      integer codes and scale of a low-bit matrix          W = scale * codes
+    latents(name)    the finer integers behind the codes, and theirs      W = latent scale * latents
     matrix(name)     the same weight as floats, for formats without codes
     parameter(name)  embedding, head, norms, in the precision that the export stores
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dqt_dist.checkpoint.reader import CheckpointReader
-from dqt_dist.config import Config
+from dqt_dist.config import Config, QuantizationConfig
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.packing import unpack
 from dqt_dist.lowbit.rounding import round_nearest
@@ -44,20 +45,30 @@ def parameter_shapes(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 class Weights:
-    """What is exported of a checkpoint. `ternary` turns n-bit codes into ternary ones, the paper's ternary inference.
+    """What is exported of a checkpoint.
 
-    `dtype` is the precision in which parameters are stored; `config` describes the exported model, so its
-    quantization.bits are the exported ones.
+    `ternary` turns n-bit codes into ternary ones, the paper's ternary inference. `of_latents` takes the weights of the
+    latents as plain floats, in place of the codes. `dtype` is the precision in which parameters are stored. `config`
+    describes the exported model: its quantization is that of the exported weights.
     """
 
-    def __init__(self, reader: CheckpointReader, dtype: torch.dtype = torch.float32, ternary: bool = False) -> None:
-        self.reader, self.dtype = reader, dtype
+    def __init__(
+        self,
+        reader: CheckpointReader,
+        dtype: torch.dtype = torch.float32,
+        ternary: bool = False,
+        of_latents: bool = False,
+    ) -> None:
+        self.reader, self.dtype, self.of_latents = reader, dtype, of_latents
         self.stored_grid = make_grid(reader.config.quantization.bits)
         self.ternarize = ternary and self.stored_grid != TERNARY
         self.config = reader.config
         if self.ternarize:
             quantization = reader.config.quantization.model_copy(update={"bits": "ternary"})
             self.config = reader.config.model_copy(update={"quantization": quantization})
+        if of_latents:
+            plain = QuantizationConfig(method="none", compute=reader.config.quantization.dtype)
+            self.config = reader.config.model_copy(update={"quantization": plain})
         self.grid = make_grid(self.config.quantization.bits)
         self.linears = linear_shapes(self.config)
         self.parameters = parameter_shapes(self.config)
@@ -79,6 +90,20 @@ class Weights:
         codes, scale = unpack(packed, self.stored_grid, columns), self.reader.read(f"scale/{name}").view(())
         return _ternary_codes(codes, scale) if self.ternarize else (codes, scale)
 
+    def latents(self, name: str) -> tuple[Tensor, Tensor]:
+        """int8 latents [rows, columns] and the fp32 scale [] of a low-bit matrix that has latents."""
+        latent_bits = self.reader.config.quantization.latent_bits
+        assert latent_bits is not None
+        columns = {**self.linears, **self.parameters}[name][1]
+        latents = unpack(self.reader.read(f"latent/{name}"), make_grid(latent_bits), columns)
+        return latents, self.reader.read(f"latent_scale/{name}").view(())
+
+    def latent_scales(self) -> dict[str, float]:
+        """Scale of the latents of every matrix that has some, by name."""
+        prefix = "latent_scale/"
+        names = [name.removeprefix(prefix) for name in self.reader.tensors if name.startswith(prefix)]
+        return {name: float(self.reader.read(f"{prefix}{name}")) for name in sorted(names)}
+
     def scale(self, name: str) -> Tensor:
         """The fp32 scale [] of a low-bit matrix; does not read the codes where it is stored."""
         if self.method == "bitnet" or self.ternarize:
@@ -99,6 +124,9 @@ class Weights:
 
     def parameter(self, name: str) -> Tensor:
         """Embedding, head (also where they are codes), norm, or float linear, in `dtype` and its shape in the model."""
+        if self.of_latents and f"latent/{name}" in self.reader.tensors:
+            latents, scale = self.latents(name)
+            return (latents * scale).to(self.dtype)
         if f"codes/{name}" in self.reader.tensors:
             codes, scale = self.codes(name)
             return (codes * scale).to(self.dtype)
