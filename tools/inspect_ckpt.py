@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,6 +97,9 @@ class MatrixFigures:
     counts: Tensor
     """How many weights have each code, qmin first: int64 [levels of the grid]."""
     disk_bytes: int
+    latent_scale: float | None = None
+    latent_counts: Tensor | None = None
+    """The same of latents, where there are latents."""
 
     @property
     def shares(self) -> Tensor:
@@ -114,7 +117,7 @@ def show(path: Path, plot_file: Path | None) -> None:
     grid = make_grid(reader.config.quantization.bits)
     matrices = read_matrices(reader, grid)
     # A file or pipe gets whole lines, a terminal its width.
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
     console.print(about(reader), soft_wrap=True, markup=False)
     if matrices:
         console.print(matrix_table(matrices, grid))
@@ -131,19 +134,31 @@ def read_matrices(reader: CheckpointReader, grid: Grid) -> list[MatrixFigures]:
     """Figures of every low-bit matrix, in the order of the model's layers."""
     from tqdm import tqdm
 
+    from dqt_dist.lowbit.grid import make_grid
     from dqt_dist.lowbit.packing import unpack
 
+    latent_bits = reader.config.quantization.latent_bits
     names = [name.removeprefix("codes/") for name in reader.tensors if name.startswith("codes/")]
     found = []
     for name in tqdm(sorted(names, key=natural), "reading codes", unit=" matrices", disable=None):
         info = reader.tensors[f"codes/{name}"]
         # Rows fill their last byte: widths are multiples of 4 (config.CODES_PER_GROUP).
         columns = info.shape[1] * grid.codes_per_byte
-        codes = unpack(reader.read(f"codes/{name}"), grid, columns)
-        counts = (codes.flatten().int() - grid.qmin).bincount(minlength=grid.qmax - grid.qmin + 1)
+        counts = count(unpack(reader.read(f"codes/{name}"), grid, columns), grid)
         scale = float(reader.read(f"scale/{name}"))
-        found.append(MatrixFigures(name, info.shape[0], columns, scale, counts, info.disk_bytes))
+        figures = MatrixFigures(name, info.shape[0], columns, scale, counts, info.disk_bytes)
+        if latent_bits is not None:
+            latent_grid = make_grid(latent_bits)
+            latents = unpack(reader.read(f"latent/{name}"), latent_grid, columns)
+            latent_scale = float(reader.read(f"latent_scale/{name}"))
+            figures = replace(figures, latent_scale=latent_scale, latent_counts=count(latents, latent_grid))
+        found.append(figures)
     return found
+
+
+def count(integers: Tensor, grid: Grid) -> Tensor:
+    """How often each integer of the grid occurs, qmin first."""
+    return (integers.flatten().int() - grid.qmin).bincount(minlength=grid.qmax - grid.qmin + 1)
 
 
 def natural(name: str) -> list[tuple[int, int, str]]:
@@ -156,6 +171,8 @@ def about(reader: CheckpointReader) -> str:
     model, quantization = reader.config.model, reader.config.quantization
     optimizer, progress, manifest = reader.config.optimizer, reader.progress, reader.manifest
 
+    latents = f" of {quantization.latent_bits}-bit latents" if quantization.latent_bits else ""
+
     def listed(value: object) -> str:
         return ", ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else str(value)
 
@@ -166,7 +183,7 @@ def about(reader: CheckpointReader) -> str:
         "model": f"{model.num_layers} layers, hidden {model.hidden_size}, ffn {model.ffn_hidden_size}, "
         f"{model.num_attention_heads} heads in {model.num_query_groups} groups, vocabulary {model.vocab_size}, "
         f"sequence {model.seq_length}",
-        "method": f"{quantization.method}, bits {quantization.bits}, compute {quantization.compute}, "
+        "method": f"{quantization.method}, bits {quantization.bits}{latents}, compute {quantization.compute}, "
         f"optimizer {optimizer.name}",
         "written by": listed(manifest.get("layout", "unknown")),
         "versions": listed(manifest.get("versions", "unknown")),
@@ -175,7 +192,7 @@ def about(reader: CheckpointReader) -> str:
 
 
 def matrix_table(matrices: list[MatrixFigures], grid: Grid) -> Table:
-    """A row a matrix: shape, bits, scale, shares of its codes, size on disk against fp16."""
+    """A row a matrix: shape, bits, scale, shares of its codes, size on disk against fp16; what its latents are."""
     from rich.table import Table
 
     few = grid.qmax - grid.qmin < 4
@@ -186,13 +203,20 @@ def matrix_table(matrices: list[MatrixFigures], grid: Grid) -> Table:
         table.add_column(title, justify="right")
     table.add_column("on disk", justify="right")
     table.add_column("of fp16", justify="right")
+    has_latents = matrices[0].latent_counts is not None
+    for title in ("latent scale", "latents", "at their ends") if has_latents else ():
+        table.add_column(title, justify="right")
     for m in matrices:
         shares = [f"{share:.1%}" for share in m.shares.tolist()]
         shown = shares if few else [histogram(m.counts), shares[-grid.qmin]]
         weights = m.rows * m.columns
         bits = "1.58" if grid.bits == "ternary" else str(grid.bits)
         size = [f"{m.disk_bytes:,}", f"{m.disk_bytes / (weights * FP16_BYTES):.1%}"]
-        table.add_row(m.name, f"{m.rows} x {m.columns}", bits, f"{m.scale:.6g}", *shown, *size)
+        latents = []
+        if m.latent_counts is not None:
+            at_ends = float(m.latent_counts[[0, -1]].sum()) / weights
+            latents = [f"{m.latent_scale:.6g}", histogram(m.latent_counts), f"{at_ends:.1%}"]
+        table.add_row(m.name, f"{m.rows} x {m.columns}", bits, f"{m.scale:.6g}", *shown, *size, *latents)
     return table
 
 
@@ -213,7 +237,7 @@ def sizes(reader: CheckpointReader, matrices: list[MatrixFigures]) -> str:
     total = sum(entry["bytes"] for entry in reader.manifest["files"].values())
     on_disk["metadata"] = total - sum(on_disk.values())
     lines = [f"{'on disk':<12}{total:,} bytes in {len(reader.manifest['files'])} files"]
-    lines += [f"  {part:<10}{size:>18,}  {size / total:6.1%}" for part, size in on_disk.items()]
+    lines += [f"  {part:<10}{size:>18,}  {size / total:6.1%}" for part, size in on_disk.items() if size]
     if matrices:
         weights = sum(m.rows * m.columns for m in matrices)
         codes = sum(m.disk_bytes for m in matrices)

@@ -17,7 +17,8 @@ llama-cli -m model.gguf -p "..."
 }
 
 NOTES = {
-    "hf": "All weights are floats, scale times integer. Activations are not rounded to 8 bits, as training may have done.",
+    "hf": "All weights are floats, scale times integer. "
+    "Activations are not rounded to 8 bits, as training may have done.",
     "hf-bitnet": "Linears are packed ternary codes, 2 bits a weight (`quant_method: bitnet`, needs `accelerate`). "
     "Activations are rounded to 8 bits a token, as in training (int8; training with fp8 products rounds them to e4m3).",
     "hf-compressed": "Linears are packed integer codes (`compressed-tensors`), opened by transformers and vLLM. "

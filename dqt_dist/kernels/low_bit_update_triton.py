@@ -92,17 +92,6 @@ def _locate_program(first_element, matrix_id, columns, columns_per_program):
 
 
 @triton.jit
-def _latents_of_row(latents, codes_per_latent, row, packed_latents, LATENT_STORAGE_BITS: tl.constexpr):
-    """Pointer to the latents of a row, and its r. Without latents two values that nobody reads."""
-    latents_row = latents
-    ratio = 0.0
-    if LATENT_STORAGE_BITS > 0:
-        latents_row = latents + row * packed_latents
-        ratio = tl.load(codes_per_latent + row)
-    return latents_row, ratio
-
-
-@triton.jit
 def _decayed(fields, decay_factor, QMIN: tl.constexpr):
     """Fields of codes times a factor: (u + QMIN) * factor - QMIN."""
     return fields * decay_factor + (QMIN * decay_factor - QMIN)
@@ -248,14 +237,15 @@ def _update_kernel(
 
     argument              shape                    dtype          meaning
     codes                 [rows, packed_columns]   uint8 or int8  packed codes; rewritten
-    latents               [rows, packed_latents]   uint8 or int8  packed latents; rewritten; None where there are none
+    latents               [rows, packed_latents]   uint8 or int8  packed latents; rewritten; not read where there are
+                                                                  none
     direction             [rows, columns]          fp32           weight units per unit of learning rate
     first_element         [rows]                   int64          index of the row's first element in its matrix,
                                                                   a multiple of 4
     matrix_id             [rows]                   int64          32-bit id of the row's logical matrix
     stored_scale          [rows]                   fp32           weight units per code or, where there are latents, per
                                                                   latent
-    codes_per_latent      [rows]                   fp32           r of lowbit/latent.py; None where there are no latents
+    codes_per_latent      [rows]                   fp32           r of lowbit/latent.py; not used without latents
     counts                [rows, programs, 3 or 5] int32          COUNTS or LATENT_COUNTS of each program; written
     learning_rate         scalar                   fp32
     decay_factor          scalar                   fp32           1 - learning_rate * weight_decay
@@ -276,7 +266,8 @@ def _update_kernel(
     row, first, last, first_counter, id_word = _locate_program(first_element, matrix_id, columns, columns_per_program)
     stored_per_direction = learning_rate / tl.load(stored_scale + row)
     codes_row = codes + row * packed_columns
-    latents_row, ratio = _latents_of_row(latents, codes_per_latent, row, packed_latents, LATENT_STORAGE_BITS)
+    latents_row = latents + row * packed_latents
+    ratio = tl.load(codes_per_latent + row)
     direction_row = direction + row * columns
     STORED_QMIN: tl.constexpr = LATENT_QMIN if LATENT_STORAGE_BITS > 0 else QMIN
     flips, clamped = _no_counts(BLOCK)
@@ -321,11 +312,12 @@ def update_rows_triton(
     assert latents is None or latents.is_contiguous()
     rows = direction.shape[0]
     division = _divide(weight, rows)
+    codes = weight.packed(start, start + rows)
     launch(
         _update_kernel,
         division.grid,
-        weight.packed(start, start + rows),
-        latents,
+        codes,
+        codes if latents is None else latents,
         direction,
         *_row_arguments(weight, start, start + rows),
         division.counts,
@@ -481,7 +473,7 @@ def _adamw_kernel(
 
     argument               shape                        dtype          meaning
     codes                  [rows, packed_columns]       uint8 or int8  packed codes; rewritten
-    latents                [rows, packed_latents]       uint8 or int8  packed latents; rewritten; None without latents
+    latents                [rows, packed_latents]       uint8 or int8  packed latents; rewritten, where there are any
     gradient               [rows, columns]              bf16 or fp32   g
     exp_avg                [rows, columns]              uint8 or fp32  m: signed block floats, or fp32; rewritten
     exp_avg_exponents      [rows, columns/STATE_BLOCK]  uint8          exponents of m; unused where STATE_BITS is 32
@@ -490,7 +482,7 @@ def _adamw_kernel(
     first_element          [rows]                       int64          index of the row's first element in its matrix
     matrix_id              [rows]                       int64          32-bit id of the row's logical matrix
     stored_scale           [rows]                       fp32           s, weight units per code, or per latent
-    codes_per_latent       [rows]                       fp32           r of lowbit/latent.py; None without latents
+    codes_per_latent       [rows]                       fp32           r of lowbit/latent.py; not used without latents
     counts                 [rows, programs, 3 or 5]     int32          COUNTS or LATENT_COUNTS; written
     clip                   [] or None                   fp32           c
     decay_factor           scalar                       fp32           1 - lr wd
@@ -531,7 +523,8 @@ def _adamw_kernel(
     root_factor = tl.where(is_taken, root_factor * scale, 0.0)
     epsilon = tl.where(is_taken, epsilon * scale, float("inf"))
     codes_row = codes + row * packed_columns
-    latents_row, ratio = _latents_of_row(latents, codes_per_latent, row, packed_latents, LATENT_STORAGE_BITS)
+    latents_row = latents + row * packed_latents
+    ratio = tl.load(codes_per_latent + row)
     gradient_row = gradient + row * columns
     exp_avg_row = exp_avg + row * columns
     exp_avg_sq_row = exp_avg_sq + row * columns
@@ -604,11 +597,12 @@ def adamw_update_rows_triton(
     root_factor, epsilon = (
         (1.0 / (1.0 - beta2**key.step) ** 0.5 / rate, adamw.epsilon / rate) if rate > 0 else (0.0, float("inf"))
     )
+    codes = weight.packed(start, start + rows)
     launch(
         _adamw_kernel,
         division.grid,
-        weight.packed(start, start + rows),
-        moments.get("latent"),
+        codes,
+        moments.get("latent", codes),
         gradient,
         exp_avg,
         exponents[0],
@@ -669,7 +663,7 @@ class _RowArguments(NamedTuple):
     first_element: Tensor
     matrix_id: Tensor
     stored_scale: Tensor
-    codes_per_latent: Tensor | None
+    codes_per_latent: Tensor
 
 
 def _row_arguments(weight: LowBitMatrix, start: int, stop: int) -> _RowArguments:
@@ -677,9 +671,8 @@ def _row_arguments(weight: LowBitMatrix, start: int, stop: int) -> _RowArguments
     assert weight.layout is not None
     first_element, matrix_id = row_words(weight.layout, weight.codes.device)
     rows = slice(start, stop)
-    if weight.latent_grid is None:
-        scale, ratio = weight.row_scale()[rows], None
-    else:
+    scale = ratio = weight.row_scale()[rows]
+    if weight.latent_grid is not None:
         scale, ratio = weight.row_latent_scale()[rows], weight.row_codes_per_latent()[rows]
     return _RowArguments(first_element[rows], matrix_id[rows], scale, ratio)
 

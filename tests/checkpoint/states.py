@@ -47,7 +47,7 @@ def own_rows(tensors: dict[str, torch.Tensor]) -> LogicalState:
 
 def facts(folder: Path) -> dict[str, Any]:
     """What a run adds to the manifest."""
-    config = small_config(f"checkpoint.dir={folder}").model_dump(mode="json")
+    config = small_config("quantization.latent_bits=4", f"checkpoint.dir={folder}").model_dump(mode="json")
     return {"config": config, "layout": {"data": dist.get_world_size()}, "versions": "of a test"}
 
 

@@ -33,8 +33,8 @@ from dqt_dist.layers.low_bit_feed_forward import LowBitFeedForward
 from dqt_dist.layers.low_bit_linear import NormColumnParallelLowBitLinear, RowParallelLowBitLinear
 from dqt_dist.lowbit import coordinates
 from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout
-from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.matrix import LowBitMatrix
+from dqt_dist.lowbit.packing import new_packed
 from dqt_dist.lowbit.update import RoundingKey
 from dqt_dist.optim.adamw import adamw_update_rows, new_moments
 
@@ -250,16 +250,22 @@ def _layout(rows: int, columns: int) -> ShardLayout:
 def _update(config: Config, rows: int, columns: int) -> None:
     """The update of one matrix, with the step and the seed that a run begins with."""
     optimizer = config.optimizer
-    weight = LowBitMatrix(rows, columns, make_grid(config.quantization.bits), CUDA)
+    weight = LowBitMatrix.of(config.quantization, rows, columns, CUDA)
     weight.assign(_layout(rows, columns))
+    latents = None
+    if weight.latent_grid is not None:
+        latents = new_packed(rows, columns, weight.latent_grid, CUDA)
     key = RoundingKey(config.training.seed, 1, config.quantization.rounding)
     if optimizer.name == "adafactor":
-        update_rows(weight, torch.empty(rows, columns, device=CUDA), 0, 1e-3, optimizer.low_bit_weight_decay, key)
+        direction = torch.empty(rows, columns, device=CUDA)
+        update_rows(weight, direction, 0, 1e-3, optimizer.low_bit_weight_decay, key, latents)
         return
     assert optimizer.beta1 is not None
     rule = AdamW(optimizer.beta1, optimizer.beta2, optimizer.epsilon, optimizer.low_bit_weight_decay)
     gradient = torch.empty(rows, columns, dtype=TORCH_DTYPES[optimizer.gradient_dtype], device=CUDA)
     moments = new_moments(rows, columns, optimizer.state_bits, CUDA)
+    if latents is not None:
+        moments["latent"] = latents
     clip = None if optimizer.fused_backward else torch.empty((), device=CUDA)
     adamw_update_rows(weight, gradient, moments, 0, clip, 1e-3, rule, key)
 

@@ -35,7 +35,7 @@ def test_the_command_shows_what_is_inside(run: Path) -> None:
     assert "step 7 of 10, 700 tokens, 84 samples" in words
     assert "dqt, bits ternary" in words and "written by data 2" in words
     row = next(line for line in done.stdout.splitlines() if "layers.0.mlp.up_proj" in line)
-    for cell in ("48 x 32", "1.58", "0.25", "25.0%", "50.0%"):
+    for cell in ("48 x 32", "1.58", "0.25", "25.0%", "50.0%", "0.0625", "0.0%"):
         assert cell in row
     assert "1,536 low-bit weights" in words and "in fp16 3,072 bytes" in words
 

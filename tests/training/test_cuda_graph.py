@@ -113,6 +113,7 @@ ZERO_1 = ["deepspeed.zero_optimization.stage=1"]
 RUNS = [
     [*BF16, *ZERO_1, "optimizer.state_bits=8", "optimizer.gradient_dtype=bf16"],
     [*BF16, "quantization.compute=fp8", *ZERO_1, "optimizer.state_bits=8", "optimizer.gradient_dtype=bf16"],
+    [*BF16, *ZERO_1, "quantization.latent_bits=4", "quantization.scale_refit_interval=1"],
     [*BF16, *ZERO_1, "training.global_batch_size=2"],
     [*BF16, *ZERO_1, "quantization.method=none"],
     [*BF16, *ZERO_1, "quantization.method=bitnet"],
