@@ -58,6 +58,14 @@ class Method:
     """Whether there is a float weight and an fp32 master beside it."""
 
 
+# Ternary codes of latents, with the scale of BitNet (mean magnitude, made anew in every step) and its decay.
+OF_LATENTS = (
+    "quantization.method=dqt",
+    "quantization.bits=ternary",
+    "quantization.scale_refit_interval=1",
+    "optimizer.low_bit_weight_decay=0.1",
+)
+
 METHODS = {
     "none": Method("bf16, fp32 master", ("quantization.method=none",), master=True),
     "bitnet": Method("BitNet b1.58, fp32 master", ("quantization.method=bitnet",), master=True),
@@ -65,6 +73,10 @@ METHODS = {
     "dqt4": Method("DQT 4 bit", ("quantization.method=dqt", "quantization.bits=4")),
     "dqt3": Method("DQT 3 bit", ("quantization.method=dqt", "quantization.bits=3")),
     "dqt_ternary": Method("DQT ternary", ("quantization.method=dqt", "quantization.bits=ternary")),
+    "ternary_of_8": Method("DQT ternary of 8-bit latents", (*OF_LATENTS, "quantization.latent_bits=8")),
+    "ternary_of_6": Method("DQT ternary of 6-bit latents", (*OF_LATENTS, "quantization.latent_bits=6")),
+    "ternary_of_4": Method("DQT ternary of 4-bit latents", (*OF_LATENTS, "quantization.latent_bits=4")),
+    "ternary_of_3": Method("DQT ternary of 3-bit latents", (*OF_LATENTS, "quantization.latent_bits=3")),
 }
 
 SEED = 1234
@@ -162,6 +174,13 @@ def study(size: str = "S") -> list[Run]:
         ("dqt8", 1e-3),
         ("dqt8", 2e-3),
         ("dqt4", 1e-3),
+        ("ternary_of_8", 2e-3),
+        ("ternary_of_4", 2e-3),
+        ("ternary_of_6", 2e-3),
+        ("ternary_of_4", 4e-3),
+        ("ternary_of_8", 4e-3),
+        ("ternary_of_4", 1e-3),
+        ("ternary_of_8", 1e-3),
         ("bitnet", 1e-3),
         ("none", 1e-3),
         ("none", 4e-3),
@@ -175,10 +194,25 @@ def study(size: str = "S") -> list[Run]:
         ("dqt3", 5e-4),
         ("dqt3", 2e-3),
         ("dqt8", 5e-4),
+        ("ternary_of_3", 2e-3),
+        ("ternary_of_3", 1e-3),
+        ("ternary_of_6", 1e-3),
+        ("ternary_of_6", 4e-3),
+        ("none", 5e-4),
         ("dqt_ternary", 2.5e-4),
         ("dqt_ternary", 2e-3),
     )
     runs = [Run(size, method, rate) for method, rate in order]
+    # What the scale, the decay and the range of the latents do.
+    variants = {
+        "fixed_scale": ("quantization.scale_refit_interval=0",),
+        "scale_every_16": ("quantization.scale_refit_interval=16",),
+        "no_decay": ("optimizer.low_bit_weight_decay=0.0",),
+        "2_sigmas": ("quantization.latent_sigmas=2.0",),
+        "5_sigmas": ("quantization.latent_sigmas=5.0",),
+        "threshold_2": ("quantization.latent_threshold=2", "quantization.latent_sigmas=2.0"),
+    }
+    runs += [Run(size, "ternary_of_4", 2e-3, label=label, settings=settings) for label, settings in variants.items()]
     # The rate of the rest, at the middle rate of the linears.
     runs += [Run(size, method, 2e-3, rest_rate=rest) for method in ("none", "bitnet") for rest in (1.5e-3, 6e-3)]
     return runs
