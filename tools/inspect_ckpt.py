@@ -142,8 +142,8 @@ def read_matrices(reader: CheckpointReader, grid: Grid) -> list[MatrixFigures]:
     found = []
     for name in tqdm(sorted(names, key=natural), "reading codes", unit=" matrices", disable=None):
         info = reader.tensors[f"codes/{name}"]
-        # Rows fill their last byte: widths are multiples of 4 (config.CODES_PER_GROUP).
-        columns = info.shape[1] * grid.codes_per_byte
+        # Rows fill their last group: widths are multiples of 4 (config.CODES_PER_GROUP).
+        columns = info.shape[1] // grid.group_bytes * grid.group_codes
         counts = count(unpack(reader.read(f"codes/{name}"), grid, columns), grid)
         scale = float(reader.read(f"scale/{name}"))
         figures = MatrixFigures(name, info.shape[0], columns, scale, counts, info.disk_bytes)

@@ -124,8 +124,8 @@ def _tensor_parallel_problems(config: Config) -> Iterable[str]:
         value, unit = getattr(model, name), CODES_PER_GROUP * tensor
         if value % unit:
             yield (
-                f"model.{name}: {value} is not divisible by {CODES_PER_GROUP} * parallel.tensor = {unit}; a packed "
-                f"byte and a Philox draw hold {CODES_PER_GROUP} codes of one rank's part of a row; "
+                f"model.{name}: {value} is not divisible by {CODES_PER_GROUP} * parallel.tensor = {unit}; a group "
+                f"of packed codes and a Philox draw hold {CODES_PER_GROUP} codes of one rank's part of a row; "
                 f"nearest: {_nearest(value, unit)}"
             )
 

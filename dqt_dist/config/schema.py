@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 CODES_PER_GROUP = 4
-"""Neighbouring columns of a row that share a packed byte of the 2-bit format and a Philox4x32 draw, which gives 4
-words."""
+"""Neighbouring columns of a row that share a Philox4x32 draw, which gives 4 words. They also share whole bytes in every
+packed format: `Grid.group_codes` divides this number."""
 
 STATE_BLOCK = 32
 """Neighbouring columns of a row that share the scale of their 8-bit moments."""

@@ -51,8 +51,8 @@ from dqt_dist.kernels.device.block_float import (
 )
 from dqt_dist.kernels.device.instructions import clamp_to_span, reciprocal, square_root
 from dqt_dist.kernels.device.packing import (
-    byte_of_zero_codes,
     count_nonzero_fields,
+    group_of_zero_codes,
     load_packed,
     pack_fields,
     store_packed,
@@ -134,7 +134,7 @@ def _round_and_store(
     LATENT_QMIN: tl.constexpr, LATENT_QMAX: tl.constexpr, LATENT_STORAGE_BITS: tl.constexpr,
     BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Rounds wanted fields, fp32 [BLOCK] and finite, and stores their bytes over `old`.
+    """Rounds wanted fields, fp32 [BLOCK] and finite, and stores their groups over `old`.
 
     With latents (LATENT_STORAGE_BITS is not 0) these are fields of latents, whose bytes are stored over `old_latents`,
     and the codes of the new latents are stored over `old`. Returns what COUNTS and LATENT_COUNTS of lowbit/update.py
@@ -166,7 +166,7 @@ def _round_and_store(
         new = tl.where(inside, new, 0)
     new = pack_fields(new, QMIN, STORAGE_BITS, BLOCK)
     store_packed(codes_row, new, start, packed_columns, STORAGE_BITS, BLOCK, WHOLE)
-    zeros = 8 - count_nonzero_fields(new ^ byte_of_zero_codes(QMIN, STORAGE_BITS), STORAGE_BITS, BLOCK)
+    zeros = 8 - count_nonzero_fields(new ^ group_of_zero_codes(QMIN, STORAGE_BITS), STORAGE_BITS, BLOCK)
     flips = count_nonzero_fields(old ^ new, STORAGE_BITS, BLOCK)
     return flips, zeros, tl.sum(tl.reshape(clamped, (BLOCK // 8, 8)), axis=1), latent_flips, abs_sum
 
@@ -257,7 +257,7 @@ def _update_kernel(
     columns_per_program   scalar                   int32          a multiple of BLOCK
     STOCHASTIC            constexpr                bool           rounding mode
     QMIN, QMAX            constexpr                int            ends of the grid
-    STORAGE_BITS          constexpr                int            bits of a stored code
+    STORAGE_BITS          constexpr                int            bits of a stored code: 2, 4, 6 or 8
     LATENT_...            constexpr                int            the same of latents; LATENT_STORAGE_BITS is 0 where
                                                                   there are none
     BLOCK                 constexpr                int            columns handled at once
@@ -506,7 +506,7 @@ def _adamw_kernel(
     DECAYS                 constexpr                    bool           decay_factor is not 1
     STOCHASTIC             constexpr                    bool           rounding mode of the codes
     QMIN, QMAX             constexpr                    int            ends of the grid
-    STORAGE_BITS           constexpr                    int            bits of a stored code
+    STORAGE_BITS           constexpr                    int            bits of a stored code: 2, 4, 6 or 8
     LATENT_...             constexpr                    int            the same of latents; LATENT_STORAGE_BITS is 0
                                                                        where there are none
     BLOCK                  constexpr                    int            columns handled at once

@@ -1,5 +1,5 @@
 # pyright: reportMissingImports=false, reportIndexIssue=false
-"""Triton form of `unpack.py`: one program per tile of packed bytes."""
+"""Triton form of `unpack.py`: one program per tile of packed codes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dqt_dist.kernels.device.packing import unpack_codes
+from dqt_dist.kernels.device.packing import group_bytes, group_codes, load_groups, unpack_codes
 from dqt_dist.kernels.launch import launch
 from dqt_dist.lowbit.grid import Grid
 
@@ -31,12 +31,14 @@ def _unpack_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    PER_BYTE: tl.constexpr = 8 // STORAGE_BITS
+    GROUP_CODES: tl.constexpr = group_codes(STORAGE_BITS)
+    GROUP_BYTES: tl.constexpr = group_bytes(STORAGE_BITS)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    byte = tl.program_id(1) * (COLUMNS // PER_BYTE) + tl.arange(0, COLUMNS // PER_BYTE)
+    group = tl.program_id(1) * (COLUMNS // GROUP_CODES) + tl.arange(0, COLUMNS // GROUP_CODES)
+    byte = group * GROUP_BYTES
     inside = (row < rows)[:, None] & (byte < packed_columns)[None, :]
-    fields = tl.load(packed + row[:, None] * packed_columns + byte[None, :], mask=inside, other=0).to(tl.int32)
-    value = unpack_codes(fields, QMIN, STORAGE_BITS).to(tl.float32)
+    groups = load_groups(packed + row[:, None] * packed_columns + byte[None, :], inside, STORAGE_BITS)
+    value = unpack_codes(groups, QMIN, STORAGE_BITS).to(tl.float32)
     if ROW_SCALE:
         value *= tl.load(row_scale + row, mask=row < rows, other=0.0)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

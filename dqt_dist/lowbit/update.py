@@ -97,8 +97,8 @@ def update_rows_reference(
     new_codes = updated
     if latents is not None:
         new_codes = codes_of_latents(updated, weight.row_codes_per_latent()[rows], weight.grid)
-    # Counted before the write, because integers that fill a byte are not packed, and what was unpacked shares the
-    # memory that is written.
+    # Counted before the write: integers that are stored as int8 are not packed, so what was unpacked shares the memory
+    # that is written.
     counts = [(new_codes != codes).sum(1), (new_codes == 0).sum(1), clamped.sum(1)]
     if latents is not None:
         counts += [(updated != stored).sum(1), updated.int().abs().sum(1)]

@@ -141,6 +141,8 @@ def test_a_run_goes_on_bit_for_bit(saved_at: Any, layout: Layout) -> None:
 
 OTHER_LAYOUT: list[tuple[Layout, Layout, tuple[str, ...]]] = [
     ((4, TP, PP), (3, ZERO_1), ("quantization.bits=4",)),
+    ((4, TP, ZERO_1), (1,), ("quantization.bits=6",)),
+    ((1,), (4, TP, ZERO_3), ("quantization.bits=6",)),
     ((2, *INTERLEAVED), (2, TP), FOUR_LAYERS),
     ((4, TP, ZERO_1), (1,), (BF16,)),
     ((1,), (4, TP, ZERO_1), (BF16,)),
@@ -183,7 +185,7 @@ def test_a_wrong_rank_of_moments_would_be_seen(saved_at: Any) -> None:
 # ---- what is stored ----
 
 
-@pytest.mark.parametrize(("bits", "stored_bits"), [("ternary", 2), (4, 4), (8, 8)])
+@pytest.mark.parametrize(("bits", "stored_bits"), [("ternary", 2), (4, 4), (6, 6), (8, 8)])
 def test_codes_are_stored_at_their_width(saved_at: Any, bits: str | int, stored_bits: int) -> None:
     saved = saved_at((1, f"quantization.bits={bits}"))
     metadata = FileSystemReader(saved.folder).read_metadata().state_dict_metadata
@@ -199,7 +201,8 @@ def test_the_files_shrink_with_the_codes(saved_at: Any) -> None:
         folder = saved_at((1, f"quantization.bits={bits}")).folder
         return sum(path.stat().st_size for path in folder.glob("*.distcp"))
 
-    assert tensor_bytes(8) - tensor_bytes(4) == 2 * 7680 * 4 / 8
+    assert tensor_bytes(8) - tensor_bytes(6) == 2 * 7680 * 2 / 8
+    assert tensor_bytes(6) - tensor_bytes(4) == 2 * 7680 * 2 / 8
     assert tensor_bytes(4) - tensor_bytes("ternary") == 2 * 7680 * 2 / 8
 
 

@@ -35,8 +35,8 @@ from tests.config.files import refusal, world_refusal
         ),
         (
             ["parallel.tensor=2", "model.ffn_hidden_size=300"],
-            "model.ffn_hidden_size: 300 is not divisible by 4 * parallel.tensor = 8; a packed byte and a "
-            "Philox draw hold 4 codes",
+            "model.ffn_hidden_size: 300 is not divisible by 4 * parallel.tensor = 8; a group of packed codes "
+            "and a Philox draw hold 4 codes",
         ),
         (
             ["parallel.tensor=4", "model.hidden_size=136"],

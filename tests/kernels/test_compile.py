@@ -23,8 +23,12 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
 VARIANTS = [
     ("optimizer.name=adafactor",),
     ("optimizer.name=adafactor", "quantization.bits=4"),
+    ("optimizer.name=adafactor", "quantization.bits=6"),
+    ("optimizer.name=adafactor", "quantization.bits=6", "model.ffn_hidden_size=2052"),
     ("optimizer.name=adafactor", "quantization.bits=8"),
     ("quantization.bits=4",),
+    ("quantization.bits=6",),
+    ("quantization.bits=6", "model.ffn_hidden_size=2052"),
     ("quantization.latent_bits=4", "optimizer.state_bits=8"),
     ("quantization.latent_bits=6", "optimizer.name=adafactor"),
     ("quantization.latent_bits=8", "quantization.bits=4"),

@@ -24,7 +24,7 @@ from dqt_dist.optim.adamw import (
 )
 from tests.kernels.runners import INTERPRETED, Runner
 
-ALL_BITS = ["ternary", 2, 3, 4, 5, 8]
+ALL_BITS = ["ternary", 2, 3, 4, 5, 6, 8]
 # Columns: less than the kernel's block of 256, whole blocks, blocks and a rest; one part of a row and several. All are
 # whole Philox groups.
 COLUMNS = [4, 100, 1024, 1028, 2500]
@@ -35,14 +35,14 @@ DIVIDED = 2500
 # Steps of AdamW. From the second step on the moments are not zero.
 STEPS = 3
 if INTERPRETED:
-    ALL_BITS, COLUMNS, BLOCK_ROWS = ["ternary", 3, 8], [100, 256, 260], (2, 2, 1)
+    ALL_BITS, COLUMNS, BLOCK_ROWS = ["ternary", 3, 6, 8], [100, 256, 260], (2, 2, 1)
     DIVIDED, STEPS = 1060, 2
 
 
 # (bits of the codes, bits of the latents): fields of every size, ternary codes and others.
 LATENT_BITS = [("ternary", 4), ("ternary", 6), ("ternary", 8), (2, 3), (4, 5)]
 if INTERPRETED:
-    LATENT_BITS = [("ternary", 4), (3, 8)]
+    LATENT_BITS = [("ternary", 4), ("ternary", 6), (3, 8)]
 
 
 def fused_pair(
@@ -126,7 +126,7 @@ def test_kernel_equals_definition_with_latents(run: Runner, bits, latent_bits: i
     assert torch.equal(counts[..., 4].sum(1), latents.int().abs().sum(1).cpu())
 
 
-@pytest.mark.parametrize("bits", ["ternary", 4, 8])
+@pytest.mark.parametrize("bits", ["ternary", 4, 6, 8])
 def test_kernel_differs_by_contraction_only(run: Runner, bits) -> None:
     """Any direction, rate and decay.
 
@@ -174,7 +174,7 @@ SHAPES = [(4, 32), (100, 32), (2500, 32), (32, 8), (288, 8), (1024, 8), (2528, 8
 if INTERPRETED:
     SHAPES = [(100, 32), (288, 8)]
 # The other grids differ in packing only, which the update by a direction shares.
-ADAMW_BITS = ["ternary"] if INTERPRETED else ["ternary", 4, 8]
+ADAMW_BITS = ["ternary"] if INTERPRETED else ["ternary", 4, 6, 8]
 LIKE_PAPER = AdamW(beta1=0.9, beta2=0.95, epsilon=1e-8, weight_decay=0.1)
 HALF = 0.5  # a clip factor
 

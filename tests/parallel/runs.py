@@ -189,7 +189,7 @@ def codes(whole: Whole, config: Config) -> Iterator[tuple[str, Tensor]]:
     grid = make_grid(config.quantization.bits)
     for name, packed in whole.items():
         if name.startswith("codes/"):
-            yield name, unpack(packed, grid, packed.shape[1] * grid.codes_per_byte)
+            yield name, unpack(packed, grid, packed.shape[1] // grid.group_bytes * grid.group_codes)
 
 
 def fraction_of_codes_that_differ(found: Whole, wanted: Whole, config: Config) -> float:

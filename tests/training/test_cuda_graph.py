@@ -121,7 +121,7 @@ RUNS = [
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("overrides", RUNS, ids=["bf16", "fp8", "one micro-batch", "none", "bitnet"])
+@pytest.mark.parametrize("overrides", RUNS, ids=["bf16", "fp8", "latents", "one micro-batch", "none", "bitnet"])
 def test_a_step_waits_for_nothing_and_a_graph_leaves_its_bits(overrides: list[str]) -> None:
     """Six micro-batches per step, unless a case says otherwise.
 

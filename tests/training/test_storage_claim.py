@@ -63,7 +63,7 @@ def _walk(rank: int, world: int, *overrides: str) -> tuple[list[int], list[tuple
     return undeclared(run), codes, latents
 
 
-@pytest.mark.parametrize(("bits", "storage_bits"), [("ternary", 2), (2, 2), (4, 4), (8, 8)])
+@pytest.mark.parametrize(("bits", "storage_bits"), [("ternary", 2), (2, 2), (4, 4), (6, 6), (8, 8)])
 @pytest.mark.parametrize(
     "overrides", [(), ("parallel.tensor=2",), ("quantization.compute=bf16", "deepspeed.zero_optimization.stage=1")]
 )
@@ -80,7 +80,7 @@ def test_no_float_copy_of_a_low_bit_matrix_lives(
             assert dtype == ("torch.int8" if storage_bits == 8 else "torch.uint8")
 
 
-@pytest.mark.parametrize(("latent_bits", "latent_bytes"), [(3, 0.5), (4, 0.5), (5, 1), (8, 1)])
+@pytest.mark.parametrize(("latent_bits", "latent_bytes"), [(3, 0.5), (4, 0.5), (5, 1), (6, 0.75), (8, 1)])
 @pytest.mark.parametrize("overrides", [(), ("deepspeed.zero_optimization.stage=1",)])
 def test_latents_take_their_bytes_and_no_float_copy(
     latent_bits: int, latent_bytes: float, overrides: tuple[str, ...]
