@@ -213,6 +213,22 @@ def study(size: str = "S") -> list[Run]:
         "threshold_2": ("quantization.latent_threshold=2", "quantization.latent_sigmas=2.0"),
     }
     runs += [Run(size, "ternary_of_4", 2e-3, label=label, settings=settings) for label, settings in variants.items()]
+    # BitNet's own recipe (sources: dqt_dist/optim/schedule.py), and the same for latents.
+    steps = SIZES[size].steps
+    two_stages = ("optimizer.schedule=two_stage", f"optimizer.weight_decay_steps={steps // 2}")
+    runs += [
+        Run(size, method, rate, label="two_stages", settings=two_stages)
+        for method in ("bitnet", "ternary_of_4", "ternary_of_8")
+        for rate in (2e-3, 4e-3)
+    ]
+    # What may help pure ternary: decay, and a schedule of its own that ends earlier, so that the rest settles on codes
+    # that do not move.
+    of_ternary = {
+        "decay_0.1": ("optimizer.low_bit_weight_decay=0.1",),
+        "ends_at_80_percent": (f"optimizer.low_bit_schedule_steps={steps * 4 // 5}",),
+        "two_stages": ("optimizer.schedule=two_stage",),
+    }
+    runs += [Run(size, "dqt_ternary", 5e-4, label=label, settings=settings) for label, settings in of_ternary.items()]
     # The rate of the rest, at the middle rate of the linears.
     runs += [Run(size, method, 2e-3, rest_rate=rest) for method in ("none", "bitnet") for rest in (1.5e-3, 6e-3)]
     return runs

@@ -50,9 +50,10 @@ INTRODUCTION = """\
 
 Made by `benchmarks/quality.py page` from the JSON files beside this page; do not edit it. Losses are nats per token,
 lower is better. "rate" is the peak rate of the linears of the blocks; "rest" is that of embeddings, head and norms.
-All runs of a section see the same tokens in the same order, with the same warm-up and a cosine to 0. They differ in
-recipe, rates and seed only. The settings of each run are in its JSON file. Unless a recipe says otherwise, linears
-with a master decay by 0.1 as the embeddings do, and DQT weights do not decay.
+All runs of a section see the same tokens in the same order, with the same warm-up. They differ in recipe, rates and
+seed only. The settings of each run are in its JSON file. Unless a recipe says otherwise, the rates follow a cosine to
+0, linears with a master decay by 0.1 as the embeddings do, latents decay by 0.1, and DQT weights without latents do
+not decay.
 
 DQT weights are integers and nothing else. "fp32 master" means that the method keeps a float weight, an fp32 copy of
 it and two moments. Bytes per linear weight are those between steps on one GPU, with moments and without the gradient,

@@ -356,14 +356,28 @@ def _state_bits_problems(config: Config) -> Iterable[str]:
 
 
 def _schedule_problems(config: Config) -> Iterable[str]:
-    optimizer, steps = config.optimizer, config.training.steps
+    optimizer, steps, name = config.optimizer, config.training.steps, "training.steps"
     warmup, decay = optimizer.warmup_steps, optimizer.decay_steps
+    if optimizer.low_bit_schedule_steps is not None:
+        if optimizer.low_bit_schedule_steps > steps:
+            yield (
+                f"optimizer.low_bit_schedule_steps: {optimizer.low_bit_schedule_steps} is more than training.steps = "
+                f"{steps}; use at most {steps}"
+            )
+        else:
+            # The shorter of the two schedules has less room for warm-up and decay.
+            steps, name = optimizer.low_bit_schedule_steps, "optimizer.low_bit_schedule_steps"
     if warmup > steps:
-        yield f"optimizer.warmup_steps: {warmup} is more than training.steps = {steps}; use at most {steps}"
+        yield f"optimizer.warmup_steps: {warmup} is more than {name} = {steps}; use at most {steps}"
     elif optimizer.schedule == "wsd" and decay is not None and warmup + decay > steps:
         yield (
-            f"optimizer.decay_steps: {decay} + optimizer.warmup_steps = {warmup} is more than training.steps = "
+            f"optimizer.decay_steps: {decay} + optimizer.warmup_steps = {warmup} is more than {name} = "
             f"{steps}; use a decay of at most {steps - warmup}, or a shorter warm-up"
+        )
+    if optimizer.second_stage_ratio is not None and optimizer.schedule != "two_stage":
+        yield (
+            f"optimizer.second_stage_ratio: {optimizer.second_stage_ratio:g} does not go with optimizer.schedule = "
+            f'"{optimizer.schedule}", which has no second stage; leave it out, or use "two_stage"'
         )
 
 

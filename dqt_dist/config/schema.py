@@ -171,6 +171,8 @@ class OptimizerConfig(Section):
     """Decoupled weight decay of the high-precision matrices."""
     low_bit_weight_decay: NonNegativeFloat = 0.0
     """Decoupled weight decay of the low-bit weights."""
+    weight_decay_steps: NonNegativeInt | None = None
+    """Both weight decays hold up to this step and are 0 after it. Default: they hold in every step."""
     beta1: Beta | None = Field(default_factory=lambda data: 0.9 if data["name"] == "adamw" else None)
     """Decay of the first moment. Default: 0.9 for adamw; none for adafactor, which then keeps no first moment."""
     beta2: Beta = 0.95
@@ -179,14 +181,26 @@ class OptimizerConfig(Section):
     """Added to the root of AdamW's second moment."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
-    """Course after warm-up. wsd (warm-up, stable, decay) is constant but for the last decay_steps."""
+    schedule: Literal["cosine", "linear", "constant", "wsd", "two_stage"] = "cosine"
+    """Course after warm-up. wsd (warm-up, stable, decay) is constant but for the last decay_steps. two_stage is linear,
+    and falls to second_stage_ratio of the line at half its length."""
     warmup_steps: NonNegativeInt = 0
     """Steps of linear warm-up."""
     decay_steps: PositiveInt | None = None
     """Length of the final decay, in steps; for wsd only. Default there: 10 % of training.steps."""
+    second_stage_ratio: Fraction | None = Field(
+        default_factory=lambda data: 2 / 3 if data["schedule"] == "two_stage" else None
+    )
+    """For two_stage only: peak of the second half's line as a fraction of the first's. Default there: 2/3, as BitNet
+    b1.58 at 700 M weights and above, whose peaks are 1.5e-3 and 1e-3, or 1.2e-3 and 8e-4 (Microsoft, The Era of 1-bit
+    LLMs: Training Tips, Code and FAQ, 2024)."""
     min_learning_rate_ratio: Fraction = 0.0
     """Rate at the last step as a fraction of the peak."""
+    low_bit_min_learning_rate_ratio: Fraction = Field(default_factory=lambda data: data["min_learning_rate_ratio"])
+    """The same of the linears of the blocks. Default: min_learning_rate_ratio."""
+    low_bit_schedule_steps: PositiveInt | None = None
+    """Step at which the schedule of the linears of the blocks ends; their rate stays at its floor after it, so with
+    floor 0 the low-bit weights stay as they are. Default: training.steps."""
     gradient_dtype: FloatType = "fp32"
     """Type of the gradient buffers. Micro-batches are added up in this type, and gradients travel in this type. Ranks
     are added up in fp32. bf16 halves memory and traffic of gradients."""

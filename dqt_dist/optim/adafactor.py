@@ -115,7 +115,6 @@ class AdafactorRule:
 
         # A step with clip 0 must not move codes by the first moment either.
         step_enabled = clip > 0
-        decay = self.config.low_bit_weight_decay
         for block, direction in self.directions(rows, clipped_gradient, settings.key.step):
             start, latents = rows.start + block.start, rows.state.get("latent")
             yield update_rows(
@@ -123,7 +122,7 @@ class AdafactorRule:
                 direction * step_enabled,
                 start,
                 settings.learning_rate,
-                decay,
+                settings.weight_decay,
                 settings.key,
                 None if latents is None else latents[block],
             )

@@ -129,18 +129,18 @@ class AdamWRule:
     """Two moments per weight, of 32 or 8 bits. On CUDA one pass over a matrix, without temporaries."""
 
     def __init__(self, config: OptimizerConfig, offload: bool) -> None:
-        self.offload, self.state_bits = offload, config.state_bits
-        self.adamw = AdamW(config.beta1 or 0.0, config.beta2, config.epsilon, config.low_bit_weight_decay)
+        self.offload, self.config = offload, config
 
     def new_state(self, rows: OwnedRows) -> dict[str, Tensor]:
         shape, device = (rows.stop - rows.start, rows.weight.columns), rows.weight.codes.device
         if self.offload:
-            return new_moments(*shape, self.state_bits, pin_memory=device.type == "cuda")
-        return new_moments(*shape, self.state_bits, device)
+            return new_moments(*shape, self.config.state_bits, pin_memory=device.type == "cuda")
+        return new_moments(*shape, self.config.state_bits, device)
 
     def update(self, rows: OwnedRows, mean: Tensor, settings: UpdateSettings) -> Iterator[Tensor]:
         """Updates moments and codes of the owned rows; yields the counts of each block's rows."""
-        device = rows.weight.codes.device
+        device, config = rows.weight.codes.device, self.config
+        adamw = AdamW(config.beta1 or 0.0, config.beta2, config.epsilon, settings.weight_decay)
         for block in rows.row_blocks(whole=device.type == "cuda" and not self.offload):
             kept = {name: tensor[block] for name, tensor in rows.state.items()}
             # Where nothing is offloaded, `to` returns the kept tensors themselves, and the update writes to these.
@@ -153,7 +153,7 @@ class AdamWRule:
                 start,
                 settings.clip,
                 settings.learning_rate,
-                self.adamw,
+                adamw,
                 settings.key,
             )
             if self.offload:

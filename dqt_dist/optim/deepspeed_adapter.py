@@ -7,7 +7,7 @@ the data-parallel ranks. The rest of this project calls the public methods of th
     moments                the optimizer state of a shard
     put_gradients          takes the reduced gradients
     step                   one AdamW step of all masters; the parameters are set from the new masters
-    set_learning_rates     the rates of a step
+    set_rates              the rates of a step
     set_step               AdamW's count of steps, after moments were loaded
     refresh_parameters     sets the parameters from masters that were loaded
 
@@ -146,13 +146,15 @@ class HighPrecisionOptimizer:
         for value in self.torch_optimizer.state.values():
             value["step"].fill_(float(step))
 
-    def set_learning_rates(self, rates: StepRates, step_enabled: Tensor) -> None:
-        """Sets each group's rate to the field of `rates` that the group names, times `step_enabled`.
+    def set_rates(self, rates: StepRates, step_enabled: Tensor) -> None:
+        """Sets each group's learning rate to the field of `rates` that the group names, times `step_enabled`, and the
+        decay of the groups that decay.
 
         `step_enabled` is 0-dim on `device`: 1, or 0 for a step that must change nothing.
         """
         for group in self.torch_optimizer.param_groups:
             group["lr"] = getattr(rates, group["rate_name"]) * step_enabled
+            group["weight_decay"] = rates.weight_decay if group["decays"] else 0.0
 
     def put_gradients(self, gradients: list[Tensor], clip: Tensor) -> None:
         """Gives gradients, multiplied by `clip` in fp32, to the torch optimizer.

@@ -53,17 +53,17 @@ def high_precision_adamw(model_chunks: nn.Module, config: Config) -> torch.optim
     linears = [p.tensor for p in matrices if p.layout.matrices[0].name.startswith("layers.")]
     others = [p.tensor for p in matrices if not p.layout.matrices[0].name.startswith("layers.")]
     vectors = [p.tensor for p in all_parameters if p.layout.columns == 1]
-    decay = optimizer.weight_decay
     param_groups = [
-        {"params": others, "weight_decay": decay, "rate_name": "learning_rate"},
-        {"params": vectors, "weight_decay": 0.0, "rate_name": "learning_rate"},
-        {"params": linears, "weight_decay": decay, "rate_name": "low_bit_learning_rate"},
+        {"params": others, "decays": True, "rate_name": "learning_rate"},
+        {"params": vectors, "decays": False, "rate_name": "learning_rate"},
+        {"params": linears, "decays": True, "rate_name": "low_bit_learning_rate"},
     ]
     return torch.optim.AdamW(
         [group for group in param_groups if group["params"]],
-        # The rate is set before each step. DeepSpeed's bf16 optimizer without ZeRO makes a step on zero gradients when
-        # it is built. With rate 0 this step does not decay the weights.
+        # Rate and decay are set before each step. DeepSpeed's bf16 optimizer without ZeRO makes a step on zero gradients
+        # when it is built. This step changes nothing.
         lr=0.0,
+        weight_decay=0.0,
         betas=(DEFAULT_BETA1 if optimizer.beta1 is None else optimizer.beta1, optimizer.beta2),
         eps=optimizer.epsilon,
         # Masters that are offloaded to the host are updated on the host.
@@ -84,7 +84,7 @@ class CombinedOptimizer:
         self.low_bit = LowBitOptimizer(low_bit_matrices(model_chunks), config, groups, self.reducer)
         self.steps_done = 0
         self.rates: StepRates | None = None
-        """Learning rates of the current step or, between steps, of the last one."""
+        """Rates of the current step or, between steps, of the last one."""
         self.grad_norm = torch.zeros((), device=groups.device)
 
     @property
@@ -111,7 +111,7 @@ class CombinedOptimizer:
         return buffer
 
     def begin_step(self) -> StepRates:
-        """Makes the learning rates of the step. Called once per step, before the first backward pass."""
+        """Makes the rates of the step. Called once per step, before the first backward pass."""
         self.rates = step_rates(self.steps_done + 1, self.config)
         self.low_bit.begin_step(self.rates)
         return self.rates
@@ -136,7 +136,7 @@ class CombinedOptimizer:
     @torch.no_grad()
     def _update_high_precision(self, rates: StepRates, clip: Tensor) -> None:
         # A step with clip 0 also gets learning rate 0. The first moments would change the weights otherwise.
-        self.high_precision.set_learning_rates(rates, (clip > 0).to(self.high_precision.device))
+        self.high_precision.set_rates(rates, (clip > 0).to(self.high_precision.device))
         self.high_precision.put_gradients([gradient.take().view(-1) for gradient in self.gradients], clip)
         self.high_precision.step()
 

@@ -63,7 +63,7 @@ class LowBitOptimizer:
     """Owns the moments and the update of every low-bit shard of this rank."""
 
     rates: StepRates
-    """Learning rates of the current step. `begin_step` sets them."""
+    """Rates of the current step. `begin_step` sets them."""
 
     def __init__(
         self,
@@ -159,7 +159,7 @@ class LowBitOptimizer:
         if self._new_scales is not None:
             rows.weight.set_scale(self._new_scales[index])
         key = RoundingKey(self.config.training.seed, self.rates.step, self.config.quantization.rounding)
-        settings = UpdateSettings(self.rates.low_bit_learning_rate, key, clip)
+        settings = UpdateSettings(self.rates.low_bit_learning_rate, self.rates.low_bit_weight_decay, key, clip)
         rows.row_counts = list(self.rule.update(rows, mean, settings))
 
     def state_was_loaded(self) -> None:

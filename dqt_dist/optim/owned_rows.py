@@ -76,6 +76,7 @@ class UpdateSettings:
     """What an update needs besides gradient and state."""
 
     learning_rate: float
+    weight_decay: float
     key: RoundingKey
     clip: Tensor | None
     """fp32 scalar on the device, a factor of the gradients. None when the global norm is not known yet."""

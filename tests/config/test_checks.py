@@ -102,6 +102,45 @@ from tests.config.files import refusal, world_refusal
             'optimizer.state_bits: 8 is for optimizer.name = "adamw"; use 32',
         ),
         (
+            ["quantization.latent_sigmas=4"],
+            "quantization.latent_sigmas: 4 is about latents, and there are none",
+        ),
+        (
+            ["quantization.latent_threshold=2"],
+            "quantization.latent_threshold: 2 is about latents, and there are none",
+        ),
+        (
+            ["quantization.scale_refit_interval=5"],
+            "quantization.scale_refit_interval: 5 refits scales from latents, and there are none; use 0",
+        ),
+        (
+            ["quantization.method=none", "quantization.latent_bits=4"],
+            'quantization.latent_bits: 4 does not go with quantization.method = "none", whose weights are no integers',
+        ),
+        (
+            ["quantization.bits=4", "quantization.latent_bits=4"],
+            "quantization.latent_bits: 4 bits are stored for codes of quantization.bits = 4",
+        ),
+        (
+            ["quantization.bits=5", "quantization.latent_bits=8"],
+            "quantization.latent_bits: 8 bits are stored for codes of quantization.bits = 5",
+        ),
+        (
+            ["quantization.bits=2", "quantization.latent_bits=6", "quantization.latent_threshold=2"],
+            "quantization.latent_threshold: 2 is for ternary codes, quantization.bits is 2; leave it out",
+        ),
+        (
+            ["quantization.latent_bits=4", "quantization.latent_threshold=8"],
+            "quantization.latent_threshold: 8 is more than 7, the largest latent of 4 bits, so every code would be 0",
+        ),
+        (
+            [
+                *("quantization.latent_bits=4", "quantization.scale_refit_interval=1"),
+                "quantization.scale_power_of_two=true",
+            ],
+            "quantization.scale_power_of_two: true does not go with quantization.scale_refit_interval = 1",
+        ),
+        (
             ["optimizer.fused_backward=true"],
             "optimizer.max_grad_norm is 1; use 0, or fused_backward = false",
         ),
@@ -143,6 +182,18 @@ from tests.config.files import refusal, world_refusal
             ["optimizer.schedule=wsd", "optimizer.warmup_steps=50", "optimizer.decay_steps=60"],
             "optimizer.decay_steps: 60 + optimizer.warmup_steps = 50 is more than training.steps = 100; use "
             "a decay of at most 50",
+        ),
+        (
+            ["optimizer.low_bit_schedule_steps=101"],
+            "optimizer.low_bit_schedule_steps: 101 is more than training.steps = 100; use at most 100",
+        ),
+        (
+            ["optimizer.low_bit_schedule_steps=40", "optimizer.warmup_steps=50"],
+            "optimizer.warmup_steps: 50 is more than optimizer.low_bit_schedule_steps = 40; use at most 40",
+        ),
+        (
+            ["optimizer.schedule=linear", "optimizer.second_stage_ratio=0.5"],
+            'optimizer.second_stage_ratio: 0.5 does not go with optimizer.schedule = "linear"',
         ),
         (
             ["deepspeed.zero_optimization.stage=2", "parallel.pipeline=2"],

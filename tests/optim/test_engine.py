@@ -13,7 +13,7 @@ from deepspeed.utils.config import get_timers_config
 from dqt_dist.kernels.low_bit_update import GRADIENT_LIMIT
 from dqt_dist.optim.deepspeed_adapter import deepspeed_config
 from dqt_dist.optim.engine import clip_factor
-from dqt_dist.optim.schedule import rate_multiplier
+from dqt_dist.optim.schedule import step_rates
 from dqt_dist.training.step import train_step
 from tests.distributed import run_distributed
 from tests.parallel.runs import (
@@ -180,7 +180,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(layout: tuple[Any, ...], ba
 
 def reference_adamw(record: Record) -> Whole:
     """torch.optim.AdamW on whole fp32 tensors with the recorded gradients, clipped by hand."""
-    optimizer, training = record.config.optimizer, record.config.training
+    optimizer = record.config.optimizer
     whole = {
         name.removeprefix("parameter/"): tensor.clone().requires_grad_()
         for name, tensor in record.initial.items()
@@ -189,16 +189,18 @@ def reference_adamw(record: Record) -> Whole:
     groups = [
         {
             "params": [tensor],
-            "weight_decay": optimizer.weight_decay if tensor.shape[1] > 1 else 0.0,
-            "peak": optimizer.low_bit_learning_rate if name.endswith("_proj") else optimizer.learning_rate,
+            "decay": float(tensor.shape[1] > 1),
+            "rate": "low_bit_learning_rate" if name.endswith("_proj") else "learning_rate",
         }
         for name, tensor in whole.items()
     ]
     assert optimizer.beta1 is not None
     adamw = torch.optim.AdamW(groups, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
     for step, (gradients, grad_norm) in enumerate(zip(record.gradients, record.grad_norms, strict=True), start=1):
+        rates = step_rates(step, record.config)
         for group in adamw.param_groups:
-            group["lr"] = group["peak"] * rate_multiplier(step, training.steps, optimizer)
+            group["lr"] = getattr(rates, group["rate"])
+            group["weight_decay"] = group["decay"] * rates.weight_decay
         for name, tensor in whole.items():
             tensor.grad = gradients[name] * min(1.0, optimizer.max_grad_norm / (grad_norm + 1e-6))
         adamw.step()
@@ -206,12 +208,14 @@ def reference_adamw(record: Record) -> Whole:
 
 
 SCHEDULE = ("optimizer.schedule=linear", "optimizer.warmup_steps=2", "optimizer.max_grad_norm=0.3")
+SCHEDULE += ("optimizer.weight_decay_steps=3",)
 
 
 @pytest.mark.parametrize("method", ["dqt", "none"])
 @pytest.mark.parametrize("layout", [(1,), (2, ZERO_1), (1, BF16), (4, TP, ZERO_1, BF16), (2, PP)], ids=str)
 def test_high_precision_parameters_follow_torch_adamw(layout: tuple[Any, ...], method: str) -> None:
-    """Masters are fp32 in every stage and precision, decay acts on matrices only, warm-up and clipping are applied."""
+    """Masters are fp32 in every stage and precision. Decay acts on matrices only, and up to its last step. Warm-up and
+    clipping are applied."""
     world_size, *overrides = layout
     record = recorded(world_size, STEPS, f"quantization.method={method}", *SCHEDULE, *overrides)
     assert max(record.grad_norms) > record.config.optimizer.max_grad_norm

@@ -9,16 +9,18 @@ from typing import Any
 import pytest
 
 from dqt_dist.config import OptimizerConfig
-from dqt_dist.optim.schedule import rate_multiplier
+from dqt_dist.optim.schedule import rate_multiplier, step_rates
+from tests.small import small_config
 
 STEPS = 100
 
 
 def factor(step: int, schedule: str, steps: int = STEPS, **fields: Any) -> float:
-    return rate_multiplier(step, steps, OptimizerConfig(learning_rate=1.0, schedule=schedule, **fields))
+    config = OptimizerConfig(learning_rate=1.0, schedule=schedule, **fields)
+    return rate_multiplier(step, steps, config.min_learning_rate_ratio, config)
 
 
-ALL = ["cosine", "linear", "constant", "wsd"]
+ALL = ["cosine", "linear", "constant", "wsd", "two_stage"]
 
 
 @pytest.mark.parametrize("schedule", ALL)
@@ -28,7 +30,10 @@ def test_warm_up_is_a_line_from_one_share_to_the_peak(schedule: str) -> None:
     assert values == [step / 10 for step in range(1, 11)]
 
 
-@pytest.mark.parametrize(("schedule", "last"), [("cosine", 0.1), ("linear", 0.1), ("wsd", 0.1), ("constant", 1.0)])
+LAST = [("cosine", 0.1), ("linear", 0.1), ("wsd", 0.1), ("two_stage", 0.1), ("constant", 1.0)]
+
+
+@pytest.mark.parametrize(("schedule", "last"), LAST)
 @pytest.mark.parametrize("warmup_steps", [0, 10])
 def test_last_update_is_at_the_floor(schedule: str, last: float, warmup_steps: int) -> None:
     fields = {"warmup_steps": warmup_steps, "decay_steps": 20, "min_learning_rate_ratio": 0.1}
@@ -79,3 +84,42 @@ def test_corners_that_could_divide_by_zero(schedule: str) -> None:
         1.0 if schedule == "constant" else 0.0, abs=1e-15
     )
     assert factor(STEPS, "wsd", decay_steps=STEPS) == pytest.approx(0.0, abs=1e-15)
+
+
+def test_two_stages_are_a_line_that_falls_at_half() -> None:
+    """The peaks of BitNet b1.58 at 700 M weights: from 1.5e-3 towards 0, at half on the line from 1e-3 towards 0."""
+    peak = 1.5e-3
+    rates = {step: peak * factor(step, "two_stage") for step in (25, 50, 51, 75, 100)}
+    expected = {25: 1.5e-3 * 0.75, 50: 1.5e-3 * 0.5, 51: 1e-3 * 0.49, 75: 1e-3 * 0.25, 100: 0.0}
+    assert rates == pytest.approx(expected, abs=1e-15)
+    assert factor(75, "two_stage", second_stage_ratio=0.5) == pytest.approx(0.125, abs=1e-15)
+
+
+def test_linears_may_have_a_schedule_of_their_own_length_and_floor() -> None:
+    """At their last step the linears are at their floor and stay there; everything else goes on."""
+    config = small_config(
+        *("optimizer.schedule=linear", "training.steps=100", "optimizer.min_learning_rate_ratio=0.1"),
+        *("optimizer.low_bit_schedule_steps=80", "optimizer.low_bit_min_learning_rate_ratio=0.0"),
+    )
+    peak, low_bit_peak = config.optimizer.learning_rate, config.optimizer.low_bit_learning_rate
+    rates = {step: step_rates(step, config) for step in (40, 79, 80, 81, 100)}
+    assert rates[40].learning_rate == pytest.approx(peak * (0.1 + 0.9 * 0.6), abs=1e-15)
+    assert rates[40].low_bit_learning_rate == pytest.approx(low_bit_peak / 2, abs=1e-15)
+    assert rates[79].low_bit_learning_rate > 0
+    assert [rates[step].low_bit_learning_rate for step in (80, 81, 100)] == [0.0] * 3
+    assert rates[100].learning_rate == pytest.approx(0.1 * peak, abs=1e-15)
+
+
+def test_without_own_fields_linears_follow_the_rest() -> None:
+    config = small_config("optimizer.schedule=cosine", "optimizer.min_learning_rate_ratio=0.3")
+    peak, low_bit_peak = config.optimizer.learning_rate, config.optimizer.low_bit_learning_rate
+    for step in range(1, config.training.steps + 1):
+        rates = step_rates(step, config)
+        assert rates.learning_rate / peak == rates.low_bit_learning_rate / low_bit_peak
+
+
+@pytest.mark.parametrize(("last", "decaying_steps"), [("null", 10), ("6", 6), ("0", 0)])
+def test_both_decays_hold_up_to_their_last_step(last: str, decaying_steps: int) -> None:
+    config = small_config(f"optimizer.weight_decay_steps={last}", "optimizer.low_bit_weight_decay=0.2")
+    decays = [(rates.weight_decay, rates.low_bit_weight_decay) for rates in (step_rates(n, config) for n in range(1, 11))]
+    assert decays == [(0.1, 0.2)] * decaying_steps + [(0.0, 0.0)] * (10 - decaying_steps)
