@@ -60,8 +60,8 @@ def high_precision_adamw(model_chunks: nn.Module, config: Config) -> torch.optim
     ]
     return torch.optim.AdamW(
         [group for group in param_groups if group["params"]],
-        # Rate and decay are set before each step. DeepSpeed's bf16 optimizer without ZeRO makes a step on zero gradients
-        # when it is built. This step changes nothing.
+        # Rate and decay are set before each step. DeepSpeed's bf16 optimizer without ZeRO makes a step on zero
+        # gradients when it is built. This step changes nothing.
         lr=0.0,
         weight_decay=0.0,
         betas=(DEFAULT_BETA1 if optimizer.beta1 is None else optimizer.beta1, optimizer.beta2),

@@ -121,5 +121,6 @@ def test_without_own_fields_linears_follow_the_rest() -> None:
 @pytest.mark.parametrize(("last", "decaying_steps"), [("null", 10), ("6", 6), ("0", 0)])
 def test_both_decays_hold_up_to_their_last_step(last: str, decaying_steps: int) -> None:
     config = small_config(f"optimizer.weight_decay_steps={last}", "optimizer.low_bit_weight_decay=0.2")
-    decays = [(rates.weight_decay, rates.low_bit_weight_decay) for rates in (step_rates(n, config) for n in range(1, 11))]
+    rates = [step_rates(step, config) for step in range(1, 11)]
+    decays = [(at_step.weight_decay, at_step.low_bit_weight_decay) for at_step in rates]
     assert decays == [(0.1, 0.2)] * decaying_steps + [(0.0, 0.0)] * (10 - decaying_steps)
