@@ -229,6 +229,15 @@ def study(size: str = "S") -> list[Run]:
         "two_stages": ("optimizer.schedule=two_stage",),
     }
     runs += [Run(size, "dqt_ternary", 5e-4, label=label, settings=settings) for label, settings in of_ternary.items()]
+    # 4-bit codes are clamped often (saturation 0.08 at half the run): a wider range, or decay.
+    runs += [
+        Run(size, method, 1e-3, label=label, settings=settings)
+        for method, label, settings in (
+            ("dqt4", "5_sigmas", ("quantization.scale_sigmas=5.0",)),
+            ("dqt4", "decay_0.1", ("optimizer.low_bit_weight_decay=0.1",)),
+            ("dqt8", "decay_0.1", ("optimizer.low_bit_weight_decay=0.1",)),
+        )
+    ]
     # The rate of the rest, at the middle rate of the linears.
     runs += [Run(size, method, 2e-3, rest_rate=rest) for method in ("none", "bitnet") for rest in (1.5e-3, 6e-3)]
     return runs
