@@ -9,6 +9,7 @@ Where that does not exist, the documentation of Python's library is prepared int
     python benchmarks/train_step.py --json step.json \\
         --variants "none-bf16;dqt-fp8;mine=quantization.bits=4,training.recompute=mlp"
     python benchmarks/train_step.py --from-json step.json --plot step.png        # needs matplotlib
+    torchrun --nproc-per-node 2 benchmarks/train_step.py --set parallel.tensor=2 --set parallel.sequence=true
     python benchmarks/train_step.py --steps 1 --warmup 1 --no-profile --variants "dqt-fp8, fused, recompute full" \\
         --set training.micro_batch_size=1 --set model.num_layers=80 --set model.hidden_size=8192 ...    # the largest
 
@@ -18,6 +19,13 @@ Where that does not exist, the documentation of Python's library is prepared int
     parts    kernels by name; on a CPU operators, without the operators inside them
     update   everything that the optimizer's step has launched
     idle     the median step less the sum of the kernels of one profiled step
+
+Under torchrun one layout is measured, that of --set, over all processes; benchmarks/layouts.py measures several.
+Speed, memory and bytes sent are then those of all ranks, parts those of rank 0, and two shares of a profiled step are
+means over the ranks:
+
+    exposed  time in which a GPU communicates, or waits in a communication kernel, and does nothing else
+    unused   time in which a GPU runs nothing at all
 """
 
 from __future__ import annotations
@@ -33,6 +41,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,6 +133,8 @@ def main() -> int:
     add("--plot", metavar="FILE", help="draw the tables there (needs matplotlib)")
     args = parser.parse_args()
     found = json.loads(Path(args.from_json).read_text()) if args.from_json else measure_all(args)
+    if int(os.environ.get("RANK", 0)) > 0:
+        return 0
     write_json(args.json, found)
     append(args.output, tables(found))
     if args.plot:
@@ -148,6 +159,7 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = load(args, [], folder, launch.world_size)
         groups = initialize(config, launch)
+        folder = of_rank_0(folder)
         args.set = [*args.set, *corpus(args, config, groups, folder)]
         peak = cost.peak_flops(config, groups)
         rows = []
@@ -177,6 +189,15 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     return facts | {"model": model, "steps": args.steps, "warmup": args.warmup, "rows": rows}
 
 
+def of_rank_0(value: Any) -> Any:
+    """The value that rank 0 has. A collective call."""
+    import torch.distributed as dist
+
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 def load(args: argparse.Namespace, settings: list[str], folder: str, world_size: int) -> Any:
     """The config of a variant. By default no parallel layout, one micro-batch per step and constant rates."""
     from dqt_dist.config import check_world, load_config
@@ -193,22 +214,24 @@ def load(args: argparse.Namespace, settings: list[str], folder: str, world_size:
 
 
 def corpus(args: argparse.Namespace, config: Any, groups: Any, folder: str) -> list[str]:
-    """Overrides that name a corpus where the config's does not exist: the documentation of Python's library."""
-    import torch.distributed as dist
-
-    if (
-        any(setting.startswith("data.train") for setting in args.set)
-        or Path(f"{config.data.train[0].path}.idx").exists()
-    ):
+    """Overrides that name a corpus where the config's does not exist. A collective call."""
+    if has_corpus(config, args.set):
         return []
-    made: list[Any] = [f"{folder}/corpus"]
-    if groups.world.rank() == 0:
-        vocabulary = str(min(4096, config.model.vocab_size))
-        command = [sys.executable, str(ROOT / "tools/prepare_data.py"), "--input", "python-docs", "--output", made[0]]
-        command += ["--vocab-size", vocabulary, "--valid-fraction", "0.05"]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    dist.broadcast_object_list(made)
-    path = made[0]
+    # The other ranks wait until rank 0 has prepared the text.
+    return of_rank_0(prepare(f"{folder}/corpus", config) if groups.world.rank() == 0 else None)
+
+
+def has_corpus(config: Any, overrides: list[str]) -> bool:
+    """Whether the config's training text exists, or `overrides` name one."""
+    named = any(setting.startswith("data.train") for setting in overrides)
+    return named or Path(f"{config.data.train[0].path}.idx").exists()
+
+
+def prepare(path: str, config: Any) -> list[str]:
+    """Prepares the documentation of Python's library into the folder `path`. Returns the overrides that name it."""
+    command = [sys.executable, str(ROOT / "tools/prepare_data.py"), "--input", "python-docs", "--output", path]
+    command += ["--vocab-size", str(min(4096, config.model.vocab_size)), "--valid-fraction", "0.05"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     sources = [f'data.{part}=[{{"path": "{path}/{part}"}}]' for part in ("train", "valid")]
     # Validation data are never read, but one batch must exist.
     return [*sources, f'data.tokenizer="{path}/tokenizer.model"', "training.eval_batches=1"]
@@ -240,6 +263,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
     from dqt_dist.checkpoint.store import Progress
     from dqt_dist.layers.build import build_model
     from dqt_dist.optim.engine import build_engine
+    from dqt_dist.parallel.collectives import BYTES_SENT
     from dqt_dist.parallel.groups import select_stream
     from dqt_dist.training import cost
     from dqt_dist.training.cuda_graph import choose_forward_backward
@@ -279,6 +303,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
         if on_cuda:
             torch.cuda.synchronize()
         waited.clear()
+        sent_before = Counter(BYTES_SENT)
         start, marks = time.perf_counter(), [mark()]
         for _ in range(args.steps):
             step()
@@ -286,6 +311,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
         if on_cuda:
             torch.cuda.synchronize()
         wall = (time.perf_counter() - start) / args.steps
+        sent = {kind: count / args.steps for kind, count in (BYTES_SENT - sent_before).items()}
         pairs = itertools.pairwise(marks)
         each = [first.elapsed_time(second) / 1e3 if on_cuda else second - first for first, second in pairs]
         seconds = statistics.median(each)
@@ -298,6 +324,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
             "step_ms_each": [1e3 * s for s in each],
             "loader_wait_ms": 1e3 * sum(waited) / len(waited),
             "mfu": cost.flops_per_token(config.model) * tokens / seconds / peak_flops,
+            "tflops": cost.flops_per_token(config.model) * tokens / seconds / groups.world.size() / 1e12,
             # A CPU's resident memory never shrinks, so variants could not be compared.
             "peak_memory_gib": cost.peak_memory_bytes(groups) / 2**30 if on_cuda else None,
             "between_steps_gib": torch.cuda.memory_allocated() / 2**30 if on_cuda else None,
@@ -307,9 +334,11 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
             "first_loss": float(mean_over_data(losses[0], groups)),
             "last_loss": float(mean_over_data(losses[-1], groups)),
             "build_seconds": built,
+            "sent_bytes": total_over_ranks(sent),
         }
         if not args.no_profile:
-            row["parts"], row["kernels"] = profile(step, engine.optimizer, row["step_ms"])
+            row["parts"], row["kernels"], shares = profile(step, engine.optimizer, row["step_ms"])
+            row |= {name: total / groups.world.size() for name, total in total_over_ranks(shares).items()}
         if args.sync_check and on_cuda:
             row["sync"] = sync_check(engine, model_chunks, [next(batches) for _ in range(3)], forward_backward)
         return row
@@ -317,8 +346,22 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
         batches.close()  # ends the loader's processes
 
 
-def profile(step: Any, optimizer: Any, step_ms: float) -> tuple[dict[str, float], list[tuple[str, int, float]]]:
-    """Milliseconds of one step by part, and its longest kernels as (name, calls, milliseconds)."""
+def total_over_ranks(figures: dict[str, float]) -> dict[str, float]:
+    """Sums of the figures of all ranks, by name. A collective call."""
+    import torch.distributed as dist
+
+    everyone: list[dict[str, float]] = [{}] * dist.get_world_size()
+    dist.all_gather_object(everyone, figures)
+    names = {name for each in everyone for name in each}
+    return {name: sum(each.get(name, 0.0) for each in everyone) for name in sorted(names)}
+
+
+Longest = list[tuple[str, int, float]]
+"""(name, calls, milliseconds)"""
+
+
+def profile(step: Any, optimizer: Any, step_ms: float) -> tuple[dict[str, float], Longest, dict[str, float]]:
+    """Milliseconds of one step by part, its longest kernels, and its shares of time (`shares_of_time`)."""
     import torch
     from torch.profiler import ProfilerActivity, record_function
     from torch.profiler import profile as torch_profile
@@ -351,7 +394,34 @@ def profile(step: Any, optimizer: Any, step_ms: float) -> tuple[dict[str, float]
         parts[part_of(name, in_update)] += ms
     parts["idle"] = max(0.0, step_ms - sum(parts.values()))
     longest = sorted(kernels.items(), key=lambda item: -item[1][1])[:LINES]
-    return parts, [(name[:100], int(calls), ms) for name, (calls, ms) in longest]
+    return parts, [(name[:100], int(calls), ms) for name, (calls, ms) in longest], shares_of_time(events)
+
+
+def shares_of_time(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Shares of the time from the first to the last kernel of a trace: `exposed` and `unused`. Empty without a GPU.
+
+    The two are shares of a profiled step, in which launches take longer than otherwise.
+    """
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in events:
+        if event.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset"):
+            communicates = part_of(event["name"], in_update=False) == "communication"
+            spans[communicates].append((event["ts"], event["ts"] + event["dur"]))
+    everything = spans[True] + spans[False]
+    if not everything:
+        return {}
+    length = max(end for _, end in everything) - min(start for start, _ in everything)
+    busy, computing = covered(everything), covered(spans[False])
+    return {"exposed": (busy - computing) / length, "unused": (length - busy) / length}
+
+
+def covered(spans: list[tuple[float, float]]) -> float:
+    """Length of the union of spans [start, end]."""
+    total, reached = 0.0, float("-inf")
+    for start, end in sorted(spans):
+        total += max(0.0, end - max(start, reached))
+        reached = max(reached, end)
+    return total
 
 
 def part_of(name: str, in_update: bool) -> str:
