@@ -16,7 +16,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dqt_dist.config import DTYPE_BYTES, STATE_BLOCK, Bits, Config, OptimizerConfig, process_grid
+from dqt_dist.config import (
+    DTYPE_BYTES,
+    STATE_BLOCK,
+    Bits,
+    Config,
+    OptimizerConfig,
+    process_grid,
+    uses_cuda_graph,
+)
 from dqt_dist.lowbit.grid import make_grid
 
 
@@ -50,8 +58,8 @@ class RankBytes:
     weights: int
     """Weights that the model computes with."""
     gradients: int
-    """Sums over micro-batches. In ZeRO 2 and 3 the owned part; with fused_backward none of the low-bit weights.
-    Gradients in flight during the backward come on top."""
+    """At the largest, without the few in flight. From ZeRO 1 on the owned part, where gradients leave in every backward
+    pass; else the sums over micro-batches, which are whole. With fused_backward none of the low-bit weights."""
     masters: int
     latents: int
     moments: int
@@ -69,12 +77,19 @@ def rank_bytes(config: Config, data_parallel_size: int) -> tuple[RankBytes, Rank
     other = counts.linear + counts.other - linear
     compute_bytes, gradient_bytes = DTYPE_BYTES[quantization.dtype], DTYPE_BYTES[config.optimizer.gradient_dtype]
 
+    num_micro_batches = config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size)
+    leave_at_once = num_micro_batches == 1 or config.optimizer.gradient_reduction == "micro_batch"
+    whole_gradients = uses_cuda_graph(config) or not leave_at_once
+
     def share(size: int, from_stage: int) -> int:
         return size // data_parallel_size if stage >= from_stage else size
 
+    def gradients(weights: int) -> int:
+        return gradient_bytes * weights if whole_gradients else share(gradient_bytes * weights, 1)
+
     low_bit = RankBytes(
         share(_packed_bytes(linear, quantization.bits), 3),
-        0 if config.optimizer.fused_backward else share(gradient_bytes * linear, 2),
+        0 if config.optimizer.fused_backward else gradients(linear),
         0,
         share(0 if quantization.latent_bits is None else _packed_bytes(linear, quantization.latent_bits), 1),
         share(_low_bit_moments(linear, config.optimizer), 1),
@@ -85,7 +100,7 @@ def rank_bytes(config: Config, data_parallel_size: int) -> tuple[RankBytes, Rank
     own_masters = compute_bytes == 4 and stage in (0, 3)
     high_precision = RankBytes(
         share(compute_bytes * other, 3),
-        share(gradient_bytes * other, 2),
+        gradients(other),
         0 if own_masters else share(4 * other, 1),
         0,
         share(8 * other, 1),

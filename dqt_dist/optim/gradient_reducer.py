@@ -5,11 +5,11 @@
 Codes and ordinary parameters take the same path (`lowbit/gradient_buffer.py` has the states of a gradient).
 `ReduceWhen` says when the second arrow is taken:
 
-    END_OF_STEP      ZeRO stages 0 and 1: weight after weight, after the backward passes
-    LAST_BACKWARD    ZeRO stages 2 and 3: in the backward pass of the last micro-batch, as soon as a gradient is
-                     complete. The exchange overlaps with the backward of the layers below. The whole gradient is freed
-                     as soon as it has been sent. optimizer.fused_backward: low-bit matrices do the same in every stage,
-                     and the consumer gets the mean at once.
+    LAST_BACKWARD    in the backward pass of the last micro-batch, as soon as a gradient is complete. The exchange
+                     overlaps with the backward of the layers below. The whole gradient is freed as soon as it has been
+                     sent. optimizer.fused_backward: the consumer gets the mean at once.
+    END_OF_STEP      with training.cuda_graph, whose backward runs without Python: weight after weight, after the
+                     backward passes
     EVERY_BACKWARD   optimizer.gradient_reduction = "micro_batch", in every stage
 
 An element is first summed over micro-batches by each rank, then over ranks in rank order by its owner
@@ -27,7 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dqt_dist.config import Config
+from dqt_dist.config import Config, uses_cuda_graph
 from dqt_dist.kernels.square_sum import square_sum
 from dqt_dist.lowbit.gradient_buffer import GradientBuffer, GradientState, ReduceWhen
 from dqt_dist.parallel.groups import Group
@@ -42,7 +42,7 @@ def reduce_when(config: Config) -> ReduceWhen:
     """When gradients leave for their owners in a run with this config."""
     if config.optimizer.gradient_reduction == "micro_batch":
         return ReduceWhen.EVERY_BACKWARD
-    return ReduceWhen.LAST_BACKWARD if config.zero_stage >= 2 else ReduceWhen.END_OF_STEP
+    return ReduceWhen.END_OF_STEP if uses_cuda_graph(config) else ReduceWhen.LAST_BACKWARD
 
 
 class GradientReducer:
@@ -62,12 +62,7 @@ class GradientReducer:
         on_every_rank: bool,
         consumer: Callable[[Tensor], None] | None = None,
     ) -> None:
-        """Registers a buffer, in the same order on every rank. The arguments are fields of `GradientBuffer`.
-
-        A consumer is called in a backward pass, so END_OF_STEP becomes LAST_BACKWARD for a buffer with a consumer.
-        """
-        if consumer is not None and when is ReduceWhen.END_OF_STEP:
-            when = ReduceWhen.LAST_BACKWARD
+        """Registers a buffer, in the same order on every rank. The arguments are fields of `GradientBuffer`."""
         buffer.owners, buffer.reduce_when = owners, when
         buffer.on_every_rank, buffer.consumer = on_every_rank, consumer
         buffer.attach(self)
@@ -98,10 +93,13 @@ class GradientReducer:
                 self._start(buffer)
         while self._in_flight:
             self._finish_oldest()
-        for buffer in self.buffers:
-            if buffer.on_every_rank and buffer.consumer is None:
-                assert buffer.mean is not None
-                buffer.mean = self._gather(buffer, buffer.mean)
+        gathers = [
+            (buffer, start_gather(buffer.mean, buffer.rows, self.group, "gradients"))
+            for buffer in self.buffers
+            if buffer.on_every_rank and buffer.mean is not None and self.group.size() > 1
+        ]
+        for buffer, gather in gathers:
+            buffer.mean = gather.finish()
 
     def square_norm(self, buffers: list[GradientBuffer]) -> Tensor:
         """Sum of squares over the elements of `buffers` that this data-parallel rank counts, fp64 scalar.

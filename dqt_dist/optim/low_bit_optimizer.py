@@ -6,7 +6,7 @@ stop_r):
 
     stage 0   every rank owns every row; all ranks get the mean gradient and compute the same update from the same draws
     stage 1   a rank owns some rows: gradient rows go to their owner, the owner updates, PACKED codes are all-gathered
-    stage 2   as stage 1, and gradient rows leave during the backward pass
+    stage 2   as stage 1: gradients of owned rows only are kept there already
     stage 3   a rank holds the codes of owned rows only; packed codes are gathered before use (parallel/code_shards.py)
 
 In every stage the owner of a row takes the mean in rank order (gradient_reducer.py), so all stages give the same bits.
@@ -24,7 +24,7 @@ codes, when the matrix is updated.
     Phase 1 reduce           GradientReducer.finish, called by CombinedOptimizer
     Phase 2 norm and clip    GradientReducer.square_norm, called by CombinedOptimizer
     Phase 3 update           `update`
-    Phase 4 gather           `gather_codes`
+    Phase 4 gather           `update` begins it: a matrix travels while the next is updated; `gather_codes` ends it
 
 With optimizer.fused_backward phase 3 runs during the backward pass, one matrix at a time. The reducer hands over the
 mean gradient of a matrix, the matrix is updated at once with the same step number, rate and draws, and the gradient is
@@ -56,7 +56,7 @@ from dqt_dist.optim.owned_rows import OwnedRows, UpdateSettings
 from dqt_dist.optim.schedule import StepRates
 from dqt_dist.parallel.code_shards import CodeGatherer
 from dqt_dist.parallel.groups import Groups
-from dqt_dist.parallel.row_sharding import row_bounds, start_gather
+from dqt_dist.parallel.row_sharding import PendingGather, row_bounds, start_gather
 
 
 class LowBitOptimizer:
@@ -90,6 +90,8 @@ class LowBitOptimizer:
         self._new_scales: tuple[Tensor, ...] | None = None
         """Refitted scales of each shard, where this step has some."""
         self.gatherer = CodeGatherer(weights, self.group) if self.stage == 3 and self.group.size() > 1 else None
+        self._gathers: list[tuple[Tensor, PendingGather]] = []
+        """Codes of a shard, and the rows of all ranks on their way to these codes."""
 
     @property
     def sharded(self) -> bool:
@@ -161,6 +163,9 @@ class LowBitOptimizer:
         key = RoundingKey(self.config.training.seed, self.rates.step, self.config.quantization.rounding)
         settings = UpdateSettings(self.rates.low_bit_learning_rate, self.rates.low_bit_weight_decay, key, clip)
         rows.row_counts = list(self.rule.update(rows, mean, settings))
+        if self.stage in (1, 2) and self.group.size() > 1:
+            codes = rows.weight.codes
+            self._gathers.append((codes, start_gather(codes[rows.start : rows.stop], len(codes), self.group, "codes")))
 
     def state_was_loaded(self) -> None:
         """Drops what the last update has left behind: its counts, and codes that stage 3 has gathered."""
@@ -177,10 +182,9 @@ class LowBitOptimizer:
     def gather_codes(self) -> None:
         """Phase 4: every rank gets the packed codes of every row, storage_bits per weight on the wire.
 
-        Nothing happens in stage 0, where every rank updates all rows, and in stage 3, which gathers before use.
+        Nothing is to be gathered in stage 0, where every rank updates all rows, and in stage 3, which gathers before
+        use.
         """
-        if self.stage not in (1, 2) or self.group.size() == 1:
-            return
-        for rows in self.rows:
-            codes = rows.weight.codes
-            codes.copy_(start_gather(codes[rows.start : rows.stop], rows.weight.rows, self.group, "codes").finish())
+        for codes, gather in self._gathers:
+            codes.copy_(gather.finish())
+        self._gathers.clear()

@@ -1,10 +1,10 @@
 """Pieces of a flat tensor over a process group: who owns which, summing to the owner, gathering from the owners.
 
 An all-to-all brings the D parts of an element to its owner. The owner sums the parts in rank order, ((g_0 + g_1) + g_2)
-+ ..., in fp32. This is THE order of every sum over data-parallel ranks, in every ZeRO stage, for codes and ordinary
-parameters alike. The order depends neither on the backend's algorithm nor on how pieces are cut. The all-to-all moves
-as many bytes as a ring reduce-scatter and takes pieces of any size. It needs a buffer for D parts of the owned piece,
-which is as large as the gradient itself.
++ ..., in fp32 (`kernels/mean.py`). This is THE order of every sum over data-parallel ranks, in every ZeRO stage, for
+codes and ordinary parameters alike. The order depends neither on the backend's algorithm nor on how pieces are cut. The
+all-to-all moves as many bytes as a ring reduce-scatter and takes pieces of any size. It needs a buffer for D parts of
+the owned piece, which is as large as the gradient itself.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
+from dqt_dist.kernels.mean import mean_of_parts
 from dqt_dist.parallel.collectives import Kind, all_gather_single, count_sent
 from dqt_dist.parallel.groups import Group
 
@@ -41,11 +42,7 @@ class PendingSum:
         """Waits for the parts. Returns the mean of the owned piece, flat, in the type of the gradients."""
         if self.work is not None:
             self.work.wait()
-        total = self.parts[0].float()  # the parts themselves when they are fp32
-        for part in self.parts[1:]:
-            total += part
-        total /= self.parts.shape[0]
-        return total.to(self.parts.dtype)
+        return mean_of_parts(self.parts)
 
 
 def start_sum(flat: Tensor, bounds: Bounds, group: Group) -> PendingSum:

@@ -27,6 +27,7 @@ from dqt_dist.config import Config
 from dqt_dist.dtypes import TORCH_DTYPES
 from dqt_dist.kernels import cross_entropy, quantize, rope, scaled_matmul
 from dqt_dist.kernels.low_bit_update import AdamW, update_rows
+from dqt_dist.kernels.mean import mean_of_parts
 from dqt_dist.kernels.square_sum import square_sum
 from dqt_dist.layers import compute, low_bit_feed_forward, low_bit_linear
 from dqt_dist.layers.low_bit_feed_forward import LowBitFeedForward
@@ -204,7 +205,9 @@ def _attention_and_loss(config: Config) -> None:
     labels = torch.empty(s * b, dtype=torch.int64, device=CUDA)
     largest, sum_exp, _ = cross_entropy.statistics(logits, labels)
     cross_entropy.gradient_(logits, labels, largest + torch.log(sum_exp), torch.empty(s * b, device=CUDA))
-    square_sum(torch.empty(model.hidden_size, dtype=TORCH_DTYPES[config.optimizer.gradient_dtype], device=CUDA))
+    gradient_dtype = TORCH_DTYPES[config.optimizer.gradient_dtype]
+    square_sum(torch.empty(model.hidden_size, dtype=gradient_dtype, device=CUDA))
+    mean_of_parts(torch.empty(2, model.hidden_size, dtype=gradient_dtype, device=CUDA))
 
 
 def _layers(config: Config) -> None:
