@@ -21,14 +21,14 @@ from dqt_dist.layers.low_bit_linear import (
     ColumnParallelLowBitLinear,
     RowParallelLowBitLinear,
     apply_function,
-    column_dgrad,
     column_forward,
     flat,
-    full_sequence,
     norm_backward,
     row_forward,
-    row_gradient,
     row_scale_of_input,
+    start_column_dgrad,
+    start_full_sequence,
+    start_row_gradient,
     unflat,
 )
 from dqt_dist.layers.transformer_config import LlamaTransformerConfig
@@ -58,7 +58,12 @@ class _FeedForward(torch.autograd.Function):
         fc2: RowParallelLowBitLinear = ctx.fc2
         tokens = flat(x)
 
-        gradient = row_gradient(flat(grad), fc2)
+        full_gradient = start_row_gradient(flat(grad), fc2)
+        operand, inverse_rms = fc1.operand(tokens, norm_weight, x_scale)
+        assert inverse_rms is not None
+        gradient = full_gradient.wait()
+        # x travels during the products of the second linear.
+        full_x = start_full_sequence(operand, fc1)
         dh = fc2.compute.dgrad(gradient, fc2.weight)
         quantizes_gradient = fc1.compute.gradient_operand_dtype is not None
         gradient_1, h = swiglu_backward(
@@ -68,14 +73,10 @@ class _FeedForward(torch.autograd.Function):
         fc2.compute.wgrad(gradient, h, fc2.weight)
         del gradient, h
 
-        dx, work = column_dgrad(gradient_1, fc1, x.dtype)
-        operand, inverse_rms = fc1.operand(tokens, norm_weight, x_scale)
-        assert inverse_rms is not None
+        pending_dx = start_column_dgrad(gradient_1, fc1, x.dtype)
         # The sum over TP is under way during this product.
-        fc1.compute.wgrad(gradient_1, full_sequence(operand, fc1), fc1.weight)
-        if work is not None:
-            work.wait()
-        dx, norm_gradient = norm_backward(dx, tokens, norm_weight, inverse_rms, fc1)
+        fc1.compute.wgrad(gradient_1, full_x.wait(), fc1.weight)
+        dx, norm_gradient = norm_backward(pending_dx.wait(), tokens, norm_weight, inverse_rms, fc1)
         return unflat(dx, x), norm_gradient, None, None
 
 

@@ -20,6 +20,7 @@ them.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,7 +32,14 @@ from dqt_dist.layers.compute import Compute, make_compute
 from dqt_dist.layers.transformer_config import LlamaTransformerConfig
 from dqt_dist.lowbit.activation import token_absmax, token_scale
 from dqt_dist.lowbit.matrix import LowBitMatrix
-from dqt_dist.parallel.collectives import Group, gather_sequence, reduce_in_place, scatter_sum_sequence
+from dqt_dist.parallel.collectives import (
+    Group,
+    Pending,
+    reduce_in_place,
+    start_gather_sequence,
+    start_reduce,
+    start_scatter_sum_sequence,
+)
 
 
 class LowBitLinear(nn.Module):
@@ -53,27 +61,36 @@ class LowBitLinear(nn.Module):
 
 def column_forward(x: Operand, linear: LowBitLinear, dtype: torch.dtype) -> Tensor:
     """y [tokens, out / tp] of a normed and quantised x, [tokens / tp, in] under sequence parallelism."""
-    x = full_sequence(x, linear)
+    x = start_full_sequence(x, linear).wait()
     return linear.compute.epilogue(linear.compute.product(x, linear.weight), x.scale, linear.weight, dtype)
 
 
-def full_sequence(x: Operand, linear: LowBitLinear) -> Operand:
+@dataclass
+class PendingOperand:
+    """An operand on its way."""
+
+    values: Pending
+    scale: Pending | None
+
+    def wait(self) -> Operand:
+        """The operand, once it has arrived."""
+        return Operand(self.values.wait(), None if self.scale is None else self.scale.wait())
+
+
+def start_full_sequence(x: Operand, linear: LowBitLinear) -> PendingOperand:
     """The operand of all tokens: under sequence parallelism each TP rank brings its own."""
     if not linear.sequence_parallel:
-        return x
-    scale = None if x.scale is None else gather_sequence(x.scale, linear.group)
-    return Operand(gather_sequence(x.values, linear.group), scale)
+        return PendingOperand(Pending(x.values), None if x.scale is None else Pending(x.scale))
+    scale = None if x.scale is None else start_gather_sequence(x.scale, linear.group)
+    return PendingOperand(start_gather_sequence(x.values, linear.group), scale)
 
 
-def column_dgrad(grad: Operand, linear: LowBitLinear, dtype: torch.dtype) -> tuple[Tensor, dist.Work | None]:
-    """dx summed over TP, and the work to wait for before dx is used.
-
-    Under sequence parallelism dx has this rank's tokens only, and there is nothing to wait for.
-    """
+def start_column_dgrad(grad: Operand, linear: LowBitLinear, dtype: torch.dtype) -> Pending:
+    """dx summed over TP. Under sequence parallelism dx has this rank's tokens only."""
     dx = linear.compute.dgrad(grad, linear.weight).to(dtype)
     if linear.sequence_parallel:
-        return scatter_sum_sequence(dx, linear.group), None
-    return dx, reduce_in_place(dx, linear.group, "activations", async_op=True)
+        return start_scatter_sum_sequence(dx, linear.group)
+    return start_reduce(dx, linear.group, "activations")
 
 
 def row_scale_of_input(absmax: Tensor, linear: LowBitLinear) -> Tensor:
@@ -87,18 +104,19 @@ def row_forward(x: Operand, linear: LowBitLinear, dtype: torch.dtype) -> Tensor:
     """y [tokens, out] of a quantised x [tokens, in / tp]; under sequence parallelism this rank's tokens of y."""
     y, x_scale = linear.compute.product(x, linear.weight), x.scale
     if linear.sequence_parallel:
-        y = scatter_sum_sequence(y, linear.group)
+        y = start_scatter_sum_sequence(y, linear.group).wait()
         x_scale = None if x_scale is None else x_scale.chunk(linear.group.size())[linear.group.rank()]
     else:
         reduce_in_place(y, linear.group, "activations")
     return linear.compute.epilogue(y, x_scale, linear.weight, dtype)
 
 
-def row_gradient(grad: Tensor, linear: LowBitLinear) -> Operand:
-    """The gradient of y of all tokens, as products take it."""
-    if linear.sequence_parallel:
-        grad = gather_sequence(grad, linear.group)
-    return linear.compute.gradient(grad, linear.weight)
+def start_row_gradient(grad: Tensor, linear: LowBitLinear) -> PendingOperand:
+    """The gradient of y of all tokens, as products take it.
+
+    Under sequence parallelism the operand is what travels, so each rank quantises its own tokens only.
+    """
+    return start_full_sequence(linear.compute.gradient(grad, linear.weight), linear)
 
 
 def flat(x: Tensor) -> Tensor:
@@ -130,13 +148,13 @@ class _ColumnParallel(torch.autograd.Function):
         x, norm_weight, scale = ctx.saved_tensors
         linear: ColumnParallelLowBitLinear = ctx.linear
         tokens = flat(x)
-        gradient = linear.compute.gradient(flat(grad), linear.weight)
-        dx, work = column_dgrad(gradient, linear, x.dtype)
         operand, inverse_rms = linear.operand(tokens, norm_weight, scale)
-        # The sum over TP is under way during this product.
-        linear.compute.wgrad(gradient, full_sequence(operand, linear), linear.weight)
-        if work is not None:
-            work.wait()
+        # x travels during the first product, the sum of dx over TP during the second.
+        full_x = start_full_sequence(operand, linear)
+        gradient = linear.compute.gradient(flat(grad), linear.weight)
+        pending_dx = start_column_dgrad(gradient, linear, x.dtype)
+        linear.compute.wgrad(gradient, full_x.wait(), linear.weight)
+        dx = pending_dx.wait()
         if norm_weight is None or inverse_rms is None:
             return unflat(dx, x), None, None
         dx, norm_gradient = norm_backward(dx, tokens, norm_weight, inverse_rms, linear)
@@ -172,9 +190,11 @@ class _RowParallel(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         x, scale = ctx.saved_tensors
         linear: LowBitLinear = ctx.linear
-        gradient = row_gradient(flat(grad), linear)
+        full_gradient = start_row_gradient(flat(grad), linear)
+        operand = quantize(flat(x), linear.compute.activation_dtype, scale)
+        gradient = full_gradient.wait()
         dx = linear.compute.dgrad(gradient, linear.weight).to(x.dtype)
-        linear.compute.wgrad(gradient, quantize(flat(x), linear.compute.activation_dtype, scale), linear.weight)
+        linear.compute.wgrad(gradient, operand, linear.weight)
         return unflat(dx, x), None
 
 

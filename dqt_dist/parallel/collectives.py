@@ -13,6 +13,7 @@ the usual ring algorithms, whatever algorithm the backend uses. For n ranks and 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -80,32 +81,49 @@ def sum_gradient(parameter: Tensor, group: Group) -> Tensor:
     return parameter if group.size() == 1 else _SumGradient.apply(parameter, group)
 
 
-def gather_sequence(x: Tensor, group: Group) -> Tensor:
+@dataclass
+class Pending:
+    """A result on its way. What the caller launches before `wait` runs beside the exchange."""
+
+    result: Tensor
+    work: dist.Work | None = None
+
+    def wait(self) -> Tensor:
+        """The result, once it has arrived."""
+        if self.work is not None:
+            self.work.wait()
+        return self.result
+
+
+def start_gather_sequence(x: Tensor, group: Group) -> Pending:
     """Concatenates shards [s / n, ...] along the sequence to [s, ...]. Not differentiable: used inside Functions."""
     if group.size() == 1:
-        return x
+        return Pending(x)
     gathered = torch.empty(x.shape[0] * group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
     wire = torch.uint8 if x.dtype == torch.float8_e4m3fn else x.dtype  # no backend transports fp8
-    all_gather_single(gathered.view(wire), x.contiguous().view(wire), group=group)
+    work = all_gather_single(gathered.view(wire), x.contiguous().view(wire), group=group, async_op=True)
     count_sent("activations", gathered, group)
-    return gathered
+    return Pending(gathered, work)
 
 
-def scatter_sum_sequence(x: Tensor, group: Group) -> Tensor:
+def start_scatter_sum_sequence(x: Tensor, group: Group) -> Pending:
     """Sums [s, ...] over `group` and keeps this rank's part [s / n, ...] of the sequence. Not differentiable."""
     if group.size() == 1:
-        return x
+        return Pending(x)
     part = torch.empty(x.shape[0] // group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
-    reduce_scatter_single(part, x.contiguous(), group=group)
+    work = reduce_scatter_single(part, x.contiguous(), group=group, async_op=True)
     count_sent("activations", x, group)
-    return part
+    return Pending(part, work)
 
 
-def reduce_in_place(
-    x: Tensor, group: Group, kind: Kind, op: Any = dist.ReduceOp.SUM, async_op: bool = False
-) -> dist.Work | None:
-    """All-reduce of `x` over `group`; no call for one rank. Not differentiable. Returns the work when `async_op`."""
+def start_reduce(x: Tensor, group: Group, kind: Kind, op: Any = dist.ReduceOp.SUM) -> Pending:
+    """All-reduce of `x` over `group`, into x itself; no call for one rank. Not differentiable."""
     if group.size() == 1:
-        return None
+        return Pending(x)
     count_sent(kind, x, group, passes=2)
-    return dist.all_reduce(x, op=op, group=group, async_op=async_op)
+    return Pending(x, dist.all_reduce(x, op=op, group=group, async_op=True))
+
+
+def reduce_in_place(x: Tensor, group: Group, kind: Kind, op: Any = dist.ReduceOp.SUM) -> None:
+    """`start_reduce`, and waits."""
+    start_reduce(x, group, kind, op).wait()
