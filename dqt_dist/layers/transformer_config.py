@@ -38,6 +38,7 @@ def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
     recompute = dict(RECOMPUTE[config.training.recompute])
     if config.training.recompute == "full":
         recompute["recompute_num_layers"] = config.recompute_layers
+    interleaved = parallel.virtual_pipeline is not None
     # The methods without low-bit codes use Megatron's own fused SwiGLU, which torch.compile makes.
     fused_swiglu = not on_cpu and config.quantization.method != "dqt"
     return LlamaTransformerConfig(
@@ -64,8 +65,12 @@ def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
         use_cpu_initialization=on_cpu,
         # `initialize` sets the values, from the logical coordinates.
         perform_initialization=False,
-        # gloo has no batched point-to-point calls.
-        batch_p2p_comm=not on_cpu,
+        # The interleaved schedule computes while it sends. Megatron's plain 1F1B schedule cannot, and batches its calls;
+        # gloo has no batched calls.
+        overlap_p2p_comm=interleaved,
+        batch_p2p_comm=not on_cpu and not interleaved,
+        # Megatron would wait for the device after each batch of calls, for the sake of an older torch.
+        batch_p2p_sync=False,
         bias_activation_fusion=fused_swiglu,
         bias_dropout_fusion=False,
         masked_softmax_fusion=False,
