@@ -115,11 +115,11 @@ def _packed_bytes(weights: int, bits: Bits) -> int:
 
 
 def _low_bit_moments(weights: int, optimizer: OptimizerConfig) -> int:
-    """Bytes of the moments of `weights` low-bit weights. Adafactor's sums over rows and columns are left out."""
-    if optimizer.name == "adafactor":
-        return 4 * weights if optimizer.beta1 else 0
-    # Two moments per weight. With 8 bits each moment also has one exponent per block.
-    return 8 * weights if optimizer.state_bits == 32 else 2 * weights + 2 * weights // STATE_BLOCK
+    """Bytes of the moments of `weights` low-bit weights, without a factored moment's means of rows and columns."""
+    num_moments = (1 if optimizer.beta1 else 0) + (optimizer.second_moment == "full")
+    # With 8 bits a moment also has one exponent per block.
+    per_moment = 4 * weights if optimizer.state_bits == 32 else weights + weights // STATE_BLOCK
+    return num_moments * per_moment
 
 
 def _format_bytes(size: RankBytes) -> str:

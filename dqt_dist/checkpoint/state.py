@@ -6,7 +6,9 @@
     latent_scale/<matrix>          scale of latents      fp32 [1, 1]
     low_bit.<moment>/<matrix>      optimizer state       fp32 or uint8, exp_avg and exp_avg_sq [rows, columns]; with
                                                          8-bit moments also the exponents of blocks,
-                                                         *_scale [rows, columns / 32]
+                                                         *_scale [rows, columns / 32]; of a factored second moment
+                                                         row_mean [rows, 1], column_mean [1, columns] and
+                                                         matrix_mean [1, 1]
     parameter/<name>               master value          fp32 [rows, columns]
     parameter.<moment>/<name>      optimizer state       fp32 [rows, columns]
 
@@ -64,14 +66,17 @@ def _add_scales(state: LogicalState, kind: str, layout: ShardLayout, scale: Tens
 
 
 def _add_optimizer_state(state: LogicalState, rows: OwnedRows) -> None:
-    """Latents are packed like codes. AdamW's moments have a value per column, or one per block of columns. Adafactor's
-    are a column [rows, 1] and a row [1, columns] per matrix."""
+    """Latents are packed like codes. Moments have a value per column, or one per block of columns. A factored second
+    moment is a column [rows, 1], a row [1, columns] and a number [1, 1] per matrix."""
     layout = rows.weight.layout
     assert layout is not None
     for name, tensor in rows.state.items():
         if name == "latent":
             assert rows.weight.latent_grid is not None
             _add_packed(state, name, layout, rows.weight.latent_grid, tensor, rows.start, rows.stop)
+            continue
+        if name == "matrix_mean":
+            _add_scales(state, f"low_bit.{name}", layout, tensor)
             continue
         if name == "column_mean":
             for index, matrix in enumerate(layout.matrices):

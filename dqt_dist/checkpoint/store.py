@@ -34,10 +34,10 @@ from dqt_dist.optim.engine import CombinedOptimizer
 IDENTITY = {
     "model": None,
     "quantization": ("method", "bits", "embeddings", "latent_bits"),
-    "optimizer": ("name", "state_bits"),
+    "optimizer": ("name", "state_bits", "second_moment"),
 }
 # What a field was before there was one; checkpoints of then do not name it.
-BEFORE = {"state_bits": 32}
+BEFORE = {"state_bits": 32, "second_moment": "full"}
 
 
 def checkpoints_folder(config: Config) -> Path:

@@ -76,7 +76,7 @@ def config_problems(config: Config) -> Iterable[str]:
     yield from _fused_backward_problems(config)
     yield from _recompute_problems(config)
     yield from _cuda_graph_problems(config)
-    yield from _state_bits_problems(config)
+    yield from _moment_problems(config)
     yield from _schedule_problems(config)
     yield from _checkpoint_problems(config)
     yield from _deepspeed_problems(config)
@@ -339,8 +339,21 @@ def _cuda_graph_obstacles(config: Config) -> Iterator[str]:
         )
 
 
-def _state_bits_problems(config: Config) -> Iterable[str]:
+def _moment_problems(config: Config) -> Iterable[str]:
     optimizer, model, tensor = config.optimizer, config.model, config.parallel.tensor
+    if optimizer.second_moment == "full" and optimizer.name == "adafactor":
+        yield 'optimizer.second_moment: "full" does not go with optimizer.name = "adafactor"; use "factored"'
+    if optimizer.second_moment == "factored" and optimizer.name == "adamw":
+        if optimizer.fused_backward:
+            yield (
+                'optimizer.second_moment: "factored" needs the sums over whole matrices before a row is updated, which '
+                "optimizer.fused_backward = true does not wait for; use one of the two"
+            )
+        if config.quantization.method != "dqt":
+            yield (
+                f'optimizer.second_moment: "factored" is about low-bit weights, and quantization.method = '
+                f'"{config.quantization.method}" has none; use "full", or method "dqt"'
+            )
     if optimizer.state_bits == 32:
         return
     if optimizer.name != "adamw":

@@ -208,6 +208,11 @@ class OptimizerConfig(Section):
     """When gradients are summed over data-parallel ranks. step: once per step, after the micro-batches are added up.
     micro_batch: with each micro-batch, which multiplies the traffic by the number of micro-batches. In ZeRO stages 2
     and 3 a rank then never keeps more than its owned rows."""
+    second_moment: Literal["full", "factored"] = Field(
+        default_factory=lambda data: "full" if data["name"] == "adamw" else "factored"
+    )
+    """What is kept of the second moment of low-bit weights. full: a value per weight. factored: means of rows and
+    columns of a matrix, which take next to no memory. Default: full for adamw; adafactor is always factored."""
     state_bits: Literal[8, 32] = 32
     """Bits of each of AdamW's two moments of a low-bit weight. 8: fp8 values with one scale per 32 columns, rounded
     stochastically."""

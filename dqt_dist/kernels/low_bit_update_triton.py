@@ -20,7 +20,8 @@ Bytes that move per ternary weight:
     codes                1/4 read, 1/4 written
     fp32 direction       4 read
     bf16 gradient        2 read                                 with AdamW
-    8-bit moments        2.0625 read, 2.0625 written            with AdamW; 6.6 bytes in all
+    8-bit moments        2.0625 read, 2.0625 written            with AdamW; 6.6 bytes in all; 4.6 with a factored
+                                                                second moment, of which nothing is stored here
     32-bit moments       8 read, 8 written                      with AdamW
 
 With 8-bit moments an H200 spends more time on instructions than on these bytes. So instructions count: 52 per weight
@@ -334,24 +335,32 @@ def update_rows_triton(
 
 @triton.jit
 def _load_moments(
-    exp_avg_row, exp_avg_exponents_row, exp_avg_sq_row, exp_avg_sq_exponents_row, start, columns, beta1,
-    STATE_BITS: tl.constexpr, STATE_BLOCK: tl.constexpr, SIGNED_EXPONENT_MIN: tl.constexpr,
+    exp_avg_row, exp_avg_exponents_row, exp_avg_sq_row, exp_avg_sq_exponents_row, row_factor, start, columns, beta1,
+    FACTORED: tl.constexpr, STATE_BITS: tl.constexpr, STATE_BLOCK: tl.constexpr, SIGNED_EXPONENT_MIN: tl.constexpr,
     UNSIGNED_EXPONENT_MIN: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """beta1 times the first moment, and the second moment: fp32 [BLOCK]."""
+    """beta1 times the first moment, and the second moment: fp32 [BLOCK].
+
+    FACTORED: exp_avg_sq_row has the column means of the row's matrix in fp32, whatever STATE_BITS. The second moment is
+    `row_factor` times these.
+    """
+    offsets = start + tl.arange(0, BLOCK)
+    inside = None if WHOLE else offsets < columns
     if STATE_BITS == 8:
         m_codes, m_exponents = load_blocks(
             exp_avg_row, exp_avg_exponents_row, start, columns, BLOCK, STATE_BLOCK, WHOLE
         )
+        m = decode_signed(m_codes, m_exponents, beta1, BLOCK, SIGNED_EXPONENT_MIN)
+    else:
+        m = tl.load(exp_avg_row + offsets, mask=inside) * beta1
+    if FACTORED:
+        v = tl.load(exp_avg_sq_row + offsets, mask=inside) * row_factor
+    elif STATE_BITS == 8:
         v_codes, v_exponents = load_blocks(
             exp_avg_sq_row, exp_avg_sq_exponents_row, start, columns, BLOCK, STATE_BLOCK, WHOLE
         )
-        m = decode_signed(m_codes, m_exponents, beta1, BLOCK, SIGNED_EXPONENT_MIN)
         v = decode_unsigned(v_codes, v_exponents, BLOCK, UNSIGNED_EXPONENT_MIN)
     else:
-        offsets = start + tl.arange(0, BLOCK)
-        inside = None if WHOLE else offsets < columns
-        m = tl.load(exp_avg_row + offsets, mask=inside) * beta1
         v = tl.load(exp_avg_sq_row + offsets, mask=inside)
     return m, v
 
@@ -359,25 +368,29 @@ def _load_moments(
 @triton.jit
 def _store_moments(
     exp_avg_row, exp_avg_exponents_row, exp_avg_sq_row, exp_avg_sq_exponents_row, m, v, words, start, columns,
-    STATE_BITS: tl.constexpr, STATE_BLOCK: tl.constexpr, SIGNED_EXPONENT_MIN: tl.constexpr,
+    FACTORED: tl.constexpr, STATE_BITS: tl.constexpr, STATE_BLOCK: tl.constexpr, SIGNED_EXPONENT_MIN: tl.constexpr,
     UNSIGNED_EXPONENT_MIN: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """Stores moments m and v, fp32 [BLOCK]. The lowest 20 bits of `words` round moments of 8 bits."""
+    """Stores moments m and v, fp32 [BLOCK]; only m when FACTORED. The lowest 20 bits of `words` round moments of 8
+    bits."""
     if STATE_BITS == 8:
         noise = tl.reshape((words & 0xFFFFF).to(tl.int32), (BLOCK // STATE_BLOCK, STATE_BLOCK))
         m_codes, m_exponents = encode_signed(m, noise, SIGNED_EXPONENT_MIN)
         store_blocks(
             exp_avg_row, exp_avg_exponents_row, m_codes, m_exponents, start, columns, BLOCK, STATE_BLOCK, WHOLE
         )
-        v_codes, v_exponents = encode_unsigned(v, noise, UNSIGNED_EXPONENT_MIN)
-        store_blocks(
-            exp_avg_sq_row, exp_avg_sq_exponents_row, v_codes, v_exponents, start, columns, BLOCK, STATE_BLOCK, WHOLE
-        )
+        if not FACTORED:
+            v_codes, v_exponents = encode_unsigned(v, noise, UNSIGNED_EXPONENT_MIN)
+            store_blocks(
+                exp_avg_sq_row, exp_avg_sq_exponents_row, v_codes, v_exponents, start, columns, BLOCK, STATE_BLOCK,
+                WHOLE,
+            )  # fmt: skip
     else:
         offsets = start + tl.arange(0, BLOCK)
         inside = None if WHOLE else offsets < columns
         tl.store(exp_avg_row + offsets, m, mask=inside)
-        tl.store(exp_avg_sq_row + offsets, v, mask=inside)
+        if not FACTORED:
+            tl.store(exp_avg_sq_row + offsets, v, mask=inside)
 
 
 @triton.jit
@@ -406,6 +419,8 @@ def _adamw_kernel(
     exp_avg_exponents,
     exp_avg_sq,
     exp_avg_sq_exponents,
+    row_factor,
+    matrix_index,
     first_element,
     matrix_id,
     stored_scale,
@@ -426,6 +441,7 @@ def _adamw_kernel(
     packed_latents,
     columns_per_program,
     CLIPPED: tl.constexpr,
+    FACTORED: tl.constexpr,
     GRADIENT_LIMIT: tl.constexpr,
     STATE_BITS: tl.constexpr,
     STATE_BLOCK: tl.constexpr,
@@ -479,6 +495,10 @@ def _adamw_kernel(
     exp_avg_exponents      [rows, columns/STATE_BLOCK]  uint8          exponents of m; unused where STATE_BITS is 32
     exp_avg_sq             [rows, columns]              uint8 or fp32  v: unsigned block floats, or fp32; rewritten
     exp_avg_sq_exponents   [rows, columns/STATE_BLOCK]  uint8          exponents of v; unused where STATE_BITS is 32
+    row_factor             [rows]                       fp32           with FACTORED: v = row_factor * column mean;
+                                                                       exp_avg_sq then has the column means of this
+                                                                       step, fp32 [matrices, columns], and is only read
+    matrix_index           [rows]                       integer        with FACTORED: which matrix the row belongs to
     first_element          [rows]                       int64          index of the row's first element in its matrix
     matrix_id              [rows]                       int64          32-bit id of the row's logical matrix
     stored_scale           [rows]                       fp32           s, weight units per code, or per latent
@@ -499,6 +519,8 @@ def _adamw_kernel(
     packed_latents         scalar                       int32          bytes of a row of latents
     columns_per_program    scalar                       int32          a multiple of BLOCK
     CLIPPED                constexpr                    bool           `clip` is given
+    FACTORED               constexpr                    bool           the second moment is factored: no v in steps 4
+                                                                       and 5
     GRADIENT_LIMIT         constexpr                    float          of step 2
     STATE_BITS             constexpr                    int            bits of a moment: 8 or 32
     STATE_BLOCK            constexpr                    int            columns that share an exponent
@@ -528,6 +550,10 @@ def _adamw_kernel(
     gradient_row = gradient + row * columns
     exp_avg_row = exp_avg + row * columns
     exp_avg_sq_row = exp_avg_sq + row * columns
+    factor_of_row = 1.0
+    if FACTORED:
+        exp_avg_sq_row = exp_avg_sq + tl.load(matrix_index + row).to(tl.int64) * columns
+        factor_of_row = tl.load(row_factor + row)
     exp_avg_exponents_row = exp_avg_exponents + row * (columns // STATE_BLOCK)
     exp_avg_sq_exponents_row = exp_avg_sq_exponents + row * (columns // STATE_BLOCK)
     STORED_QMIN: tl.constexpr = LATENT_QMIN if LATENT_STORAGE_BITS > 0 else QMIN
@@ -543,15 +569,17 @@ def _adamw_kernel(
         if not CLIPPED:
             g = tl.where(tl.abs(g) < GRADIENT_LIMIT, g, 0.0)
         m, v = _load_moments(
-            exp_avg_row, exp_avg_exponents_row, exp_avg_sq_row, exp_avg_sq_exponents_row, start, columns, beta1,
-            STATE_BITS, STATE_BLOCK, SIGNED_EXPONENT_MIN, UNSIGNED_EXPONENT_MIN, BLOCK, WHOLE,
+            exp_avg_row, exp_avg_exponents_row, exp_avg_sq_row, exp_avg_sq_exponents_row, factor_of_row, start,
+            columns, beta1, FACTORED, STATE_BITS, STATE_BLOCK, SIGNED_EXPONENT_MIN, UNSIGNED_EXPONENT_MIN, BLOCK,
+            WHOLE,
         )  # fmt: skip
         words = random_words(first_counter + (start >> 2), id_word, key, step, BLOCK)
         m += gradient_weight * g
-        v = beta2 * v + square_weight * g * g
+        if not FACTORED:
+            v = beta2 * v + square_weight * g * g
         _store_moments(
             exp_avg_row, exp_avg_exponents_row, exp_avg_sq_row, exp_avg_sq_exponents_row, m, v, words, start, columns,
-            STATE_BITS, STATE_BLOCK, SIGNED_EXPONENT_MIN, UNSIGNED_EXPONENT_MIN, BLOCK, WHOLE,
+            FACTORED, STATE_BITS, STATE_BLOCK, SIGNED_EXPONENT_MIN, UNSIGNED_EXPONENT_MIN, BLOCK, WHOLE,
         )  # fmt: skip
         fields = unpack_fields(old_latents, STORED_QMIN, LATENT_STORAGE_BITS or STORAGE_BITS)
         if DECAYS:
@@ -584,7 +612,8 @@ def adamw_update_rows_triton(
 
     Gradient and moments are contiguous, on the device of the codes.
     """
-    exp_avg, exp_avg_sq = moments["exp_avg"], moments["exp_avg_sq"]
+    factored = "row_factor" in moments
+    exp_avg, exp_avg_sq = moments["exp_avg"], moments["column_mean" if factored else "exp_avg_sq"]
     state_bits = exp_avg.itemsize * 8
     # The kernel does not read exponents with moments of 32 bits.
     exponents = moments.get("exp_avg_scale", exp_avg), moments.get("exp_avg_sq_scale", exp_avg_sq)
@@ -608,6 +637,8 @@ def adamw_update_rows_triton(
         exponents[0],
         exp_avg_sq,
         exponents[1],
+        moments.get("row_factor", weight.row_matrix),
+        weight.row_matrix[start : start + rows],
         *_row_arguments(weight, start, start + rows),
         division.counts,
         clip,
@@ -620,6 +651,7 @@ def adamw_update_rows_triton(
         epsilon,
         *_walk_arguments(weight, division, key),
         CLIPPED=clip is not None,
+        FACTORED=factored,
         GRADIENT_LIMIT=GRADIENT_LIMIT,
         STATE_BITS=state_bits,
         STATE_BLOCK=STATE_BLOCK,

@@ -65,8 +65,8 @@ def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
         use_cpu_initialization=on_cpu,
         # `initialize` sets the values, from the logical coordinates.
         perform_initialization=False,
-        # The interleaved schedule computes while it sends. Megatron's plain 1F1B schedule cannot, and batches its calls;
-        # gloo has no batched calls.
+        # The interleaved schedule computes while it sends. Megatron's plain 1F1B schedule cannot, and batches its
+        # calls; gloo has no batched calls.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not on_cpu and not interleaved,
         # Megatron would wait for the device after each batch of calls, for the sake of an older torch.

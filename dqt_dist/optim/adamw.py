@@ -14,6 +14,10 @@ rounds the code.
     state_bits 32   exp_avg, exp_avg_sq               fp32  [rows, columns]         8 bytes per weight
     state_bits 8    exp_avg, exp_avg_sq               uint8 [rows, columns]         2.0625 bytes per weight
                     exp_avg_scale, exp_avg_sq_scale   uint8 [rows, columns / 32]    exponents of blocks
+
+With second_moment factored the means of `factored.py` stand for exp_avg_sq, and a weight takes 4 or 1.03 bytes:
+
+    v = r c^T / mean(r) instead of v above, with r and c averaged by beta2
 """
 
 from __future__ import annotations
@@ -28,10 +32,13 @@ from dqt_dist.kernels.low_bit_update import GRADIENT_LIMIT, AdamW, kernel_fits
 from dqt_dist.lowbit.block_float import decode_signed, decode_unsigned, encode_signed, encode_unsigned, noise_of
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey, rounding_words, update_rows_reference
+from dqt_dist.optim.factored import MEANS, new_means, row_factors, update_means
 from dqt_dist.optim.owned_rows import OwnedRows, UpdateSettings
+from dqt_dist.parallel.groups import Groups
 
 Moments = dict[str, Tensor]
-"""The moments of some rows by the names above."""
+"""The moments of some rows by the names above. Those of an update with a factored second moment have, for exp_avg_sq,
+row_factor fp32 [rows], which is r / mean(r), and column_mean fp32 [matrices, columns], both of this step."""
 
 
 def adamw_direction(
@@ -43,15 +50,27 @@ def adamw_direction(
     """
     exp_avg.lerp_(gradient, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    return direction_of(exp_avg, exp_avg_sq, step=step, beta1=beta1, beta2=beta2, epsilon=epsilon)
+
+
+def direction_of(
+    exp_avg: Tensor, exp_avg_sq: Tensor, *, step: int, beta1: float, beta2: float, epsilon: float
+) -> Tensor:
+    """The direction from the moments of this step."""
     denominator = (exp_avg_sq.sqrt() / (1 - beta2**step) ** 0.5).add_(epsilon)
     return exp_avg / denominator / (1 - beta1**step)
 
 
 def new_moments(
-    rows: int, columns: int, state_bits: int, device: torch.device | None = None, pin_memory: bool = False
+    rows: int,
+    columns: int,
+    state_bits: int,
+    device: torch.device | None = None,
+    pin_memory: bool = False,
+    second: bool = True,
 ) -> Moments:
-    """Zeros."""
-    widths = {"exp_avg": columns, "exp_avg_sq": columns}
+    """Zeros; without `second` for the first moment only."""
+    widths = {"exp_avg": columns} | ({"exp_avg_sq": columns} if second else {})
     dtype = torch.float32
     if state_bits == 8:
         widths |= {f"{name}_scale": columns // STATE_BLOCK for name in widths}
@@ -107,15 +126,21 @@ def adamw_update_rows_reference(
         gradient = torch.where(clip > 0, gradient.float() * clip, 0.0)
     words = rounding_words(weight, start, start + len(gradient), key)
     settings = {"step": key.step, "beta1": adamw.beta1, "beta2": adamw.beta2, "epsilon": adamw.epsilon}
-    if "exp_avg_scale" not in moments:
-        direction = adamw_direction(gradient, moments["exp_avg"], moments["exp_avg_sq"], **settings)
+    formats = {"exp_avg": (decode_signed, encode_signed), "exp_avg_sq": (decode_unsigned, encode_unsigned)}
+    wide = {
+        name: decode(moments[name], moments[f"{name}_scale"]) if f"{name}_scale" in moments else moments[name]
+        for name, (decode, _) in formats.items()
+        if name in moments
+    }
+    if "exp_avg_sq" in wide:
+        direction = adamw_direction(gradient, **wide, **settings)
     else:
-        exp_avg = decode_signed(moments["exp_avg"], moments["exp_avg_scale"])
-        exp_avg_sq = decode_unsigned(moments["exp_avg_sq"], moments["exp_avg_sq_scale"])
-        direction = adamw_direction(gradient, exp_avg, exp_avg_sq, **settings)
-        noise = noise_of(words)
-        for name, new, encode in (("exp_avg", exp_avg, encode_signed), ("exp_avg_sq", exp_avg_sq, encode_unsigned)):
-            codes, exponents = encode(new, noise)
+        row_matrix = weight.row_matrix[start : start + len(gradient)].long()
+        exp_avg_sq = moments["row_factor"][:, None] * moments["column_mean"][row_matrix]
+        direction = direction_of(wide["exp_avg"].lerp_(gradient, 1 - adamw.beta1), exp_avg_sq, **settings)
+    for name, new in wide.items():
+        if f"{name}_scale" in moments:
+            codes, exponents = formats[name][1](new, noise_of(words))
             moments[name].copy_(codes)
             moments[f"{name}_scale"].copy_(exponents)
     if clip is not None:
@@ -126,25 +151,40 @@ def adamw_update_rows_reference(
 
 
 class AdamWRule:
-    """Two moments per weight, of 32 or 8 bits. On CUDA one pass over a matrix, without temporaries."""
+    """Two moments per weight, of 32 or 8 bits, or one and the means of the other.
 
-    def __init__(self, config: OptimizerConfig, offload: bool) -> None:
-        self.offload, self.config = offload, config
+    On CUDA one pass over a matrix, without temporaries. A factored second moment takes a pass over the gradients before
+    that.
+    """
+
+    def __init__(self, config: OptimizerConfig, groups: Groups, rows_sharded: bool, offload: bool) -> None:
+        self.config, self.groups, self.rows_sharded, self.offload = config, groups, rows_sharded, offload
+        self.factored = config.second_moment == "factored"
 
     def new_state(self, rows: OwnedRows) -> dict[str, Tensor]:
         shape, device = (rows.stop - rows.start, rows.weight.columns), rows.weight.codes.device
-        if self.offload:
-            return new_moments(*shape, self.config.state_bits, pin_memory=device.type == "cuda")
-        return new_moments(*shape, self.config.state_bits, device)
+        where = {"pin_memory": device.type == "cuda"} if self.offload else {"device": device}
+        moments = new_moments(*shape, self.config.state_bits, **where, second=not self.factored)
+        return moments | (new_means(rows) if self.factored else {})
+
+    def prepare(self, shards: list[OwnedRows], means: list[Tensor], settings: UpdateSettings) -> None:
+        """Updates factored second moments of all shards, before any shard is updated. A collective call."""
+        if self.factored:
+            assert settings.clip is not None and settings.norm is not None
+            step = (settings.norm, settings.clip, 1 - self.config.beta2, 0.0)
+            update_means(shards, means, *step, self.groups, self.rows_sharded)
 
     def update(self, rows: OwnedRows, mean: Tensor, settings: UpdateSettings) -> Iterator[Tensor]:
         """Updates moments and codes of the owned rows; yields the counts of each block's rows."""
         device, config = rows.weight.codes.device, self.config
         adamw = AdamW(config.beta1 or 0.0, config.beta2, config.epsilon, settings.weight_decay)
+        factors = row_factors(rows) if self.factored else None
         for block in rows.row_blocks(whole=device.type == "cuda" and not self.offload):
-            kept = {name: tensor[block] for name, tensor in rows.state.items()}
+            kept = {name: tensor[block] for name, tensor in rows.state.items() if name not in MEANS}
             # Where nothing is offloaded, `to` returns the kept tensors themselves, and the update writes to these.
             moments = {name: tensor.to(device, non_blocking=True) for name, tensor in kept.items()}
+            if factors is not None:
+                moments |= {"row_factor": factors[block], "column_mean": rows.state["column_mean"]}
             start = rows.start + block.start
             yield adamw_update_rows(
                 rows.weight,

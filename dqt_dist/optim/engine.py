@@ -128,7 +128,7 @@ class CombinedOptimizer:
         # Phase 3 update. With fused_backward the backward pass has already updated the low-bit matrices.
         self._update_high_precision(rates, clip)
         if not optimizer.fused_backward:
-            self.low_bit.update(clip)
+            self.low_bit.update(clip, self.grad_norm)
         # Phase 4 gather: every rank gets the packed codes of all rows.
         self.low_bit.gather_codes()
         self.steps_done = rates.step

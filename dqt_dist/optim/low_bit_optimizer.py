@@ -35,6 +35,7 @@ the matrix. The norm is not known yet, so there is no clip factor, and elements 
 
 from __future__ import annotations
 
+from collections import deque
 from functools import partial
 
 import torch
@@ -78,9 +79,9 @@ class LowBitOptimizer:
         self.grid = make_grid(config.quantization.bits)
         optimizer = config.optimizer
         self.rule = (
-            AdamWRule(optimizer, config.offloads_optimizer)
+            AdamWRule(optimizer, groups, self.sharded, config.offloads_optimizer)
             if optimizer.name == "adamw"
-            else AdafactorRule(optimizer, groups, rows_sharded=self.sharded)
+            else AdafactorRule(optimizer, groups, self.sharded)
         )
         self.rows = [self._register(index, weight, reducer) for index, weight in enumerate(weights)]
         matrices = [weight.layout.matrices for weight in weights if weight.layout is not None]
@@ -144,24 +145,33 @@ class LowBitOptimizer:
         return refit_scale(abs_sum, self._matrix_numel, latent_scale, scale, multiple).split(self._num_matrices)
 
     @torch.no_grad()
-    def update(self, clip: Tensor) -> None:
-        """Phase 3 for all owned rows: gradient times `clip` (0-dim), direction, stochastic rounding onto the codes."""
+    def update(self, clip: Tensor, norm: Tensor) -> None:
+        """Phase 3 for all owned rows: gradient times `clip` (0-dim), direction, stochastic rounding onto the codes.
+
+        `norm` (0-dim) is that of all gradients of the step, before clipping.
+        """
         self.invalidate_gathered_codes()
-        for index, rows in enumerate(self.rows):
-            self._update(index, rows.gradient.take(), clip)
+        settings = self._settings(clip, norm)
+        means = deque(rows.gradient.take() for rows in self.rows)
+        self.rule.prepare(self.rows, list(means), settings)
+        for index in range(len(self.rows)):
+            # Each gradient is freed as soon as it has been used.
+            self._update(index, means.popleft(), settings)
 
     def _update_in_backward(self, index: int, mean: Tensor) -> None:
         """Phase 3 for one matrix, as soon as the mean of its gradient is known."""
         if self.gatherer is not None:
             self.gatherer.invalidate(index)
-        self._update(index, mean, None)
+        self._update(index, mean, self._settings(None, None))
 
-    def _update(self, index: int, mean: Tensor, clip: Tensor | None) -> None:
+    def _settings(self, clip: Tensor | None, norm: Tensor | None) -> UpdateSettings:
+        key = RoundingKey(self.config.training.seed, self.rates.step, self.config.quantization.rounding)
+        return UpdateSettings(self.rates.low_bit_learning_rate, self.rates.low_bit_weight_decay, key, clip, norm)
+
+    def _update(self, index: int, mean: Tensor, settings: UpdateSettings) -> None:
         rows = self.rows[index]
         if self._new_scales is not None:
             rows.weight.set_scale(self._new_scales[index])
-        key = RoundingKey(self.config.training.seed, self.rates.step, self.config.quantization.rounding)
-        settings = UpdateSettings(self.rates.low_bit_learning_rate, self.rates.low_bit_weight_decay, key, clip)
         rows.row_counts = list(self.rule.update(rows, mean, settings))
         if self.stage in (1, 2) and self.group.size() > 1:
             codes = rows.weight.codes

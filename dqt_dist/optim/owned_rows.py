@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,6 +45,13 @@ class OwnedRows:
         """Index of the logical matrix of each owned row, int64 [rows]."""
         return self.weight.row_matrix[self.start : self.stop].long()
 
+    @cached_property
+    def matrix_rows(self) -> Tensor:
+        """Rows of each whole logical matrix, fp64 [matrices]. Made once, because a copy to the device waits for it."""
+        assert self.weight.layout is not None
+        rows = [float(matrix.rows) for matrix in self.weight.layout.matrices]
+        return torch.tensor(rows, dtype=torch.float64, device=self.weight.codes.device)
+
     def counts(self) -> Tensor:
         """What the last update counted in the owned rows of each matrix: int64 [matrices, counts].
 
@@ -80,3 +88,5 @@ class UpdateSettings:
     key: RoundingKey
     clip: Tensor | None
     """fp32 scalar on the device, a factor of the gradients. None when the global norm is not known yet."""
+    norm: Tensor | None
+    """The global norm, of the gradients before they are multiplied by `clip`; None when it is not known yet."""

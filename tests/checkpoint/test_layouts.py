@@ -25,7 +25,7 @@ from tests.parallel.runs import Whole, fraction_of_codes_that_differ, start, who
 Layout = tuple[int, int, int]
 LAYOUTS: list[Layout] = [(1, 1, 1), (2, 1, 1), (1, 2, 1), (1, 1, 2), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
 SAVED_STEP = 2
-LATENTS = ["quantization.latent_bits=4", "quantization.scale_refit_interval=1"]
+LATENTS = ["quantization.latent_bits=4", "quantization.scale_refit_interval=1", "optimizer.second_moment=factored"]
 
 
 def overrides(layout: Layout) -> list[str]:

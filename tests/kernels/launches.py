@@ -26,6 +26,7 @@ import dqt_dist.kernels
 from dqt_dist.config import Config
 from dqt_dist.dtypes import TORCH_DTYPES
 from dqt_dist.kernels import cross_entropy, quantize, rope, scaled_matmul
+from dqt_dist.kernels.exact_square_sums import exact_square_sums
 from dqt_dist.kernels.low_bit_update import AdamW, update_rows
 from dqt_dist.kernels.mean import mean_of_parts
 from dqt_dist.kernels.square_sum import square_sum
@@ -266,7 +267,11 @@ def _update(config: Config, rows: int, columns: int) -> None:
     assert optimizer.beta1 is not None
     rule = AdamW(optimizer.beta1, optimizer.beta2, optimizer.epsilon, optimizer.low_bit_weight_decay)
     gradient = torch.empty(rows, columns, dtype=TORCH_DTYPES[optimizer.gradient_dtype], device=CUDA)
-    moments = new_moments(rows, columns, optimizer.state_bits, CUDA)
+    factored = optimizer.second_moment == "factored"
+    moments = new_moments(rows, columns, optimizer.state_bits, CUDA, second=not factored)
+    if factored:
+        moments |= {"row_factor": torch.empty(rows, device=CUDA), "column_mean": torch.empty(1, columns, device=CUDA)}
+        exact_square_sums(gradient, torch.empty((), device=CUDA), weight.row_matrix, 1)
     if latents is not None:
         moments["latent"] = latents
     clip = None if optimizer.fused_backward else torch.empty((), device=CUDA)

@@ -30,6 +30,8 @@ VARIANTS = [
     ("quantization.bits=6",),
     ("quantization.bits=6", "model.ffn_hidden_size=2052"),
     ("quantization.latent_bits=4", "optimizer.state_bits=8"),
+    ("optimizer.second_moment=factored",),
+    ("optimizer.second_moment=factored", "optimizer.state_bits=8", "optimizer.gradient_dtype=bf16"),
     ("quantization.latent_bits=6", "optimizer.name=adafactor"),
     ("quantization.latent_bits=8", "quantization.bits=4"),
     ("optimizer.state_bits=8",),

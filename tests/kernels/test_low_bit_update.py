@@ -281,6 +281,39 @@ def test_adamw_kernel_with_latents_follows_its_definition(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("columns", "state_bits"), SHAPES)
+def test_adamw_kernel_with_a_factored_second_moment_follows_its_definition(
+    run: Runner, columns: int, state_bits: int, dtype: torch.dtype
+) -> None:
+    """Row factors and column means are given and stay as they are. Codes and the first moment as above."""
+    device, few = run.device, 2.0**-12
+    weight, reference = fused_pair("ternary", columns, device)
+    means = {
+        "row_factor": torch.rand(weight.rows, device=device) * 4,
+        "column_mean": torch.rand(len(weight.scale), columns, device=device) * 4,
+    }
+    results = []
+    for each, update in ((weight, partial(run, adamw_update_rows)), (reference, adamw_update_rows_reference)):
+        moments = new_moments(each.rows, columns, state_bits, torch.device(device), second=False)
+        moments |= {name: tensor.clone() for name, tensor in means.items()}
+        generator = torch.Generator(device).manual_seed(3)
+        for step in range(1, STEPS + 1):
+            gradient = torch.randn(each.rows, columns, device=device, generator=generator).to(dtype)
+            clip, key = torch.tensor(HALF, device=device), RoundingKey(7, step, "stochastic")
+            update(each, gradient, moments, 0, clip, 3e-3, LIKE_PAPER, key)
+        results.append(moments)
+    assert fraction(weight.unpack(), reference.unpack()) <= few + 2 / weight.numel
+    assert fraction(weight.unpack(), fused_pair("ternary", columns, device)[0].unpack()) > 0
+    found, wanted = results
+    assert set(found) == {"exp_avg", *means, *(["exp_avg_scale"] if state_bits == 8 else [])}
+    assert all(torch.equal(found[name], tensor) for name, tensor in means.items())
+    if state_bits == 8:
+        assert fraction(found["exp_avg"], wanted["exp_avg"]) <= few + 2 / weight.numel
+    else:
+        assert torch.allclose(found["exp_avg"], wanted["exp_avg"], rtol=2.0**-20, atol=2.0**-20)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("columns", [288] if INTERPRETED else [288, 1024])
 def test_adamw_kernel_gives_the_same_8_bit_moments_where_arithmetic_is_exact(
     run: Runner, columns: int, dtype: torch.dtype

@@ -1,4 +1,4 @@
-"""Adafactor's three phases on one rank, against torch.optim.Adafactor and against the formulas of the paper."""
+"""Adafactor on one rank, against torch.optim.Adafactor and against the formulas of the paper."""
 
 from __future__ import annotations
 
@@ -6,28 +6,34 @@ import pytest
 import torch
 from torch import Tensor
 
-from dqt_dist.optim.adafactor import SQUARE_EPSILON, clip_by_rms, decay_at, factored_direction, square_sums
+from dqt_dist.kernels.exact_square_sums import exact_square_sums
+from dqt_dist.optim.adafactor import SQUARE_EPSILON, clip_by_rms, decay_at, factored_direction
+from dqt_dist.optim.factored import units
 from tests.tolerances import ELEMENTWISE_FP32
 
 ROWS, COLUMNS = 9, 14
 
 
 class OneRank:
-    """The three phases without sums over ranks, because this rank holds all rows of the matrices in `row_matrix`."""
+    """Means and directions without sums over ranks, because this rank holds all rows of the matrices."""
 
     def __init__(self, row_matrix: Tensor) -> None:
         self.row_matrix = row_matrix
         self.rows_of = torch.bincount(row_matrix).float()
         self.row, self.column = torch.zeros(len(row_matrix)), torch.zeros(len(self.rows_of), COLUMNS)
+        self.matrix = torch.zeros(len(self.rows_of))
 
     def direction(self, gradient: Tensor, step: int, decay_rate: float, clip_threshold: float) -> Tensor:
         num_matrices, row_matrix = len(self.rows_of), self.row_matrix
-        row_sums, column_sums = square_sums(gradient, row_matrix, num_matrices)
-        weight = 1 - decay_at(step, decay_rate)
-        self.row.lerp_(row_sums / COLUMNS, weight)
-        self.column.lerp_(column_sums / self.rows_of[:, None], weight)
-        mean_row = torch.zeros(num_matrices).index_add_(0, row_matrix, self.row) / self.rows_of
-        unclipped = factored_direction(gradient, self.row, self.column, mean_row, row_matrix)
+        scale, unit = units(gradient.norm(), torch.ones(()))
+        row_sums, column_sums = exact_square_sums(gradient, scale, row_matrix, num_matrices)
+        for mean, total, count in (
+            (self.row, row_sums, COLUMNS),
+            (self.column, column_sums, self.rows_of[:, None]),
+            (self.matrix, column_sums.sum(1), self.rows_of * COLUMNS),
+        ):
+            mean.lerp_((total * unit / count + SQUARE_EPSILON).float(), 1 - decay_at(step, decay_rate))
+        unclipped = factored_direction(gradient, self.row / self.matrix[row_matrix], self.column, row_matrix)
         squares = torch.zeros(num_matrices).index_add_(0, row_matrix, unclipped.square().sum(1))
         return clip_by_rms(unclipped, (squares / (self.rows_of * COLUMNS)).sqrt(), row_matrix, clip_threshold)
 
@@ -70,18 +76,6 @@ def test_matrices_fused_in_one_shard_do_not_mix() -> None:
             rows = row_matrix == index
             ELEMENTWISE_FP32.assert_close(direction[rows], rank.direction(gradient[rows], step, 0.8, 1.0))
         assert float((direction - mixed.direction(gradient, step, 0.8, 1.0)).abs().max()) > 0.1
-
-
-def test_partial_sums_add_up_to_those_of_the_whole() -> None:
-    """Phase 1 on shards, summed by the caller, is phase 1 on the whole: rows split, then columns split."""
-    gradient, row_matrix = gradients(1)[0].double(), torch.tensor([0, 0, 0, 1, 1, 1, 0, 0, 1])
-    row_sums, column_sums = square_sums(gradient, row_matrix, 2)
-    top, bottom = (square_sums(gradient[part], row_matrix[part], 2) for part in (slice(0, 4), slice(4, 9)))
-    torch.testing.assert_close(torch.cat([top[0], bottom[0]]), row_sums, rtol=1e-14, atol=0)  # fp64 sums, other order
-    torch.testing.assert_close(top[1] + bottom[1], column_sums, rtol=1e-14, atol=0)
-    left, right = (square_sums(gradient[:, part], row_matrix, 2) for part in (slice(0, 5), slice(5, COLUMNS)))
-    torch.testing.assert_close(left[0] + right[0], row_sums, rtol=1e-14, atol=0)
-    torch.testing.assert_close(torch.cat([left[1], right[1]], dim=1), column_sums, rtol=1e-14, atol=0)
 
 
 def test_a_rank_one_gradient_becomes_its_signs() -> None:

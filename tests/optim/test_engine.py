@@ -13,6 +13,7 @@ from deepspeed.utils.config import get_timers_config
 from dqt_dist.kernels.low_bit_update import GRADIENT_LIMIT
 from dqt_dist.optim.deepspeed_adapter import deepspeed_config
 from dqt_dist.optim.engine import clip_factor
+from dqt_dist.optim.factored import MEANS
 from dqt_dist.optim.schedule import step_rates
 from dqt_dist.training.step import train_step
 from tests.distributed import run_distributed
@@ -238,10 +239,10 @@ def rates(rank: int, world_size: int, *overrides: str) -> list[tuple[list[float]
     seen: list[tuple[list[float], float]] = []
     update = run.optimizer.low_bit.update
 
-    def watched(clip: torch.Tensor) -> None:
+    def watched(clip: torch.Tensor, norm: torch.Tensor) -> None:
         rates = run.optimizer.low_bit.rates
         seen.append(([float(group["lr"]) for group in run.optimizer.param_groups], rates.low_bit_learning_rate))
-        update(clip)
+        update(clip, norm)
 
     run.optimizer.low_bit.update = watched  # type: ignore[method-assign]
     for number in range(1, run.config.training.steps + 1):
@@ -309,8 +310,8 @@ def test_adafactor_sharded_equals_one_process(beta1: str) -> None:
     found, wanted = recorded(4, STEPS, *overrides, TP, ZERO_1), recorded(1, STEPS, *overrides)
     first_found, first_wanted = recorded(4, 1, *overrides, TP, ZERO_1), recorded(1, 1, *overrides)
     moments = [name for name in wanted.final if name.startswith("low_bit.")]
-    assert {name.split("/")[0] for name in moments} == {"low_bit.row_mean", "low_bit.column_mean"} | (
-        set() if beta1 == "null" else {"low_bit.exp_avg"}
+    assert {name.split("/")[0].removeprefix("low_bit.") for name in moments} == set(MEANS) | (
+        set() if beta1 == "null" else {"exp_avg"}
     )
     for name in moments:
         NETWORK_FP32.assert_close(first_found.final[name], first_wanted.final[name], name)

@@ -35,22 +35,24 @@ def given_gradients(rank: int, world_size: int, num_parts: int, *overrides: str)
         torch.distributed.all_reduce(total)
         norms.append(float(total.sqrt()))
         low_bit.begin_step(StepRates(step, 5e-3, 5e-3))
-        low_bit.update(torch.tensor(0.5))
+        low_bit.update(torch.tensor(0.5), total.sqrt().float())
         low_bit.gather_codes()
     return {name: tensor for name, tensor in whole_state(run).items() if name.startswith(KINDS)}, norms
 
 
-CASES: list[tuple[int, int, str | int]] = [(3, zero, bits) for zero in range(4) for bits in ("ternary", 4, 8)]
-CASES += [(2, zero, "ternary") for zero in range(4)]
+CASES: list[tuple[int, int, str]] = [
+    (3, zero, f"quantization.bits={bits}") for zero in range(4) for bits in ("ternary", 4, 8)
+]
+CASES += [(2, zero, "quantization.bits=ternary") for zero in range(4)]
+CASES += [(3, zero, "optimizer.second_moment=factored") for zero in range(4)]
 
 
-@pytest.mark.parametrize(("ranks", "zero", "bits"), CASES)
-def test_codes_and_moments_after_five_updates_have_the_same_bits(ranks: int, zero: int, bits: str | int) -> None:
+@pytest.mark.parametrize(("ranks", "zero", "setting"), CASES)
+def test_codes_and_moments_after_five_updates_have_the_same_bits(ranks: int, zero: int, setting: str) -> None:
     """32, 64 and 96 rows over 3 ranks are uneven shares. One rank that gets the mean has the same bits too."""
-    quantization = f"quantization.bits={bits}"
     stage = f"deepspeed.zero_optimization.stage={zero}"
-    found, norms = run_distributed(given_gradients, ranks, ranks, quantization, stage)[0]
-    wanted, wanted_norms = run_distributed(given_gradients, 1, ranks, quantization)[0]
+    found, norms = run_distributed(given_gradients, ranks, ranks, setting, stage)[0]
+    wanted, wanted_norms = run_distributed(given_gradients, 1, ranks, setting)[0]
     assert_equal(found, wanted)
     # The norms are sums of squares in fp64, whose elements are divided over ranks in different ways.
     assert norms == pytest.approx(wanted_norms, rel=1e-14)
@@ -76,7 +78,7 @@ def test_a_rank_has_moments_and_in_stage_3_codes_for_its_own_rows_only(name: str
             assert code_bytes == held * make_grid("ternary").packed_columns(width)
             if moments:
                 assert elements == moments * (last - first) * width
-            else:  # one row mean per owned row, one set of column means per logical matrix
-                assert elements == (last - first) + width * {64: 3, 96: 2}.get(num_rows, 1)
+            else:  # one row mean per owned row; per logical matrix one set of column means, and their mean
+                assert elements == (last - first) + (width + 1) * {64: 3, 96: 2}.get(num_rows, 1)
     whole = run_distributed(owned, 3, f"optimizer.name={name}")[2]
     assert all((first, last) == (0, num_rows) for num_rows, first, last, _, _ in whole)

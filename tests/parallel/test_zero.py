@@ -21,6 +21,7 @@ from tests.parallel.runs import Run, Whole, assemble, start, whole_state
 
 TP, PP, SP = "parallel.tensor=2", "parallel.pipeline=2", "parallel.sequence=true"
 BF16 = "quantization.compute=bf16"
+FACTORED = ("optimizer.second_moment=factored", "optimizer.state_bits=8", "model.ffn_hidden_size=64")
 LATENTS = ("quantization.latent_bits=4", "quantization.scale_refit_interval=2")
 
 
@@ -98,6 +99,7 @@ STAGE_CASES: dict[str, tuple[Any, ...]] = {
     "bf16 gradients": (3, 5, BF16, "optimizer.gradient_dtype=bf16", "quantization.bits=4"),
     "each micro-batch": (3, 5, "optimizer.gradient_reduction=micro_batch", "quantization.embeddings=true"),
     "8-bit moments": (3, 5, CLIPPED, "optimizer.state_bits=8", "model.ffn_hidden_size=64"),
+    "factored second moment": (3, 5, CLIPPED, *FACTORED, *LATENTS),
     "latents": (3, 5, CLIPPED, *LATENTS),
     "8-bit latents": (
         2,
@@ -124,10 +126,11 @@ def test_all_zero_stages_leave_the_same_bits(case: str) -> None:
 
 
 def test_offloaded_moments_and_latents_change_no_bit() -> None:
+    """The means of a factored second moment stay on the device."""
     offload = 'deepspeed.zero_optimization.offload_optimizer={"device": "cpu"}'
-    wanted = run_distributed(digest_after, 2, 3, zero(1), *LATENTS)[0]
+    wanted = run_distributed(digest_after, 2, 3, zero(1), *LATENTS, *FACTORED)[0]
     for stage in (1, 2, 3):
-        assert run_distributed(digest_after, 2, 3, zero(stage), offload, *LATENTS)[0] == wanted
+        assert run_distributed(digest_after, 2, 3, zero(stage), offload, *LATENTS, *FACTORED)[0] == wanted
 
 
 def test_when_gradients_are_summed_changes_the_last_bits_only() -> None:
@@ -247,7 +250,8 @@ def from_equal_gradients(rank: int, world_size: int, *overrides: str) -> str:
             rows.gradient.send()
             rows.gradient.receive(whole[rows.start : rows.stop])
         low_bit.begin_step(StepRates(step, 5e-3, 5e-3))
-        low_bit.update(torch.tensor(0.5))
+        # Any number that is not below the norm of these gradients will do.
+        low_bit.update(torch.tensor(0.5), torch.tensor(1000.0))
         low_bit.gather_codes()
     low_bit_state = {
         name: tensor
@@ -258,13 +262,17 @@ def from_equal_gradients(rank: int, world_size: int, *overrides: str) -> str:
 
 
 @pytest.mark.slow
-def test_equal_gradients_give_equal_codes_in_every_layout() -> None:
-    """Draws depend on the logical matrix only. TP, PP, DP and the stage change no draw."""
+@pytest.mark.parametrize("setting", ["optimizer.second_moment=full", "optimizer.second_moment=factored"])
+def test_equal_gradients_give_equal_codes_in_every_layout(setting: str) -> None:
+    """Draws depend on the logical matrix only. TP, PP, DP and the stage change no draw.
+
+    The means of a factored second moment are made of exact sums, so they too are equal.
+    """
     cases = [
         (1,), (2, TP), (2, PP), (2,), (3, zero(1)), (4, TP, PP), (4, TP, zero(3)), (6, TP, zero(2)),
         (8, TP, PP, zero(1)), (4, "parallel.tensor=4"),
     ]  # fmt: skip
-    found = {str(case): run_distributed(from_equal_gradients, case[0], *WIDE, *case[1:])[0] for case in cases}
+    found = {str(case): run_distributed(from_equal_gradients, case[0], *WIDE, setting, *case[1:])[0] for case in cases}
     assert len(set(found.values())) == 1, found
 
 
