@@ -230,7 +230,7 @@ def _json_text(line: bytes, text_key: str) -> str | None:
     try:
         return _text_of(_json.decode(text), text_key) if text else None
     except json.JSONDecodeError as error:
-        raise _BadRow(f"is not one JSON object: {error.msg} at column {error.colno}") from error
+        raise _BadRow(f"is not one JSON object: {error.msg} (column {error.colno})") from error
     except RecursionError as error:
         raise _BadRow("is nested too deeply") from error
 

@@ -113,9 +113,7 @@ def _encoded(data: str, tokenizer: Tokenizer, text_key: str, max_tokens: int | N
     try:
         documents = read_documents(local_source([data], text_key))
         for text in tqdm(documents, desc="tokens", unit=" documents", file=sys.stderr, disable=None, leave=False):
-            # JSON may hold lone surrogates, which have no UTF-8 form; tools/prepare_data.py does the same.
-            ids = tokenizer.encode(text.encode("utf-8", "replace").decode("utf-8"))
-            parts.append(np.array([*ids, tokenizer.eod_id], dtype=np.int32))
+            parts.append(np.array([*tokenizer.encode(text), tokenizer.eod_id], dtype=np.int32))
             count += len(parts[-1])
             if max_tokens is not None and count > max_tokens:
                 break

@@ -143,8 +143,8 @@ def test_empty_files_and_every_type_of_text_column_are_read(tmp_path: Path):
 BAD_LINES = [
     (b'{"text": "x\\ud83d"}', "'text' holds \\ud83d, half a surrogate pair, at character 2"),
     (b'{"text": "caf\xe9"}', "is not UTF-8: byte 0xe9 at position 14"),
-    (b'{"text": "cut', "is not one JSON object: Unterminated string starting at at column 10"),
-    (b'{"text": "x"} {"text": "y"}', "is not one JSON object: Extra data at column 15"),
+    (b'{"text": "cut', "is not one JSON object: Unterminated string starting at (column 10)"),
+    (b'{"text": "x"} {"text": "y"}', "is not one JSON object: Extra data (column 15)"),
     (b'{"body": "x", "title": 2}', "has no key 'text'; it has 'body', 'title'. Set --text-key"),
     (b'{"text": 3}', "'text' is a number, expected a string"),
     (b'{"text": ["x"]}', "'text' is an array, expected a string"),
