@@ -93,8 +93,8 @@ def read_stream(data: str, tokenizer: Tokenizer, vocab_size: int, text_key: str,
     ids = ids[:max_tokens]
     if len(ids) == 0:
         raise UserError(f"--data {data}: holds no text")
-    if ids.max() >= tokenizer.vocab_size:
-        raise UserError(f"--data {data}: holds token id {ids.max()}, the tokenizer has {tokenizer.vocab_size} pieces")
+    if wrong := [i for i in (ids.min(), ids.max()) if not 0 <= i < tokenizer.vocab_size]:
+        raise UserError(f"--data {data}: holds token id {wrong[0]}, the tokenizer has {tokenizer.vocab_size} pieces")
     return np.concatenate([np.array([tokenizer.eod_id], dtype=np.int32), ids])
 
 
