@@ -33,13 +33,15 @@ class Tokenizer:
 
     vocab_size: number of pieces, so ids are in [0, vocab_size). eod_id: the id that ends a document (</s>).
     unknown_id: the id that stands for whatever has no piece (<unk>); our own models never need it.
-    sha256: of the model file, in hexadecimal; the prepared data carry it, so that a wrong pair of files is noticed.
+    model: the bytes of the file. sha256: of them, in hexadecimal; prepared data and checkpoints carry it, so that a
+    wrong pair is noticed.
     """
 
     def __init__(self, path: Path, model: bytes) -> None:
         import sentencepiece
 
         self.path = path
+        self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
