@@ -107,19 +107,6 @@ class Manifest:
 
 
 @dataclasses.dataclass(frozen=True)
-class EncodedBatch:
-    """Some documents in input order, as token ids: document i is the next `lengths[i]` entries of `ids`, eod included.
-    `is_valid[i]` is whether the document belongs to the validation split. `loss` is of all of them."""
-
-    ids: np.ndarray
-    lengths: list[int]
-    text_bytes: list[int]
-    words: list[int]
-    is_valid: list[bool]
-    loss: TextLoss
-
-
-@dataclasses.dataclass(frozen=True)
 class TextLoss:
     """What documents lose on their way through a tokenizer and back.
 
@@ -163,6 +150,19 @@ class TextLoss:
             f" {share(self.lost_newlines, self.newlines)} newlines"
             + (f"; for example {self.example}" if self.example else "")
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedBatch:
+    """Some documents in input order, as token ids: document i is the next `lengths[i]` entries of `ids`, eod included.
+    `is_valid[i]` is whether the document belongs to the validation split. `loss` is of all of them."""
+
+    ids: np.ndarray
+    lengths: list[int]
+    text_bytes: list[int]
+    words: list[int]
+    is_valid: list[bool]
+    loss: TextLoss = TextLoss()
 
 
 def text_loss(tokenizer: Tokenizer, texts: list[str], ids: list[list[int]]) -> TextLoss:
