@@ -192,7 +192,7 @@ def train_tokenizer_on(shard: Path, vocab_size: int, model: Path) -> None:
 
 
 def read_texts(path: Path) -> Iterator[str]:
-    """The documents of a file that hold text, in order. tools/prepare_data.py reads more, but needs `datasets`."""
+    """The documents of a file that hold text, in order; a .txt file is one."""
     if path.name.endswith((".txt", ".txt.gz")):
         text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode()
         if text.strip():

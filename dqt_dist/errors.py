@@ -9,6 +9,8 @@ traceback.
 
 from __future__ import annotations
 
+import errno
+
 EXIT_CODE = 2
 """Wrong input by the user."""
 
@@ -36,3 +38,18 @@ class RunError(Exception):
 
     In training all ranks raise it together.
     """
+
+
+_FAULTS_OF_THE_MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE}
+
+
+def writing_failed(where: str, error: OSError) -> UserError | RunError:
+    """The error that tells of a file or folder that cannot be written.
+
+    A RunError for what the machine is short of (space, quota) or fails in, a UserError for a path that cannot be
+    written whatever happens: read-only, no permission, a file where a folder should be. `where` begins the message.
+    """
+    named = f"{error.strerror or error}" + (f": {error.filename}" if error.filename is not None else "")
+    if error.errno in _FAULTS_OF_THE_MACHINE:
+        return RunError(f"{where}: could not be written: {named}; make room, then run the same command again")
+    return UserError(f"{where}: cannot be written: {named}; give a folder that can")

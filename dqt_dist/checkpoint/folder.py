@@ -9,6 +9,7 @@ A folder named `step_...` with a manifest is complete: writer.py renames it last
 
     format     2                                   step, tokens, samples   progress; samples is the position in the data
     config     the complete config of the run      layout, versions        of the run that wrote it, for people
+    tokenizer_sha256   of the tokenizer that the model was trained with (run_tokenizer.py)
     files      {name: {"bytes": size, "sha256": hexadecimal digest}}
 
 Nothing here needs a process group or a model: the tools and exports read checkpoints with plain torch.

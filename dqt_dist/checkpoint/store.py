@@ -24,9 +24,11 @@ from dqt_dist.checkpoint.folder import (
     step_of,
 )
 from dqt_dist.checkpoint.logical_tensor import LogicalLoadPlanner, LogicalState
+from dqt_dist.checkpoint.run_tokenizer import check_tokenizer
 from dqt_dist.checkpoint.state import logical_state
 from dqt_dist.checkpoint.writer import CheckpointWriter, Retention
 from dqt_dist.config import Config
+from dqt_dist.data.tokenizer import Tokenizer
 from dqt_dist.errors import UserError
 from dqt_dist.optim.engine import CombinedOptimizer
 
@@ -97,7 +99,7 @@ def set_aside_newer(config: Config, checkpoint: Path) -> list[Path]:
     renamed: list[Path] = []
     if dist.get_rank() == 0 and checkpoint.resolve().parent == checkpoints_folder(config).resolve():
         for newer in complete_checkpoints(checkpoints_folder(config)):
-            if step_of(newer) > step_of(checkpoint):
+            if step_of(newer) > start_of(checkpoint).step:
                 target = newer.with_name(f"left_{newer.name}")
                 while target.exists():
                     target = target.with_name(f"{target.name}_again")
@@ -112,6 +114,13 @@ def start_of(checkpoint: Path | None) -> Progress:
     Raises UserError as `load` does.
     """
     return Progress(0, 0, 0) if checkpoint is None else progress_of(read_manifest(checkpoint))
+
+
+def check_tokenizer_of(checkpoint: Path | None, tokenizer: Tokenizer) -> None:
+    """Raises UserError when `checkpoint` was trained with another tokenizer than that of data.tokenizer."""
+    if checkpoint is not None:
+        run = checkpoint.parent.parent
+        check_tokenizer(tokenizer, read_manifest(checkpoint), checkpoint, run, where="data.tokenizer")
 
 
 def load(path: Path, model_chunks: nn.Module, optimizer: CombinedOptimizer, config: Config) -> Progress:

@@ -23,6 +23,7 @@ sample, is recomputed in memory by each process, in about 0.03 s per million sam
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -40,7 +41,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from dqt_dist.data.indexed import check_indexed, quiet_megatron_import
+from dqt_dist.data.indexed import check_ids, check_indexed, quiet_megatron_import
 from dqt_dist.data.tokenizer import Tokenizer, load_tokenizer
 from dqt_dist.errors import UserError
 
@@ -88,8 +89,8 @@ def build_datasets(
     it starts again from its beginning. vocab_size: the model's. tokenizer_path: None skips the checks against it.
     build_here: True in one process a node, which writes the index into `cache_dir`.
 
-    Raises UserError: missing, truncated or mismatched files (indexed.check_indexed), a vocabulary above the model's, a
-    source too small for one sample.
+    Raises UserError: missing, truncated or mismatched files (indexed.check_indexed), ids outside of the model's
+    vocabulary (indexed.check_ids), a source too small for one sample.
     """
     tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
     if tokenizer is not None and tokenizer.vocab_size > vocab_size:
@@ -111,8 +112,21 @@ def build_datasets(
     def build() -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset | None]:
         return training(), None if validation is None else validation()
 
+    opened = [("data.train", train), *([("data.valid", valid)] if validation is not None and valid is not None else [])]
+
+    def check_all_ids() -> None:
+        for field, blend in opened:
+            for index, (prefix, _) in enumerate(blend):
+                where = f"{field}[{index}].path"
+                check_ids(prefix, where=where, vocab_size=vocab_size, cache_folder=Path(cache_dir))
+
+    # One process a node reads the tokens; the others find what it found, so that all of them raise the same.
+    if build_here:
+        with contextlib.suppress(UserError):
+            check_all_ids()
     datasets = build() if build_here else None
     barrier()
+    check_all_ids()
     return build() if datasets is None else datasets
 
 

@@ -6,14 +6,16 @@
 
 Every document ends with the id `eod_id`. A prefix ("data/demo/train") names the three files. Writing is megatron.core's
 IndexedDatasetBuilder; this module feeds it from parallel processes, in the order of the input whatever their number,
-and checks the files before training, because Megatron maps them into memory unchecked: a truncated .bin is an error in
-the middle of a run, and ids above the vocabulary are an out-of-range read in the embedding.
+and checks the files before training, because Megatron maps them into memory unchecked: a truncated .bin or a damaged
+.idx is an error in the middle of a run, and ids above the vocabulary are an out-of-range read in the embedding, or a
+vector of zeros where the embedding is spread over tensor-parallel ranks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import multiprocessing
 import os
@@ -21,18 +23,20 @@ import signal
 import struct
 import threading
 import warnings
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from tqdm import tqdm
 
 from dqt_dist import MEGATRON_NOTES
 from dqt_dist.data.tokenizer import Tokenizer, document_hash, load_tokenizer
-from dqt_dist.errors import UserError
+from dqt_dist.errors import RunError, UserError
 
 MANIFEST_FORMAT = 1
 _IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds (documents + 1)
@@ -45,7 +49,8 @@ _DTYPES = {
     5: np.int64,
     8: np.uint16,
 }  # Megatron's codes of integer types
-_PROBED_TOKENS = 2**20  # ids looked at where no manifest states the vocabulary
+_INDEX_ENTRIES = 2**22  # looked at at a time
+_SCANNED_TOKENS = 2**24  # looked at at a time
 _BATCH_CHARACTERS = 2**20  # of text handed to a worker at a time: some 0.3 s of work
 
 
@@ -62,7 +67,7 @@ def quiet_megatron_import() -> Iterator[None]:
 class Manifest:
     """What NAME.json says about NAME.bin and NAME.idx. `text_bytes` (UTF-8) and `words` are those of the source text;
     `tokens` includes the end-of-document marks; `request` identifies inputs and options, so that a repeated preparation
-    can see that there is nothing to do."""
+    can see that there is nothing to do; `skipped_rows` counts the bad rows of those inputs that were left out."""
 
     documents: int
     tokens: int
@@ -75,6 +80,7 @@ class Manifest:
     bin_bytes: int
     idx_bytes: int
     request: str
+    skipped_rows: int = 0
     format: int = MANIFEST_FORMAT
 
     def write(self, path: Path) -> None:
@@ -101,15 +107,86 @@ class Manifest:
 
 
 @dataclasses.dataclass(frozen=True)
+class TextLoss:
+    """What documents lose on their way through a tokenizer and back.
+
+    A character counts as lost when the decoded text has fewer of its kind; `tokens` leaves out end-of-document marks.
+    `example` shows where the first document that changed is another one.
+    """
+
+    documents: int = 0
+    tokens: int = 0
+    unknown_tokens: int = 0
+    characters: int = 0
+    lost_characters: int = 0
+    newlines: int = 0
+    lost_newlines: int = 0
+    example: str = ""
+
+    def __add__(self, other: TextLoss) -> TextLoss:
+        sums = {
+            field.name: getattr(self, field.name) + getattr(other, field.name)
+            for field in dataclasses.fields(self)
+            if field.name != "example"
+        }
+        return TextLoss(**sums, example=self.example or other.example)
+
+    @property
+    def largest_share(self) -> float:
+        """The largest share of lost tokens, characters and newlines, in [0, 1]. Newlines stand alone because a
+        tokenizer that drops all of them loses few characters of most texts."""
+        parts = (self.unknown_tokens, self.lost_characters, self.lost_newlines)
+        return max(
+            part / (of or 1) for part, of in zip(parts, (self.tokens, self.characters, self.newlines), strict=True)
+        )
+
+    def __str__(self) -> str:
+        def share(part: int, of: int) -> str:
+            return f"{part:,} of {of:,} ({100 * part / (of or 1):.3g} %)"
+
+        return (
+            f"{share(self.unknown_tokens, self.tokens)} tokens are unknown, and decoding misses"
+            f" {share(self.lost_characters, self.characters)} characters and"
+            f" {share(self.lost_newlines, self.newlines)} newlines"
+            + (f"; for example {self.example}" if self.example else "")
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class EncodedBatch:
     """Some documents in input order, as token ids: document i is the next `lengths[i]` entries of `ids`, eod included.
-    `is_valid[i]` is whether the document belongs to the validation split."""
+    `is_valid[i]` is whether the document belongs to the validation split. `loss` is of all of them."""
 
     ids: np.ndarray
     lengths: list[int]
     text_bytes: list[int]
     words: list[int]
     is_valid: list[bool]
+    loss: TextLoss = TextLoss()
+
+
+def text_loss(tokenizer: Tokenizer, texts: list[str], ids: list[list[int]]) -> TextLoss:
+    """What `texts` lose as `ids`, their tokens without marks. Decoding all takes a tenth of the time of encoding."""
+    loss = TextLoss(
+        documents=len(texts),
+        tokens=sum(map(len, ids)),
+        unknown_tokens=sum(document.count(tokenizer.unknown_id) for document in ids),
+        characters=sum(map(len, texts)),
+        newlines=sum(text.count("\n") for text in texts),
+    )
+    for text, decoded in zip(texts, tokenizer.decode_batch(ids), strict=True):
+        if text != decoded:
+            missing = Counter(text) - Counter(decoded)
+            example = loss.example or _difference(text, decoded)
+            loss += TextLoss(lost_characters=missing.total(), lost_newlines=missing["\n"], example=example)
+    return loss
+
+
+def _difference(text: str, decoded: str) -> str:
+    """What stands around the first character that differs."""
+    alike = next((i for i, (a, b) in enumerate(zip(text, decoded, strict=False)) if a != b), len(decoded))
+    shown = slice(max(0, alike - 20), alike + 20)
+    return f"{text[shown]!r} comes back as {decoded[shown]!r}"
 
 
 def token_dtype(vocab_size: int) -> type[np.integer]:
@@ -128,6 +205,17 @@ def encode_documents(
 ) -> Iterator[EncodedBatch]:
     """Tokenise documents in `workers` processes; batches come in input order. At most 4 batches a worker are in
     memory."""
+    try:
+        yield from _encode_in_processes(documents, tokenizer_path, workers, valid_fraction)
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a tokenising process was killed, perhaps for want of memory; run it again with a smaller --workers"
+        ) from error
+
+
+def _encode_in_processes(
+    documents: Iterable[str], tokenizer_path: Path, workers: int, valid_fraction: float
+) -> Iterator[EncodedBatch]:
     context = multiprocessing.get_context("spawn")  # reading text starts threads, which a fork would copy half-way
     with ProcessPoolExecutor(workers, context, _start_worker, (str(tokenizer_path), valid_fraction)) as pool:
         batches = _batched_by_characters(documents)
@@ -173,15 +261,15 @@ def _end_with_parent() -> None:
 
 def _encode_batch(texts: list[str]) -> EncodedBatch:
     tokenizer, valid_fraction = _worker
-    # JSON may hold lone surrogates, which have no UTF-8 form.
-    texts = [text.encode("utf-8", "replace").decode("utf-8") for text in texts]
-    documents = [[*ids, tokenizer.eod_id] for ids in tokenizer.encode_batch(texts)]
+    encoded = tokenizer.encode_batch(texts)
+    documents = [[*ids, tokenizer.eod_id] for ids in encoded]
     return EncodedBatch(
         ids=np.fromiter(chain.from_iterable(documents), token_dtype(tokenizer.vocab_size)),
         lengths=[len(ids) for ids in documents],
         text_bytes=[len(text.encode()) for text in texts],
         words=[len(text.split()) for text in texts],
         is_valid=[belongs_to_valid(text, valid_fraction) for text in texts],
+        loss=text_loss(tokenizer, texts, encoded),
     )
 
 
@@ -193,7 +281,7 @@ class IndexedWriter:
         with quiet_megatron_import():
             from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
         self.prefix, self.tokenizer, self.request = prefix, tokenizer, request
-        self.documents = self.tokens = self.text_bytes = self.words = 0
+        self.documents = self.tokens = self.text_bytes = self.words = self.skipped_rows = 0
         self._dtype = token_dtype(tokenizer.vocab_size)
         self._builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=self._dtype)
 
@@ -231,6 +319,7 @@ class IndexedWriter:
             bin_bytes=os.path.getsize(f"{self.prefix}.bin"),
             idx_bytes=os.path.getsize(f"{self.prefix}.idx"),
             request=self.request,
+            skipped_rows=self.skipped_rows,
         )
         manifest.write(Path(f"{self.prefix}.json"))
         return manifest
@@ -244,21 +333,22 @@ def check_indexed(
 ) -> tuple[int, int]:
     """Check a .bin/.idx pair before training; returns (sequences, tokens).
 
-    where: the config field that names it, for the messages. vocab_size: the model's. Data without our manifest (made by
-    Megatron's own tool) are accepted: sizes are checked against each other and the ids of the first 2**20 tokens are
-    looked at. Raises UserError: missing, truncated or foreign files, a vocabulary above the model's, another tokenizer
+    where: the config field that names it, for the messages. vocab_size: the model's. Every entry of the index is looked
+    at, and no token: `check_ids` does that. Data without our manifest (made by Megatron's own tool) are accepted.
+    Raises UserError: missing, truncated, damaged or foreign files, a vocabulary above the model's, another tokenizer
     than the given one.
     """
     prefix = str(prefix)
     _check_exists(prefix, where)
-    dtype, sequences, tokens = _read_idx(Path(f"{prefix}.idx"), where)
+    header = _read_header(Path(f"{prefix}.idx"), where)
+    tokens = _check_index(Path(f"{prefix}.idx"), header, where)
     manifest = Manifest.read(Path(f"{prefix}.json"))
     bin_bytes = os.path.getsize(f"{prefix}.bin")
-    expected_bytes = tokens * dtype.itemsize
+    expected_bytes = tokens * header.dtype.itemsize
     if bin_bytes != expected_bytes:
         raise UserError(
             f"{where}: {prefix}.bin has {bin_bytes} bytes, but {prefix}.idx describes {tokens} tokens of"
-            f" {dtype.itemsize} bytes, {expected_bytes} bytes: the file is"
+            f" {header.dtype.itemsize} bytes, {expected_bytes} bytes: the file is"
             f" {'cut short' if bin_bytes < expected_bytes else 'another one'};"
             " copy or prepare it again"
         )
@@ -266,13 +356,61 @@ def check_indexed(
         raise UserError(f"{where}: {prefix}.bin holds no tokens")
     if manifest is not None:
         _check_manifest(manifest, prefix, where, tokens, vocab_size, tokenizer)
-    else:
-        largest = int(np.fromfile(f"{prefix}.bin", dtype, count=_PROBED_TOKENS).max())
-        if largest >= vocab_size:
-            raise UserError(
-                f"{where}: {prefix}.bin holds token id {largest}, but {_too_small(vocab_size, largest + 1)}"
-            )
-    return sequences, tokens
+    return header.sequences, tokens
+
+
+def check_ids(prefix: str | Path, *, where: str, vocab_size: int, cache_folder: Path) -> None:
+    """Check that every id in a .bin file, which `check_indexed` accepted, is in [0, vocab_size); UserError otherwise.
+
+    The file is read once, by whoever comes first. What was found is kept beside it in NAME.ids.json, or in
+    `cache_folder` where nothing can be written beside it, and counts as long as size, time and inode of the .bin stay.
+    """
+    found = _ids_of(str(prefix), where, cache_folder)
+    if found.smallest < 0:
+        raise UserError(f"{where}: {prefix}.bin holds token id {found.smallest}; copy or prepare it again")
+    if found.largest >= vocab_size:
+        raise UserError(
+            f"{where}: {prefix}.bin holds token id {found.largest}, but {_too_small(vocab_size, found.largest + 1)}, or"
+            " copy the file again if its tokenizer has no such id"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ids:
+    """What NAME.ids.json says: of which file, and its smallest and largest id."""
+
+    bin_bytes: int
+    bin_mtime_ns: int
+    bin_inode: int
+    dtype: str
+    smallest: int
+    largest: int
+
+
+def _ids_of(prefix: str, where: str, cache_folder: Path) -> _Ids:
+    stat = os.stat(f"{prefix}.bin")
+    dtype = _read_header(Path(f"{prefix}.idx"), where).dtype
+    identity = (stat.st_size, stat.st_mtime_ns, stat.st_ino, dtype.name)
+    named = hashlib.sha256(os.path.abspath(prefix).encode()).hexdigest()[:16]
+    places = [Path(f"{prefix}.ids.json"), cache_folder / f"{named}.ids.json"]
+    for place in places:
+        with contextlib.suppress(OSError, ValueError, TypeError):  # missing, or not such a file: it is made anew
+            known = _Ids(**json.loads(place.read_text()))
+            if dataclasses.astuple(known)[:4] == identity:
+                return known
+    tokens = np.memmap(f"{prefix}.bin", dtype, mode="r")
+    parts = [slice(first, first + _SCANNED_TOKENS) for first in range(0, len(tokens), _SCANNED_TOKENS)]
+    shown = tqdm(parts, desc=f"ids of {prefix}.bin", delay=5, disable=None, leave=False)
+    ranges = [(int(tokens[part].min()), int(tokens[part].max())) for part in shown]
+    found = _Ids(*identity, smallest=min(low for low, _ in ranges), largest=max(high for _, high in ranges))
+    for place in places:
+        with contextlib.suppress(OSError):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            partial = place.with_name(f".{place.name}.{os.getpid()}")
+            partial.write_text(json.dumps(dataclasses.asdict(found)) + "\n")
+            partial.rename(place)
+            break
+    return found
 
 
 def _check_exists(prefix: str, where: str) -> None:
@@ -294,32 +432,71 @@ def _check_exists(prefix: str, where: str) -> None:
     raise UserError(f"{message}; {hint}")
 
 
-def _read_idx(path: Path, where: str) -> tuple[np.dtype[Any], int, int]:
-    """(token dtype, sequences, tokens) of a Megatron .idx file, after checking its size."""
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    """What the head of an .idx file says."""
+
+    dtype: np.dtype[Any]
+    sequences: int
+    bounds: int
+    """Of documents: one more than there are."""
+
+    def array(self, path: Path, dtype: type[np.integer], count: int, skipped_bytes: int) -> np.ndarray:
+        """A part of the file behind its head, mapped."""
+        return np.memmap(path, dtype, mode="r", offset=_IDX_HEADER.size + skipped_bytes, shape=count)
+
+
+def _read_header(path: Path, where: str) -> _Header:
+    """The head of a Megatron .idx file, after checking the size of the file."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         head = file.read(_IDX_HEADER.size)
-        if len(head) < _IDX_HEADER.size or head[:9] != _IDX_MAGIC:
-            raise UserError(f"{where}: {path} is not a Megatron index file ({size} bytes)")
-        _, version, code, sequences, bounds = _IDX_HEADER.unpack(head)
-        if version != 1 or code not in _DTYPES:
+    if len(head) < _IDX_HEADER.size or head[:9] != _IDX_MAGIC:
+        raise UserError(f"{where}: {path} is not a Megatron index file ({size} bytes)")
+    _, version, code, sequences, bounds = _IDX_HEADER.unpack(head)
+    if version != 1 or code not in _DTYPES:
+        raise UserError(
+            f"{where}: {path} has index version {version} and dtype code {code}; known is version 1 of integers"
+        )
+    expected = _IDX_HEADER.size + sequences * (4 + 8) + bounds * 8
+    if size != expected or bounds == 0:
+        raise UserError(
+            f"{where}: {path} has {size} bytes, but its header describes {sequences} sequences and {bounds} document"
+            f" bounds, {expected} bytes; copy or prepare it again"
+        )
+    return _Header(np.dtype(_DTYPES[code]), sequences, bounds)
+
+
+def _check_index(path: Path, header: _Header, where: str) -> int:
+    """The tokens that an index describes, after a look at every entry: sequences lie one after another from byte 0 on,
+    and the bounds of documents go from 0 to the number of sequences."""
+    sequences, item_bytes = header.sequences, header.dtype.itemsize
+    if not sequences:
+        return 0
+    lengths = header.array(path, np.int32, sequences, 0)
+    offsets_bytes = header.array(path, np.int64, sequences, 4 * sequences)
+    bounds = header.array(path, np.int64, header.bounds, 12 * sequences)
+    end = 0
+    for first in range(0, sequences, _INDEX_ENTRIES):
+        part = slice(first, first + _INDEX_ENTRIES)
+        ends = end + np.cumsum(lengths[part], dtype=np.int64)
+        starts = ends - lengths[part]
+        if (wrong := (lengths[part] < 0) | (offsets_bytes[part] != starts * item_bytes)).any():
+            i = int(wrong.argmax())
             raise UserError(
-                f"{where}: {path} has index version {version} and dtype code {code}; known is version 1 of integers"
+                f"{where}: {path} is damaged: sequence {first + i} has {lengths[first + i]} tokens and begins at byte"
+                f" {offsets_bytes[first + i]}, where those before it end at byte {starts[i] * item_bytes}; copy or"
+                " prepare it again"
             )
-        dtype = np.dtype(_DTYPES[code])
-        expected = _IDX_HEADER.size + sequences * (4 + 8) + bounds * 8
-        if size != expected:
-            raise UserError(
-                f"{where}: {path} has {size} bytes, but its header describes {sequences} sequences, {expected} bytes;"
-                " copy or prepare it again"
-            )
-        if sequences == 0:
-            return dtype, 0, 0
-        file.seek(_IDX_HEADER.size + 4 * (sequences - 1))
-        last_length = struct.unpack("<i", file.read(4))[0]
-        file.seek(_IDX_HEADER.size + 4 * sequences + 8 * (sequences - 1))
-        last_offset_bytes = struct.unpack("<q", file.read(8))[0]
-    return dtype, sequences, last_offset_bytes // dtype.itemsize + last_length
+        end = int(ends[-1])
+    wrong = np.diff(bounds, prepend=0, append=sequences) < 0
+    if bounds[0] != 0 or bounds[-1] != sequences or wrong.any():
+        i = min(int(wrong.argmax()), header.bounds - 1) if wrong.any() else 0 if bounds[0] else header.bounds - 1
+        raise UserError(
+            f"{where}: {path} is damaged: document bound {i} is {bounds[i]}; bounds grow from 0 to {sequences}, the"
+            " number of sequences; copy or prepare it again"
+        )
+    return end
 
 
 def _check_manifest(

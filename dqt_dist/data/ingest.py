@@ -1,35 +1,56 @@
 """Where documents come from: local files, the Python documentation, or a Hugging Face dataset.
 
-Hugging Face `datasets` reads and decompresses everything, in streaming mode: nothing is copied to its cache, memory
-stays bounded, and documents come in the order of the files and of the lines in them. What a document is:
+Files are read as streams: memory stays bounded, and documents come in the order of the files and of the lines in them.
+Only the wanted field is looked at, so what else a row holds, and of which type, does not matter. What a document is:
 
-    .jsonl    one JSON object per line; the document is its `text_key` field
-    .parquet  one row; the document is its `text_key` column
-    .txt      the file is cut at empty lines into documents of at least TEXT_DOCUMENT_CHARACTERS. A short file is one
-              document; a book becomes several, so that shuffling and a validation split have something to work on,
-              and each is still far longer than a paragraph
+    .jsonl    one JSON object per line (also named .json); the document is its `text_key` field
+    .parquet  one row; the document is its `text_key` column, of strings or of UTF-8 bytes
+    .txt      the file is cut after empty lines into documents of at least TEXT_DOCUMENT_CHARACTERS, so that shuffling
+              and a validation split have something to work on. A short file is one document. Documents one after
+              another are the file, every empty line included
     each of them also compressed as .gz or .zst (windows up to 128 MiB, zstd's own default limit)
 
-Documents without any text (empty or white space) are dropped here.
+The key `meta.text` is the field `text` of the object `meta`. A byte-order mark that begins a file is not text.
+Documents without any text (null, empty or white space) are dropped here, and a file may hold none.
+
+A bad row has no such field, or a value that is no text: broken JSON, another type, bytes that are not UTF-8, half a
+surrogate pair. The caller says what happens with it; by default it ends the reading with its file and line.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import glob
+import gzip
+import io
+import json
+import shutil
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
 
 from dqt_dist.errors import UserError
 
+T = TypeVar("T")
+
 PYTHON_DOCS = "python-docs"
 TEXT_DOCUMENT_CHARACTERS = 8192  # about 2,000 tokens, as long as the contexts that are trained on here
+# Where a .txt file has no empty line for so long, it is cut at the end of a line: a document is held in memory.
+_LONGEST_TEXT_DOCUMENT = 2**20
 
-_FORMATS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+_FORMATS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _COMPRESSIONS = (".gz", ".zst")
+_PARQUET_ROWS = 1024  # read at a time
+# JSON's words for what Python's types are called here; every number is read as a float, however long it is.
+_JSON_KINDS = {float: "a number", bool: "true or false", list: "an array", dict: "an object", str: "a string"}
+_json = json.JSONDecoder(parse_int=float)
+
+OnBadRow = Callable[[str], None]
+"""Gets the message that names a bad row and says what is wrong with it; the row is left out when it returns."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +110,20 @@ def local_source(inputs: list[str], text_key: str = "text") -> Source:
     return Source(files=tuple(files), text_key=text_key)
 
 
-def read_documents(source: Source) -> Iterator[str]:
+def refuse_row(message: str) -> None:
+    """Raises the UserError for a bad row."""
+    raise UserError(message)
+
+
+def read_documents(source: Source, on_bad_row: OnBadRow = refuse_row) -> Iterator[str]:
     """Yield the documents of a source that hold any text, in order. Raises UserError naming the file for unreadable
     input."""
     if source.python_docs:
         texts: Iterator[str] = _python_docs()
     elif source.hub is not None:
-        texts = _read_hub(source.hub, source.text_key)
+        texts = _read_hub(source.hub, source.text_key, on_bad_row)
     else:
-        texts = (text for path in source.files for text in _read_file(path, source.text_key))
+        texts = (text for path in source.files for text in _read_file(path, source.text_key, on_bad_row))
     return (text for text in texts if text.strip())
 
 
@@ -120,7 +146,7 @@ def _python_docs() -> Iterator[str]:
 
 
 def _format_of(path: Path) -> str:
-    """The `datasets` builder for a file name: text, json or parquet."""
+    """How a file of this name is read: as text, json or parquet."""
     suffixes = path.suffixes[-2:]
     kind = suffixes[0] if len(suffixes) == 2 and suffixes[1] in _COMPRESSIONS else path.suffix
     if kind not in _FORMATS:
@@ -131,69 +157,207 @@ def _format_of(path: Path) -> str:
     return _FORMATS[kind]
 
 
-def _datasets() -> Any:
-    """The `datasets` module, imported late (it takes seconds), without its log lines: its errors reach the user once,
-    as ours."""
-    import datasets
-
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)
-    return datasets
-
-
-def _read_file(path: Path, text_key: str) -> Iterator[str]:
-    datasets = _datasets()
-    kind = _format_of(path)
-    if path.stat().st_size == 0:
-        raise UserError(f"--input {path}: the file is empty")
+def _read_file(path: Path, text_key: str, on_bad_row: OnBadRow) -> Iterator[str]:
+    where = f"--input {path}"
     if path.suffix == ".zst":
         _require_complete_zstd(path)
-    with _errors_name(f"--input {path}"):
-        # Escaped, because data_files takes patterns and the name of a file may look like one.
-        arguments = {"data_files": glob.escape(str(path.resolve())), "split": "train", "streaming": True}
-        if kind == "text":
-            yield from _joined_paragraphs(
-                r["text"] for r in datasets.load_dataset("text", sample_by="paragraph", **arguments)
-            )
-        else:
-            yield from _texts_of(datasets.load_dataset(kind, **arguments), text_key, f"--input {path}")
+    with _errors_name(where), _decompressed(path) as file:
+        match _format_of(path):
+            case "parquet":
+                yield from _parquet_texts(file, text_key, where, on_bad_row)
+            case "json":
+                yield from _texts(_lines(file), lambda line: _json_text(line, text_key), f"{where}, line", on_bad_row)
+            case _:
+                yield from _text_documents(_texts(_lines(file), _utf8, f"{where}, line", on_bad_row))
 
 
-def _read_hub(hub: HubDataset, text_key: str) -> Iterator[str]:
-    datasets = _datasets()
+@contextlib.contextmanager
+def _decompressed(path: Path) -> Iterator[IO[bytes]]:
+    """The bytes of a file, without its compression. Those of .parquet.gz are put into a temporary file: parquet is read
+    from its end."""
+    with contextlib.ExitStack() as opened:
+        file: Any = opened.enter_context(open(path, "rb"))
+        if path.suffix == ".gz":
+            file = opened.enter_context(gzip.GzipFile(fileobj=file))
+        elif path.suffix == ".zst":
+            import zstandard
+
+            reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+            file = opened.enter_context(io.BufferedReader(reader, 2**17))  # which has lines
+        if path.suffix in _COMPRESSIONS and _format_of(path) == "parquet":
+            whole = opened.enter_context(tempfile.TemporaryFile())
+            shutil.copyfileobj(file, whole)
+            file = whole
+        yield file
+
+
+# ---- rows ----
+
+
+class _BadRow(Exception):
+    """What is wrong with one row."""
+
+
+def _texts(rows: Iterable[T], text_of: Callable[[T], str | None], where: str, on_bad_row: OnBadRow) -> Iterator[str]:
+    """The text of each row that has one. `where` and the number of a bad row, counted from 1, name it."""
+    for number, row in enumerate(rows, start=1):
+        try:
+            text = text_of(row)
+        except _BadRow as error:
+            on_bad_row(f"{where} {number}: {error}")
+            continue
+        if text is not None:
+            yield text
+
+
+def _lines(file: IO[bytes]) -> Iterator[bytes]:
+    """The lines with their ends, which are newlines alone (str.splitlines knows ten more), without a first mark."""
+    for number, line in enumerate(file):
+        yield line if number else line.removeprefix(codecs.BOM_UTF8)
+
+
+def _utf8(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise _BadRow(f"is not UTF-8: byte {data[error.start]:#04x} at position {error.start + 1}") from error
+
+
+def _json_text(line: bytes, text_key: str) -> str | None:
+    """The text field of a line; None for an empty line."""
+    # The mark begins a line where files with marks were put together.
+    text = _utf8(line).strip().removeprefix("\ufeff")
+    try:
+        return _text_of(_json.decode(text), text_key) if text else None
+    except json.JSONDecodeError as error:
+        raise _BadRow(f"is not one JSON object: {error.msg} (column {error.colno})") from error
+    except RecursionError as error:
+        raise _BadRow("is nested too deeply") from error
+
+
+def _text_of(row: object, text_key: str) -> str | None:
+    """The field `text_key` of a row; None where it is null, or the object that has it."""
+    value = row
+    for key in _path(row, text_key):
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise _BadRow(f"is {_kind(value)}, expected an object with the key {text_key!r}")
+        if key not in value:
+            raise _BadRow(f"has no key {text_key!r}; it has {_listed(value)}. Set --text-key")
+        value = value[key]
+    if isinstance(value, bytes):
+        value = _utf8(value)
+    if value is not None and not isinstance(value, str):
+        raise _BadRow(f"{text_key!r} is {_kind(value)}, expected a string. Set --text-key")
+    if value is not None and not value.isascii():
+        _require_whole_characters(value, text_key)
+    return value
+
+
+def _path(fields: object, text_key: str) -> list[str]:
+    """The keys from the row to the text: a field of the whole name comes before one inside an object."""
+    return [text_key] if isinstance(fields, dict | list) and text_key in fields else text_key.split(".")
+
+
+def _kind(value: object) -> str:
+    return _JSON_KINDS.get(type(value), type(value).__name__)
+
+
+def _listed(names: Iterable[str]) -> str:
+    shown = list(map(repr, names))
+    return ", ".join(shown[:20]) + (f" and {len(shown) - 20} more" if len(shown) > 20 else "") if shown else "none"
+
+
+def _require_whole_characters(text: str, text_key: str) -> None:
+    """JSON may hold half a surrogate pair (a text that was cut inside of an emoji), which has no UTF-8 form."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(text[error.start]):04x}"
+        raise _BadRow(f"{text_key!r} holds {half}, half a surrogate pair, at character {error.start + 1}") from error
+
+
+def _text_documents(lines: Iterable[str]) -> Iterator[str]:
+    """Cut after empty lines into documents of at least TEXT_DOCUMENT_CHARACTERS; the last may be shorter."""
+    document: list[str] = []
+    characters, after_empty = 0, False
+    for line in lines:
+        empty = not line.strip()
+        at_cut = after_empty and not empty and characters >= TEXT_DOCUMENT_CHARACTERS
+        if at_cut or characters >= _LONGEST_TEXT_DOCUMENT:
+            yield "".join(document)
+            document, characters = [], 0
+        document.append(line)
+        characters += len(line)
+        after_empty = empty
+    yield "".join(document)
+
+
+# ---- parquet ----
+
+
+def _parquet_texts(file: IO[bytes], text_key: str, where: str, on_bad_row: OnBadRow) -> Iterator[str]:
+    from pyarrow.parquet import ParquetFile
+
+    table = ParquetFile(file)
+    path = _path(table.schema_arrow.names, text_key)
+    if not _require_text_column(table.schema_arrow, path, text_key, where):
+        return
+    values = (
+        value
+        for batch in table.iter_batches(batch_size=_PARQUET_ROWS, columns=[text_key])
+        for value in _column_bytes(batch, path)
+    )
+    yield from _texts(values, lambda value: None if value is None else _utf8(value), f"{where}, row", on_bad_row)
+
+
+def _require_text_column(schema: Any, path: list[str], text_key: str, where: str) -> bool:
+    """Whether the column can hold text; one of nulls, as a table without rows may have, cannot. Raises UserError for a
+    missing column and one of another type."""
+    import pyarrow
+    from pyarrow import types
+
+    kind = pyarrow.struct(list(schema))
+    for key in path:
+        if not types.is_struct(kind) or kind.get_field_index(key) < 0:
+            raise UserError(f"{where}: has no column {text_key!r}; it has {_listed(schema.names)}. Set --text-key")
+        kind = kind.field(key).type
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    texts = (types.is_string, types.is_large_string, types.is_string_view, types.is_binary, types.is_large_binary)
+    if not any(is_one(kind) for is_one in (*texts, types.is_binary_view, types.is_null)):
+        raise UserError(f"{where}: column {text_key!r} is {kind}, expected strings. Set --text-key")
+    return not types.is_null(kind)
+
+
+def _column_bytes(batch: Any, path: list[str]) -> list[bytes | None]:
+    """The values of a column of text as bytes, which pyarrow does not decode: one bad value would fail all."""
+    import pyarrow
+    from pyarrow import compute
+
+    column = batch.column(path[0])
+    if len(path) > 1:
+        column = compute.struct_field(column, path[1:])
+    if pyarrow.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    return column.cast(pyarrow.large_binary()).to_pylist()
+
+
+# ---- the hub ----
+
+
+def _read_hub(hub: HubDataset, text_key: str, on_bad_row: OnBadRow) -> Iterator[str]:
+    import datasets  # takes seconds
+
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # its errors reach the user once, as ours
     where = f"--hf-dataset {hub.name}"
     with _errors_name(where):
         rows = datasets.load_dataset(hub.name, hub.config, split=hub.split, streaming=True)
-        yield from _texts_of(rows, text_key, where)
-
-
-def _texts_of(rows: Any, text_key: str, where: str) -> Iterator[str]:
-    """The text field of each row of an IterableDataset."""
-    for number, row in enumerate(rows, start=1):
-        text = row.get(text_key)
-        if isinstance(text, str):
-            yield text
-        elif text_key not in row:
-            raise UserError(
-                f"{where}: row {number} has no key {text_key!r}; it has {', '.join(map(repr, row))}. Set --text-key"
-            )
-        elif text is not None:  # null is a document without text
-            raise UserError(
-                f"{where}: row {number}: {text_key!r} is {type(text).__name__}, expected a string. Set --text-key"
-            )
-
-
-def _joined_paragraphs(paragraphs: Iterator[str]) -> Iterator[str]:
-    """Join paragraphs by empty lines into documents of at least TEXT_DOCUMENT_CHARACTERS; the last may be shorter."""
-    document: list[str] = []
-    characters = 0
-    for paragraph in paragraphs:
-        document.append(paragraph.strip("\n"))
-        characters += len(paragraph)
-        if characters >= TEXT_DOCUMENT_CHARACTERS:
-            yield "\n\n".join(document)
-            document, characters = [], 0
-    if document:
-        yield "\n\n".join(document)
+        column = _path(rows.column_names, text_key)[0]
+        if column in (rows.column_names or ()):
+            rows = rows.select_columns(column)  # the others may be images or sounds, which would be decoded
+        yield from _texts(rows, lambda row: _text_of(row, text_key), f"{where}, row", on_bad_row)
 
 
 def _require_complete_zstd(path: Path) -> None:

@@ -32,18 +32,22 @@ class Tokenizer:
     """A loaded SentencePiece model; `load_tokenizer` makes it.
 
     vocab_size: number of pieces, so ids are in [0, vocab_size). eod_id: the id that ends a document (</s>).
-    sha256: of the model file, in hexadecimal; the prepared data carry it, so that a wrong pair of files is noticed.
+    unknown_id: the id that stands for whatever has no piece (<unk>); our own models never need it.
+    model: the bytes of the file. sha256: of them, in hexadecimal; prepared data and checkpoints carry it, so that a
+    wrong pair is noticed.
     """
 
     def __init__(self, path: Path, model: bytes) -> None:
         import sentencepiece
 
         self.path = path
+        self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size: int = self._processor.vocab_size()
             self.eod_id: int = self._processor.eos_id()
+            self.unknown_id: int = self._processor.unk_id()
         except RuntimeError as error:
             raise UserError(f"tokenizer {path}: not a SentencePiece model file ({len(model)} bytes)") from error
         if self.vocab_size == 0:  # what SentencePiece makes of an empty file, without an error
@@ -65,6 +69,10 @@ class Tokenizer:
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids; <s> and </s> give nothing."""
         return self._processor.decode([int(i) for i in ids])
+
+    def decode_batch(self, ids: list[list[int]]) -> list[str]:
+        """The text of each list of token ids."""
+        return self._processor.decode(ids) if ids else []
 
     def piece(self, token_id: int) -> str:
         """The piece of one id as SentencePiece writes it (a leading space is U+2581). Raises IndexError outside the

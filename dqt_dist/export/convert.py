@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dqt_dist.checkpoint.reader import CheckpointReader
+from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_FILE, check_tokenizer
 from dqt_dist.data.tokenizer import Tokenizer, load_tokenizer
 from dqt_dist.dtypes import TORCH_DTYPES
 from dqt_dist.errors import UserError
@@ -70,7 +71,7 @@ def convert(request: Request) -> None:
             shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
         else:
             lines = _export_hf(folder, weights, tokenizer, export_format, request)
-        record = record_of(weights, export_format)
+        record = record_of(weights, export_format, tokenizer)
         if weights.ternarize or weights.of_latents:
             lines += _tell_other_weights(record, weights, tokenizer, request.verify)
         write_json(folder / RECORD, record)
@@ -134,16 +135,17 @@ def find_tokenizer(given: Path | None, reader: CheckpointReader) -> Tokenizer:
     """The tokenizer of a run: `given` by --tokenizer, tokenizer.model in the run folder, or the file that the config
     names.
 
-    Imported models have the file in the run folder. Raises UserError when there is none, or one of another model.
+    Raises UserError when there is none, or one that the model was not trained with.
     """
     run = reader.path.parent.parent
     configured = Path(reader.config.data.tokenizer)
-    candidates = [given] if given else [run / "tokenizer.model", configured]
+    candidates = [given] if given else [run / TOKENIZER_FILE, configured]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         places = " and ".join(str(path) for path in candidates)
         raise UserError(f"tokenizer: no file {places}; give the SentencePiece .model of the run by --tokenizer")
     tokenizer = load_tokenizer(found)
+    check_tokenizer(tokenizer, reader.manifest, reader.path, run, where="--tokenizer" if given else "tokenizer")
     check_pieces(tokenizer, reader.config.model.vocab_size)
     return tokenizer
 

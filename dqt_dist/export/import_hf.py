@@ -17,7 +17,9 @@ import torch
 from pydantic import ValidationError
 
 from dqt_dist.checkpoint.folder import Progress
+from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_FILE, TOKENIZER_SHA256, check_tokenizer
 from dqt_dist.config import Config, load_config, to_json
+from dqt_dist.data.tokenizer import load_tokenizer
 from dqt_dist.errors import UserError
 from dqt_dist.export.folder import check_output, new_folder
 from dqt_dist.export.hf_reader import HfFolder, HfWeights
@@ -36,12 +38,18 @@ def import_hf(source: Path, output: Path, config_file: Path | None, tokenizer: P
     config = _with_folder(_config(folder, config_file), output)
     weights = HfWeights(folder, config)
     progress = _progress(folder)
-    model_file = tokenizer or source / "tokenizer.model"
+    provenance: dict[str, Any] = {"figures": (folder.record or {}).get("figures", {})}
+    model_file = tokenizer or source / TOKENIZER_FILE
+    if model_file.is_file():
+        loaded = load_tokenizer(model_file)
+        where = "--tokenizer" if tokenizer else "tokenizer"
+        check_tokenizer(loaded, folder.record or {}, source, source, where)
+        provenance[TOKENIZER_SHA256] = loaded.sha256
     with new_folder(output) as scratch:
         if model_file.is_file():
-            shutil.copyfile(model_file, scratch / "tokenizer.model")
+            shutil.copyfile(model_file, scratch / TOKENIZER_FILE)
         (scratch / "config.json").write_text(to_json(config))
-        _save(weights, config, scratch, progress, {"figures": (folder.record or {}).get("figures", {})})
+        _save(weights, config, scratch, progress, provenance)
     print(
         f"{output}: a checkpoint at step {progress.step}; train on: launchers/pretrain.py --config {output}/config.json"
     )

@@ -3,6 +3,7 @@
     config     complete config of the run, data paths as they stand there; its folder is left out, since it says nothing
                about the model
     progress   step, tokens, samples
+    tokenizer_sha256   of the tokenizer that the model was trained with
     figures    losses and perplexities of the run's summary, where it has one
     format     the format of the export      bits   of its codes
     weights    "codes", or "latent" when the floats of the export are the latents' values
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from dqt_dist.checkpoint.reader import CheckpointReader
+from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_SHA256
+from dqt_dist.data.tokenizer import Tokenizer
 from dqt_dist.export.weights import Weights
 
 RECORD = "dqt_dist.json"
@@ -27,7 +30,7 @@ FIGURES = ("valid_loss", "valid_perplexity", "last_loss", "parameters", "low_bit
 RUN_FOLDER = "runs/imported"
 
 
-def record_of(weights: Weights, export_format: str) -> dict[str, Any]:
+def record_of(weights: Weights, export_format: str, tokenizer: Tokenizer) -> dict[str, Any]:
     """The record of an export."""
     reader = weights.reader
     # An export of latents is of a run with codes, and can become this run again.
@@ -36,6 +39,7 @@ def record_of(weights: Weights, export_format: str) -> dict[str, Any]:
     return {
         "config": config,
         "progress": asdict(reader.progress),
+        TOKENIZER_SHA256: tokenizer.sha256,
         "figures": figures_of(reader),
         "format": export_format,
         "bits": weights.config.quantization.bits if weights.has_codes else None,

@@ -93,8 +93,8 @@ def read_stream(data: str, tokenizer: Tokenizer, vocab_size: int, text_key: str,
     ids = ids[:max_tokens]
     if len(ids) == 0:
         raise UserError(f"--data {data}: holds no text")
-    if ids.max() >= tokenizer.vocab_size:
-        raise UserError(f"--data {data}: holds token id {ids.max()}, the tokenizer has {tokenizer.vocab_size} pieces")
+    if wrong := [i for i in (ids.min(), ids.max()) if not 0 <= i < tokenizer.vocab_size]:
+        raise UserError(f"--data {data}: holds token id {wrong[0]}, the tokenizer has {tokenizer.vocab_size} pieces")
     return np.concatenate([np.array([tokenizer.eod_id], dtype=np.int32), ids])
 
 
@@ -113,9 +113,7 @@ def _encoded(data: str, tokenizer: Tokenizer, text_key: str, max_tokens: int | N
     try:
         documents = read_documents(local_source([data], text_key))
         for text in tqdm(documents, desc="tokens", unit=" documents", file=sys.stderr, disable=None, leave=False):
-            # JSON may hold lone surrogates, which have no UTF-8 form; tools/prepare_data.py does the same.
-            ids = tokenizer.encode(text.encode("utf-8", "replace").decode("utf-8"))
-            parts.append(np.array([*ids, tokenizer.eod_id], dtype=np.int32))
+            parts.append(np.array([*tokenizer.encode(text), tokenizer.eod_id], dtype=np.int32))
             count += len(parts[-1])
             if max_tokens is not None and count > max_tokens:
                 break

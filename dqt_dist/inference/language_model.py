@@ -24,6 +24,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from dqt_dist.checkpoint.reader import CheckpointReader
+from dqt_dist.checkpoint.run_tokenizer import check_tokenizer
 from dqt_dist.data.tokenizer import Tokenizer, load_tokenizer
 from dqt_dist.dtypes import TORCH_DTYPES
 from dqt_dist.errors import UserError
@@ -183,6 +184,8 @@ def _open_export(path: Path, tokenizer: Path | None, device: torch.device, dtype
     if not model_file.is_file():
         raise UserError(f"{path}: no file {model_file}; give the SentencePiece .model by --tokenizer")
     loaded_tokenizer = load_tokenizer(model_file)
+    record = read_json(path / RECORD) if (path / RECORD).is_file() else {}
+    check_tokenizer(loaded_tokenizer, record, path, path, where="--tokenizer" if tokenizer else "tokenizer")
     check_pieces(loaded_tokenizer, values["vocab_size"])
     try:
         with quiet_transformers():
@@ -190,7 +193,7 @@ def _open_export(path: Path, tokenizer: Path | None, device: torch.device, dtype
     except (OSError, ValueError, KeyError, SafetensorError, VerificationError) as error:
         first_line = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UserError(f"{path}: transformers cannot open it ({first_line}); export it again") from error
-    made_by = read_json(path / RECORD).get("format", "hf") if (path / RECORD).is_file() else "Hugging Face folder"
+    made_by = record.get("format", "hf") if record else "Hugging Face folder"
     description = f"{path} ({made_by}, as transformers computes it, {dtype} on {device.type})"
     context = values["max_position_embeddings"]
     return LanguageModel(model, loaded_tokenizer, context, values["vocab_size"], device, description)

@@ -15,9 +15,11 @@ import torch
 import torch.distributed as dist
 
 from dqt_dist.checkpoint import store
+from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_SHA256
 from dqt_dist.config import Config, ProcessGrid, process_grid
 from dqt_dist.data.dataset import build_datasets
 from dqt_dist.data.loader import Loader
+from dqt_dist.data.tokenizer import load_tokenizer
 from dqt_dist.errors import RunError
 from dqt_dist.launch import Launch
 from dqt_dist.layers.build import build_model
@@ -28,6 +30,7 @@ from dqt_dist.training.cuda_graph import choose_forward_backward
 from dqt_dist.training.low_bit_metrics import LowBitMetricsCollector
 from dqt_dist.training.recorder import Recorder
 from dqt_dist.training.replica_check import check_replicas
+from dqt_dist.training.run_folder import only_writer, set_aside_other_course
 from dqt_dist.training.step import StepResult, evaluate, mean_over_data, train_step
 from dqt_dist.training.stop import StopSignal
 
@@ -40,7 +43,8 @@ def train(config: Config, launch: Launch, resume: str) -> dict[str, Any] | None:
     """
     groups = initialize(config, launch)
     try:
-        return Trainer(config, groups, resume).run()
+        with only_writer(config):
+            return Trainer(config, groups, resume).run()
     finally:
         finalize()
 
@@ -52,6 +56,8 @@ class Trainer:
         self.config, self.groups = config, groups
         self.process_grid: ProcessGrid = process_grid(config, groups.world.size())
         checkpoint = store.find(config, resume)
+        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        store.check_tokenizer_of(checkpoint, self.tokenizer)
         self.progress = store.start_of(checkpoint)
         self.train_loader, self.valid_loader = build_loaders(config, groups, self.progress)
         self.model_chunks = build_model(config, groups)
@@ -62,7 +68,10 @@ class Trainer:
         if checkpoint is not None:
             store.load(checkpoint, self.model_chunks, self.optimizer, config)
         self.checkpoint_writer = store.open_writer(config)
-        self.recorder = Recorder(config, groups.world.rank(), self.step)
+        left = set_aside_other_course(config, checkpoint)
+        self.recorder = Recorder(config, self.tokenizer, groups.world.rank(), self.step)
+        if left is not None:
+            self.recorder.say(f"what an earlier course left in {config.checkpoint.dir} is set aside as {left}")
         if checkpoint is not None:
             self.recorder.say(f"resumed from {checkpoint} at step {self.step}")
             for path in store.set_aside_newer(config, checkpoint):
@@ -195,7 +204,11 @@ class Trainer:
         if self.config.training.replica_check_interval:
             self._check_replicas()  # no checkpoint of a run whose replicas differ
         self._stop_clock()
-        provenance = {"layout": asdict(self.process_grid), "versions": cost.versions()}
+        provenance = {
+            "layout": asdict(self.process_grid),
+            "versions": cost.versions(),
+            TOKENIZER_SHA256: self.tokenizer.sha256,
+        }
         store.save(self.checkpoint_writer, self.model_chunks, self.optimizer, self.config, self.progress, provenance)
         self.saved_step = self.step
         self._start_clock()

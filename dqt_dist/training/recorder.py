@@ -4,7 +4,7 @@ A run folder:
 
     config.json       the complete config            metrics.jsonl   one line per logged step
     tb/               TensorBoard                    checkpoints/    step_NNNNNNNN
-    summary.json      at the end
+    tokenizer.model   a copy of data.tokenizer       summary.json    at the end
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_FILE
 from dqt_dist.config import Config, to_json
+from dqt_dist.data.tokenizer import Tokenizer
 from dqt_dist.training.low_bit_metrics import LowBitMetrics
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces the file in one rename: a reader sees the old file or the new file, never a part of one."""
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "w") as file:
-        file.write(text)
+    with open(partial, "wb") as file:
+        file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
@@ -35,7 +37,7 @@ def write_atomically(path: Path, text: str) -> None:
 class Recorder:
     """Writes on rank 0. On other ranks every method returns at once, so callers need no condition."""
 
-    def __init__(self, config: Config, rank: int, start_step: int) -> None:
+    def __init__(self, config: Config, tokenizer: Tokenizer, rank: int, start_step: int) -> None:
         self.is_writer = rank == 0
         self.folder = Path(config.checkpoint.dir)
         self.metrics_path = self.folder / "metrics.jsonl"
@@ -43,6 +45,7 @@ class Recorder:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.json", to_json(config))
+        write_atomically(self.folder / TOKENIZER_FILE, tokenizer.model)
         self._drop_lines_after(start_step)
         self.metrics_file = self.metrics_path.open("a", buffering=1)
         self.tensorboard = None

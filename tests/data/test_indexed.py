@@ -14,6 +14,7 @@ from dqt_dist.data.indexed import (
     IndexedWriter,
     Manifest,
     belongs_to_valid,
+    check_ids,
     check_indexed,
     encode_documents,
     quiet_megatron_import,
@@ -72,15 +73,95 @@ def test_token_type_is_the_one_megatron_takes(vocab_size):
     assert token_dtype(vocab_size) is DType.optimal_dtype(vocab_size)
 
 
-def test_data_of_megatrons_own_tool_are_accepted_and_their_ids_looked_at(tmp_path: Path):
+def test_data_of_megatrons_own_tool_are_accepted(tmp_path: Path):
     builder = IndexedDatasetBuilder(str(tmp_path / "plain.bin"), dtype=np.int32)
     builder.add_document(np.arange(50), [20, 30])  # a document of two sequences, as its sentence splitting writes
     builder.finalize(str(tmp_path / "plain.idx"))
     assert check(tmp_path / "plain", vocab_size=50) == (2, 50)
-    with pytest.raises(
-        UserError, match=r"token id 49, but model\.vocab_size is 49; set model\.vocab_size to 50 or more"
-    ):
-        check(tmp_path / "plain", vocab_size=49)
+
+
+def check_ids_of(prefix: Path, cache: Path, vocab_size: int = VOCAB_SIZE) -> None:
+    check_ids(prefix, where="data.train[0].path", vocab_size=vocab_size, cache_folder=cache)
+
+
+@pytest.mark.parametrize("position", [0, 1000, -1])
+@pytest.mark.parametrize(("dtype", "wrong"), [(np.uint16, 50_000), (np.int32, VOCAB_SIZE), (np.int32, -1)])
+def test_one_id_outside_the_vocabulary_is_found_wherever_it_is(
+    copied: Path, tmp_path: Path, monkeypatch, dtype, wrong: int, position: int
+):
+    """Whatever the manifest says, and in every part of a file that is read in parts."""
+    monkeypatch.setattr("dqt_dist.data.indexed._SCANNED_TOKENS", 700)
+    ids = np.fromfile(f"{copied}.bin", np.uint16).astype(dtype)
+    builder = IndexedDatasetBuilder(f"{copied}.bin", dtype=dtype)
+    builder.add_document(ids, [len(ids)])  # type: ignore[arg-type]
+    builder.finalize(f"{copied}.idx")
+    check_ids_of(copied, tmp_path)  # negative control: the ids of our own tokenizer
+    ids[position] = wrong
+    builder = IndexedDatasetBuilder(f"{copied}.bin", dtype=dtype)
+    builder.add_document(ids, [len(ids)])  # type: ignore[arg-type]
+    builder.finalize(f"{copied}.idx")
+    for _ in range(2):  # looked at, and known
+        with pytest.raises(UserError, match=rf"data\.train\[0\]\.path: .*train\.bin holds token id {wrong}"):
+            check_ids_of(copied, tmp_path)
+
+
+def test_ids_are_read_once_as_long_as_the_file_is_the_same(copied: Path, tmp_path: Path):
+    cache = tmp_path / "cache"
+    known = Path(f"{copied}.ids.json")
+    check_ids_of(copied, cache)
+    assert not cache.exists()
+    rewrite(known, largest=VOCAB_SIZE)  # which shows who reads it
+    with pytest.raises(UserError, match=f"holds token id {VOCAB_SIZE}, but model.vocab_size is {VOCAB_SIZE}"):
+        check_ids_of(copied, cache)
+    check_ids_of(copied, cache, vocab_size=VOCAB_SIZE + 1)
+    os.utime(f"{copied}.bin")
+    check_ids_of(copied, cache)
+    assert json.loads(known.read_text())["largest"] < VOCAB_SIZE
+    known.write_text("[")
+    check_ids_of(copied, cache)
+    known.unlink()
+    known.mkdir()  # nothing can be written there
+    check_ids_of(copied, cache)
+    (kept,) = cache.iterdir()
+    rewrite(kept, smallest=-1)
+    with pytest.raises(UserError, match="holds token id -1"):
+        check_ids_of(copied, cache)
+
+
+def index_arrays(copied: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Lengths, offsets and document bounds of train.idx, mapped for changes."""
+    path, n = f"{copied}.idx", json.loads(Path(f"{copied}.json").read_text())["documents"]
+    lengths = np.memmap(path, np.int32, "r+", offset=34, shape=n)
+    offsets = np.memmap(path, np.int64, "r+", offset=34 + 4 * n, shape=n)
+    return lengths, offsets, np.memmap(path, np.int64, "r+", offset=34 + 12 * n, shape=n + 1)
+
+
+@pytest.mark.parametrize(
+    ("array", "entry", "value", "message"),
+    [
+        (0, 5, -3, "sequence 5 has -3 tokens"),
+        (0, 5, 2**30, "sequence 6 has"),
+        (0, -1, -1, "sequence {last} has -1 tokens"),
+        (1, 7, -2, "sequence 7 has .* begins at byte -2"),
+        (1, 7, 2**40, f"sequence 7 has .* begins at byte {2**40}"),
+        (1, 0, 2, "sequence 0 has .* begins at byte 2, where those before it end at byte 0"),
+        (2, 3, 1, "document bound 3 is 1"),
+        (2, 0, 1, "document bound 0 is 1"),
+        (2, -1, 99, "document bound {bounds} is 99"),
+        (2, 4, 10**9, "document bound 5 is 5"),
+    ],
+)
+def test_damaged_index_names_file_and_entry(
+    copied: Path, monkeypatch, array: int, entry: int, value: int, message: str
+):
+    monkeypatch.setattr("dqt_dist.data.indexed._INDEX_ENTRIES", 4)  # parts
+    assert check(copied)  # negative control
+    arrays = index_arrays(copied)
+    arrays[array][entry] = value
+    arrays[array].flush()  # type: ignore[attr-defined]
+    last = len(arrays[0]) - 1
+    with pytest.raises(UserError, match=r"train\.idx is damaged: " + message.format(last=last, bounds=last + 1)):
+        check(copied)
 
 
 def test_missing_files_are_named(copied: Path):

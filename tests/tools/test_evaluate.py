@@ -230,7 +230,7 @@ def test_the_command_as_it_is_called(trained: Trained, text: Path) -> None:  # n
         (("--checkpoint", "none"), "no such file or folder"),
         (("--data", "none.txt"), "--data none.txt: no such file"),
         (("--data", "EMPTY"), "is a folder"),
-        (("--data", "EMPTY.txt"), "the file is empty"),
+        (("--data", "EMPTY.txt"), "holds no text"),
         (("--data", "BLANK.txt"), "holds no text"),
         (("--data", "KEYS.jsonl"), "has no key 'text'"),
         (("--data", "ODD.doc"), "unknown kind of file"),

@@ -7,19 +7,23 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
 import pytest
+import sentencepiece
 
 from dqt_dist.data.indexed import check_indexed, quiet_megatron_import
 from dqt_dist.data.python_docs import read_python_docs
 from dqt_dist.data.tokenizer import Tokenizer, load_tokenizer
-from dqt_dist.errors import EXIT_CODE
+from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE
 
 with quiet_megatron_import():
     from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -121,9 +125,9 @@ def test_nothing_is_done_again_unless_something_changed(corpus: Path, tmp_path: 
     assert ran() and digests(output) == before
     os.truncate(output / "train.bin", 100)
     assert ran() and digests(output) == before
-    assert ran("--valid-fraction", 0.05)
+    assert ran("--valid-fraction", 0.05, "--force")
     corpus.write_bytes(gzip.compress(gzip.decompress(corpus.read_bytes()) + jsonl(["One more document."]).encode()))
-    assert ran() and digests(output) != before
+    assert ran("--force") and digests(output) != before
 
 
 def test_validation_files_of_their_own(corpus: Path, texts, tmp_path: Path):
@@ -165,7 +169,7 @@ def test_second_corpus_shares_the_tokenizer_and_may_not_replace_it(corpus: Path,
 def test_input_that_fails_half_way_leaves_what_was_there(corpus: Path, texts, tmp_path: Path, capsys):
     output = tmp_path / "out"
     (tmp_path / "bad.jsonl.gz").write_bytes(gzip.compress(jsonl(texts * 20).encode())[:-500])
-    both = ("--input", corpus, tmp_path / "bad.jsonl.gz", "--workers", 1, "--output")
+    both = ("--input", corpus, tmp_path / "bad.jsonl.gz", "--workers", 1, "--force", "--output")
     assert prepare("--input", corpus, *VOCAB, "--output", output) == 0
     before = digests(output)
     # With a given tokenizer the damage is met while tokens are being written.
@@ -191,7 +195,7 @@ def test_killed_run_leaves_neither_final_names_nor_processes_and_the_next_comple
         output,
     )
     run = subprocess.Popen([sys.executable, TOOL, *arguments], stderr=subprocess.DEVNULL)
-    half_written = output / tool.SCRATCH / "train.bin"
+    half_written = output / ".train.partial" / "train.bin"
     deadline = time.monotonic() + 60
     while not (half_written.exists() and half_written.stat().st_size):
         assert run.poll() is None and time.monotonic() < deadline, (
@@ -202,9 +206,158 @@ def test_killed_run_leaves_neither_final_names_nor_processes_and_the_next_comple
     run.kill()
     assert run.wait() == -signal.SIGKILL
     assert workers and not psutil.wait_procs(workers, timeout=20)[1]
-    assert [p.name for p in output.iterdir()] == [tool.SCRATCH]
+    assert {p.name for p in output.iterdir()} == {".train.partial", ".valid.partial"}
     assert prepare(*arguments) == 0
     assert {p.name for p in output.iterdir()} == FILES
+
+
+def errors_of(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one message of a run that failed."""
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prepare_data: ")]
+    return line
+
+
+def test_nothing_of_another_preparation_is_replaced_without_force(corpus: Path, texts, tmp_path: Path, capsys):
+    output, other = tmp_path / "out", tmp_path / "other.jsonl"
+    other.write_text(jsonl(texts[:100]))
+    assert prepare("--input", corpus, *VOCAB, "--output", output) == 0
+    before = digests(output)
+    model = output / "tokenizer.model"
+    for arguments, message in (
+        (("--input", other, *VOCAB), "train.json is of another preparation"),  # other text
+        (("--input", other, "--tokenizer", model, "--workers", 1), "train.json is of another preparation"),
+        (("--input", corpus, *VOCAB, "--valid-fraction", 0.05), "train.json is of another preparation"),
+    ):
+        assert prepare(*arguments, "--output", output) == EXIT_CODE
+        assert message in errors_of(capsys) and digests(output) == before
+    for path in output.glob("*.json"):
+        path.unlink()  # as Megatron's own tool leaves its files
+    assert prepare("--input", corpus, *VOCAB, "--output", output) == EXIT_CODE
+    assert "train.bin is of another preparation" in errors_of(capsys)
+    for path in output.iterdir():
+        if path != model:
+            path.unlink()
+    assert prepare("--input", other, "--vocab-size", 390, "--workers", 1, "--output", output) == EXIT_CODE
+    assert "another tokenizer.model lies there" in errors_of(capsys)
+    assert digests(output) == {"tokenizer.model": before["tokenizer.model"]}
+    assert prepare("--input", other, "--vocab-size", 390, "--workers", 1, "--output", output, "--force") == 0
+    assert set(digests(output)) == FILES and digests(output)["tokenizer.model"] != before["tokenizer.model"]
+
+
+def test_two_names_at_once_into_one_folder_and_one_name_by_one_process(texts, tmp_path: Path):
+    """Both names are whole; whoever comes second for a name hears who has it, also when the first hangs."""
+    output, model = tmp_path / "out", tmp_path / "model" / "tokenizer.model"
+    for name, copies in (("a", 12), ("b", 2)):
+        (tmp_path / f"{name}.jsonl").write_text(jsonl([f"{name} {text}" for text in texts] * copies))
+    assert prepare("--input", tmp_path / "b.jsonl", *VOCAB, "--output", model.parent) == 0
+
+    def command(name: str) -> list[str]:
+        arguments = ("--input", tmp_path / f"{name}.jsonl", "--name", name, "--tokenizer", model, "--output", output)
+        return [sys.executable, str(TOOL), *map(str, arguments), "--workers", "1", "--valid-fraction", "0"]
+
+    first = subprocess.Popen(command("a"), stderr=subprocess.DEVNULL)
+    half_written, deadline = output / ".a.partial" / "a.bin", time.monotonic() + 60
+    while not (half_written.exists() and half_written.stat().st_size):
+        assert first.poll() is None and time.monotonic() < deadline
+        time.sleep(0.01)
+    first.send_signal(signal.SIGSTOP)
+    try:
+        assert subprocess.run(command("b"), capture_output=True).returncode == 0
+        again = subprocess.run(command("a"), capture_output=True, text=True)
+    finally:
+        first.send_signal(signal.SIGCONT)
+    assert again.returncode == EXIT_CODE
+    assert f"in use by tools/prepare_data.py --name a (process {first.pid} on " in again.stderr
+    assert first.wait(timeout=60) == 0
+    assert set(digests(output)) == {f"{n}.{s}" for n in "ab" for s in ("bin", "idx", "json")} | {"tokenizer.model"}
+    tokenizer = load_tokenizer(model)
+    for name, copies in (("a", 12), ("b", 2)):
+        assert texts_of(output / name, tokenizer) == [f"{name} {text}" for text in texts] * copies
+
+
+def train_model(path: Path, texts: list[str], **options: object) -> Path:
+    settings = {"model_type": "bpe", "vocab_size": 400, "normalization_rule_name": "identity", "minloglevel": 2}
+    settings |= {"remove_extra_whitespaces": False, "byte_fallback": True, "character_coverage": 0.99}
+    settings |= {"allow_whitespace_only_pieces": True}
+    with open(path, "wb") as file:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(texts), model_writer=file, **settings | options)
+    return path
+
+
+LOSSY = {
+    "no_bytes": ({"byte_fallback": False, "vocab_size": 150}, r"tokens are unknown, .* newlines; for example '"),
+    "no_newlines": (
+        {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+        r"\b0 of [\d,]+ \(0 %\) tokens are unknown, .* ([\d,]+) of \1 \(100 %\) newlines; for example '",
+    ),
+    "lower_case": ({"normalization_rule_name": "nfkc_cf"}, r"\(0 %\) tokens are unknown, .* comes back as '"),
+}
+
+
+@pytest.mark.parametrize("name", LOSSY)
+def test_tokenizer_that_loses_text_is_refused_unless_told(texts, tmp_path: Path, capsys, name: str):
+    options, message = LOSSY[name]
+    model = train_model(tmp_path / "lossy.model", texts, **options)
+    (tmp_path / "in.jsonl").write_text(jsonl([f"{a}\n\n  {b}" for a, b in pairwise(texts)]))
+    arguments = ("--input", tmp_path / "in.jsonl", "--tokenizer", model, "--workers", 1, "--output")
+    assert prepare(*arguments, tmp_path / "out") == EXIT_CODE
+    error = errors_of(capsys)
+    assert f"tokenizer {model}: text does not come back" in error and re.search(message, error), error
+    assert digests(tmp_path / "out") == {}
+    assert prepare(*arguments, tmp_path / "out", *error.split()[-2:]) == 0  # the share that the message gives
+    assert re.search(f"lost in the tokenizer: .*{message}", capsys.readouterr().out)
+    good = train_model(tmp_path / "good.model", texts)  # negative control: the same with bytes and as it is written
+    assert prepare("--input", tmp_path / "in.jsonl", "--tokenizer", good, *VOCAB[2:], "--output", tmp_path / "b") == 0
+    assert "lost" not in capsys.readouterr().out
+
+
+def test_loss_is_refused_early_and_not_only_at_the_end(texts, tmp_path: Path, capsys, monkeypatch):
+    monkeypatch.setattr(tool, "_CHARACTERS_TO_JUDGE_BY", 100_000)
+    monkeypatch.setattr("dqt_dist.data.indexed._BATCH_CHARACTERS", 50_000)
+    model = train_model(tmp_path / "lossy.model", texts, normalization_rule_name="nfkc_cf")
+    (tmp_path / "in.jsonl").write_text(jsonl(texts * 10))
+    arguments = ("--input", tmp_path / "in.jsonl", "--tokenizer", model, "--workers", 1, "--output", tmp_path / "out")
+    assert prepare(*arguments) == EXIT_CODE
+    found = re.search(r"in ([\d,]+) documents", errors_of(capsys))
+    assert found and int(found[1].replace(",", "")) < len(texts) * 5
+
+
+def test_bad_rows_are_left_out_and_counted_in_the_manifest(texts, tmp_path: Path, capsys):
+    lines = jsonl(texts).splitlines()
+    lines[7:7], lines[90:90] = ['{"text": "cut'], ['{"text": "x\\ud800"}', '{"body": 1}']
+    (tmp_path / "in.jsonl").write_text("\n".join(lines))
+    for tokenizer in (VOCAB, ("--tokenizer", tmp_path / "out" / "tokenizer.model", *VOCAB[2:])):
+        arguments = ("--input", tmp_path / "in.jsonl", *tokenizer, "--output", tmp_path / "out")
+        assert prepare(*arguments, "--force") == EXIT_CODE
+        assert "in.jsonl, line 8: is not one JSON object" in errors_of(capsys)
+        assert prepare(*arguments, "--force", "--skip-bad-rows") == 0
+        assert "out/train: 3 bad rows were left out" in capsys.readouterr().out
+    counts = [json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("train", "valid")]
+    assert [count["skipped_rows"] for count in counts] == [3, 0]
+    assert sum(count["documents"] for count in counts) == len(texts)
+
+
+def limit_file_size() -> None:
+    """What a full disk or a quota does to a write, on any machine and for any user: the error has another number."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_disk_that_is_full_or_read_only_is_one_message(corpus: Path, tmp_path: Path):
+    assert prepare("--input", corpus, *VOCAB, "--output", tmp_path / "model") == 0
+    (tmp_path / "file").touch()
+    arguments = ("--input", corpus, "--tokenizer", tmp_path / "model" / "tokenizer.model", "--workers", 1, "--output")
+    for output, exit_code, message in (
+        (tmp_path / "full", RUN_ERROR_EXIT_CODE, "could not be written: File too large"),
+        (Path("/sys/dqt_dist"), EXIT_CODE, "cannot be written: "),  # which nobody can write, not even root
+        (tmp_path / "file" / "out", EXIT_CODE, "cannot be written: Not a directory"),
+        (tmp_path / "file", EXIT_CODE, "cannot be written: "),
+    ):
+        command = [sys.executable, TOOL, *map(str, arguments), output]
+        limit = limit_file_size if output.name == "full" else None
+        done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+        assert done.returncode == exit_code and "Traceback" not in done.stderr, done.stderr
+        assert f"prepare_data: --output {output}: {message}" in done.stderr, done.stderr
+    assert digests(tmp_path / "full") == {}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""The folder of a run: one run writes there at a time, and it holds one course of training.
+
+Both are the work of the first rank; what it raises is raised on every rank. Every function is a collective call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from dqt_dist.checkpoint import store
+from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_FILE
+from dqt_dist.config import Config
+from dqt_dist.errors import RunError, UserError, writing_failed
+from dqt_dist.folder_lock import FolderLock
+
+# What a course leaves; its checkpoints first, because --resume auto looks for them.
+COURSE = ("checkpoints", "metrics.jsonl", "tb", "summary.json", "config.json")
+
+
+@contextlib.contextmanager
+def only_writer(config: Config) -> Iterator[None]:
+    """Holds the lock of the run folder. Raises UserError naming the run that has it."""
+    with contextlib.ExitStack() as held:
+        lock = FolderLock(Path(config.checkpoint.dir), "launchers/pretrain.py")
+        _on_first_rank(lambda: held.enter_context(lock), config)
+        yield
+
+
+def set_aside_other_course(config: Config, checkpoint: Path | None) -> Path | None:
+    """Moves what an earlier course left in the run folder into a folder `left_run_N` there; None when there is nothing.
+
+    A run from scratch or from a checkpoint of elsewhere begins a new course. Were the old checkpoints to stay, a later
+    --resume auto would go on from them, and metrics of two courses would stand in one file.
+    """
+    run = Path(config.checkpoint.dir)
+    if checkpoint is not None and checkpoint.resolve().parent == store.checkpoints_folder(config).resolve():
+        return None
+
+    def move() -> Path | None:
+        there = [name for name in COURSE if (run / name).exists()]
+        if not {"checkpoints", "metrics.jsonl", "tb"} & set(there):
+            return None
+        number = 1
+        while (target := run / f"left_run_{number}").exists():
+            number += 1
+        target.mkdir()
+        for name in there:
+            (run / name).rename(target / name)
+        if (run / TOKENIZER_FILE).is_file():  # it stays too: data.tokenizer may name it
+            shutil.copyfile(run / TOKENIZER_FILE, target / TOKENIZER_FILE)
+        return target
+
+    return _on_first_rank(move, config)
+
+
+def _on_first_rank(function: Callable[[], Any], config: Config) -> Any:
+    """Calls `function` on rank 0 and returns its result there, None elsewhere; what it raises is raised everywhere."""
+    result, error = None, None
+    if dist.get_rank() == 0:
+        try:
+            result = function()
+        except (UserError, RunError) as raised:
+            error = raised
+        except OSError as raised:
+            error = writing_failed(f"checkpoint.dir {config.checkpoint.dir}", raised)
+    outcome = [error]
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[0] is not None:
+        raise outcome[0]
+    return result
