@@ -29,6 +29,7 @@ from dqt_dist.checkpoint.writer import CheckpointWriter, Retention
 from dqt_dist.config import Config
 from dqt_dist.errors import UserError
 from dqt_dist.optim.engine import CombinedOptimizer
+from dqt_dist.parallel.groups import collective_timeout
 
 # Fields that say what the state IS; a checkpoint with others is of another model.
 IDENTITY = {
@@ -51,7 +52,9 @@ def open_writer(config: Config) -> CheckpointWriter:
     """The writer of a run's checkpoints; a collective call. Close it before the process group goes."""
     checkpoint = config.checkpoint
     retention = Retention(checkpoint.keep_last, checkpoint.keep_every)
-    return CheckpointWriter(checkpoints_folder(config), retention, asynchronous=checkpoint.async_save)
+    return CheckpointWriter(
+        checkpoints_folder(config), retention, checkpoint.async_save, timeout=collective_timeout(config)
+    )
 
 
 def save(
