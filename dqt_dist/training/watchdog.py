@@ -44,9 +44,13 @@ INTERVAL = 1.0
 SILENCE = 5.0
 """Seconds without a beat after which a rank counts as silent, once there is a reason to ask."""
 GRACE = 10.0
-"""Seconds after the verdict in which a rank may end by itself. Rank 0 keeps the store, so it must not end at once."""
+"""Seconds after the verdict in which a rank that failed may end by itself."""
+LAST_WORD = 3.0
+"""The same for a rank that waits for others. Rank 0 keeps the store, and the others have to read the verdict in it."""
 MOST_NAMED = 8
 """Ranks that a message names one by one."""
+MOST_LETTERS = 300
+"""Of the text of an error that is not ours."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,9 @@ class Watchdog:
         """
         self._failed = True
         if self.verdict is None:
-            text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+            text = (
+                str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error)[:MOST_LETTERS]}"
+            )
             self._ask(f"rank {self.launch.rank} failed in {self._beat()}: {text}")
             self._decided.wait(6 * SILENCE)
         return self.verdict is None or self.launch.rank in self.verdict.silent_or_failed
@@ -139,7 +145,7 @@ class Watchdog:
                 self._wake.clear()
         except RuntimeError:  # the store is gone: all errors of a store are RuntimeErrors
             if not self._closed.is_set() and self.verdict is None:
-                self._decide_alone()
+                self._decide_alone(connected=False)
 
     def _exchange(self) -> None:
         """Writes this rank's beat, reads the verdict and the next rank's beat."""
@@ -181,15 +187,16 @@ class Watchdog:
             last = now
             if self.verdict is not None:
                 if ends_at == math.inf:
-                    ends_at = self._clock + GRACE
+                    ends_at = self._clock + (GRACE if self._failed else LAST_WORD)
                     self._write_stacks()
                 if self._clock > ends_at:
                     sys.stderr.flush()
                     os._exit(RUN_ERROR_EXIT_CODE)
             elif self._reason is not None:
                 asked_at = min(asked_at, self._clock)
-                if self._clock > asked_at + 4 * SILENCE:
-                    self._decide_alone()
+                connected = self._clock - self._heard < SILENCE
+                if self._clock > asked_at + (4 * SILENCE if connected else SILENCE):
+                    self._decide_alone(connected)
             else:
                 self._look()
 
@@ -223,27 +230,28 @@ class Watchdog:
         self.verdict = found
         self._decided.set()
 
-    def _decide_alone(self) -> None:
-        """The verdict where the store does not answer. Then no rank hears of the others: one of a machine prints."""
-        store = f"the store at {self.launch.master_address}:{self.launch.master_port} does not answer"
-        if self._clock - self._heard < SILENCE and self._reason is not None:
-            store = "the rank that asked the others has given no answer"  # it died meanwhile
-        reason = "" if self._reason is None else f"; {self._reason}"
-        text = f"rank 0, or the launcher that keeps its store, is gone: {store}{reason}"
-        self._accept(Verdict(text, [0], with_stacks=self._reason is not None and not self._failed))
+    def _decide_alone(self, connected: bool) -> None:
+        """The verdict where none comes. Then no rank hears of the others, and one of each machine prints."""
+        text = "no answer from the rank that asked the others"  # it is gone as well
+        if not connected:
+            store = f"{self.launch.master_address}:{self.launch.master_port}"
+            text = f"no answer from rank 0, or from the launcher that keeps the store of the ranks, at {store}"
+        if self._reason is not None:
+            text += f"; {self._reason}"
+        self._accept(Verdict(text, [0], with_stacks=not self._failed))
         if self.launch.local_rank == min(1, self.launch.local_world_size - 1):
             self._print(self.verdict)
 
     def _print(self, found: Verdict | None) -> None:
         if found is not None:
-            print(f"error: {found.text}", file=sys.stderr, flush=True)
+            print(f"\nerror: {found.text}", file=sys.stderr, flush=True)  # below the progress bar
 
 
 def verdict(reason: str, beats: list[Beat | None], silent: list[int], failed: int | None, stacks: Path) -> Verdict:
     """The verdict for `reason`, given the last beat of every rank, the silent ranks, and the rank that failed if one
     asked because it failed."""
     if silent:
-        parts = [f"rank {rank} ({beats[rank] or 'never heard'})" for rank in silent]
+        parts = [f"rank {rank} (last heard: {beats[rank] or 'never'})" for rank in silent]
         text = f"no answer from {_listed(parts)}; {reason}"
         return Verdict(text, silent, with_stacks=failed is None)
     if failed is not None:
