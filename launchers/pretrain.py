@@ -13,9 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 
 from dqt_dist.command_line import RaisingArgumentParser, make_parser
 from dqt_dist.config import Config, check_world, load_config
-from dqt_dist.errors import STOPPED_EXIT_CODE, RunError, UserError
+from dqt_dist.errors import RUN_ERROR_EXIT_CODE, STOPPED_EXIT_CODE, RunError, UserError
 from dqt_dist.launch import discover, export, report
 from dqt_dist.plan import describe
+from dqt_dist.training.stop import StopSignal
 
 EXAMPLES = """
 one process:         python launchers/pretrain.py --config configs/130m_ternary.json
@@ -28,7 +29,14 @@ no GPU:              DS_ACCELERATOR=cpu deepspeed --num_gpus 4 launchers/pretrai
 other values:        ... --set training.steps=100 --set checkpoint.dir=runs/try   (JSON or plain text)
 only look:           ... --dry-run
 
-A wrong config or file ends with one message and exit code 2; a run that a signal stops saves first and ends with 75.
+exit codes
+  0    the run is complete
+  1    the run cannot go on (a rank failed or stands still, too many steps in a row without a finite loss), or it is
+       complete and its loss is worse than that of a guess: one message says which
+  2    wrong config, file or command line: one message says which
+  75   SIGTERM, SIGUSR1, Ctrl-C or the end of the launcher stopped the run, and its state is saved; the same command
+       goes on from there. deepspeed, mpirun and srun hand the code on. torchrun itself ends with 1 and names 75 in
+       its report.
 """
 
 
@@ -36,6 +44,7 @@ def main() -> int:
     launch = None
     try:
         launch = discover()
+        stop = StopSignal(launch.launcher)
         args = parse_arguments()
         config = load_config(args.config, args.set)
         check_world(config, launch.world_size)
@@ -47,12 +56,12 @@ def main() -> int:
         choose_accelerator()
         from dqt_dist.training.loop import train  # imports torch, DeepSpeed and Megatron: not before the checks
 
-        summary = train(config, launch, resume=args.resume)
+        summary = train(config, launch, args.resume, stop)
         if summary is None:
             return STOPPED_EXIT_CODE
         if launch.rank == 0:
             show_report(summary, config)
-        return 0
+        return RUN_ERROR_EXIT_CODE if summary.get("diverged") else 0
     except (UserError, RunError) as error:
         return report(error, launch)
 
@@ -82,6 +91,7 @@ def show_report(summary: dict[str, Any], config: Config) -> None:
     from dqt_dist.training import report
 
     report.show_summary(summary, config)
+    report.show_divergence(summary)
     prompt = config.training.sample_prompt
     if prompt is not None:
         from dqt_dist.inference.run_sample import sample_run

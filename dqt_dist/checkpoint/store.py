@@ -31,6 +31,7 @@ from dqt_dist.config import Config
 from dqt_dist.data.tokenizer import Tokenizer
 from dqt_dist.errors import UserError
 from dqt_dist.optim.engine import CombinedOptimizer
+from dqt_dist.parallel.groups import collective_timeout
 
 # Fields that say what the state IS; a checkpoint with others is of another model.
 IDENTITY = {
@@ -53,7 +54,9 @@ def open_writer(config: Config) -> CheckpointWriter:
     """The writer of a run's checkpoints; a collective call. Close it before the process group goes."""
     checkpoint = config.checkpoint
     retention = Retention(checkpoint.keep_last, checkpoint.keep_every)
-    return CheckpointWriter(checkpoints_folder(config), retention, asynchronous=checkpoint.async_save)
+    return CheckpointWriter(
+        checkpoints_folder(config), retention, checkpoint.async_save, timeout=collective_timeout(config)
+    )
 
 
 def save(

@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -125,9 +126,12 @@ class CheckpointWriter:
     as they are.
     """
 
-    def __init__(self, directory: Path, retention: Retention, asynchronous: bool) -> None:
+    def __init__(
+        self, directory: Path, retention: Retention, asynchronous: bool, timeout: timedelta | None = None
+    ) -> None:
+        """`timeout` is that of the writer's group. Default: torch's."""
         self.directory, self.retention = directory, retention
-        group = dist.new_group(backend="gloo")
+        group = dist.new_group(backend="gloo", timeout=timeout)
         assert group is not None
         self.group = group
         self.stage = HostStage()

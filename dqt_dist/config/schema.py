@@ -300,6 +300,14 @@ class TrainingConfig(Section):
     """Launch forward and backward of a micro-batch as one CUDA graph, so that Python's speed does not matter. Needs
     tensor and pipeline parallel size 1 and ZeRO stage 0 or 1. Gradients then stay allocated between steps. auto: on a
     GPU, when no other field of the config stands against a graph."""
+    max_skipped_steps: PositiveInt = 10
+    """Steps in a row with a loss or gradients that are not finite, after which the run stops. Such a step changes no
+    weight."""
+    startup_timeout_seconds: PositiveFloat = 1800.0
+    """Longest time without progress until the first step is done, and in a save, after which the run ends and names
+    the ranks that it waited for."""
+    step_timeout_seconds: PositiveFloat = 600.0
+    """The same for everything after the first step: reading a batch, a step, a batch of a validation."""
     replica_check_interval: NonNegativeInt = 100
     """Steps between comparisons of the weights that several ranks hold alike. A difference stops the run. 0 for
     none."""

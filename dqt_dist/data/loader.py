@@ -20,13 +20,14 @@ import os
 import select
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing import resource_tracker
 
 import torch
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from dqt_dist.errors import UserError
 
@@ -73,11 +74,13 @@ class Loader:
     def __len__(self) -> int:
         return self._num_samples // self._global_batch_size
 
-    def iterate(self, first_sample: int = 0) -> Iterator[list[MicroBatch]]:
+    def iterate(self, first_sample: int = 0) -> Generator[list[MicroBatch], None, None]:
         """Yield one list of micro-batches per step, from the step that begins with `first_sample` to the end of the
         data.
 
         Each micro-batch is {"tokens": int64 [B, S], "labels": int64 [B, S], "loss_mask": float32 [B, S]} on the CPU.
+        Whoever leaves the iterator before its end closes it: workers that are left ignore the SIGTERM with which
+        multiprocessing would end them at the exit of this process, and it would wait for them for ever.
         """
         processes = None
         if self._num_workers:
@@ -98,10 +101,22 @@ class Loader:
             # DataLoader draws a seed for its workers, from the global generator unless it is given one.
             generator=torch.Generator(),
         )
+        others = multiprocessing.active_children()
         with _stop_signals_held():
             steps = iter(loader)  # starts the workers
-        for step in steps:
-            yield [dict(zip(_FIELDS, parts, strict=True)) for parts in zip(*(step[f] for f in _FIELDS), strict=True)]
+        workers = [process for process in multiprocessing.active_children() if process not in others]
+        try:
+            for step in steps:
+                fields = zip(*(step[field] for field in _FIELDS), strict=True)
+                yield [dict(zip(_FIELDS, parts, strict=True)) for parts in fields]
+        finally:
+            if isinstance(steps, _MultiProcessingDataLoaderIter):
+                # What DataLoader does when `steps` is collected. The traceback of an error that a worker met keeps
+                # `steps` alive, so it must not be left to that.
+                steps._shutdown_workers()
+            for worker in workers:
+                worker.kill()  # one that did not answer: it hangs in a read, or its queue is broken
+                worker.join()
 
 
 def _end_with(process: int, _worker: int) -> None:

@@ -86,6 +86,15 @@ class CombinedOptimizer:
         self.rates: StepRates | None = None
         """Rates of the current step or, between steps, of the last one."""
         self.grad_norm = torch.zeros((), device=groups.device)
+        self.loss = torch.zeros((), device=groups.device)
+        """Loss of the step on this rank, from whoever runs the backward passes. One that is not finite, on any rank,
+        makes the step change no weight, as a norm that is not finite does."""
+        self.skipped_steps = torch.zeros((), dtype=torch.int64, device=groups.device)
+        """Steps of this process that changed no weight for such a reason; the same on all ranks."""
+        self.skipped_in_a_row = torch.zeros_like(self.skipped_steps)
+        """Of these, the ones since the last step that changed weights."""
+        self.skipped_in_a_row_on_host = torch.zeros((), dtype=torch.int64, pin_memory=groups.device.type == "cuda")
+        """A copy that is read without waiting for the device, and may therefore be some steps late."""
 
     @property
     def shards(self) -> list[MasterShard]:
@@ -125,6 +134,7 @@ class CombinedOptimizer:
         # Phase 2 norm and clip: one norm over the gradients of all weights.
         self.grad_norm = self._global_norm()
         clip = clip_factor(self.grad_norm, optimizer.max_grad_norm)
+        self._count_skipped(clip)
         # Phase 3 update. With fused_backward the backward pass has already updated the low-bit matrices.
         self._update_high_precision(rates, clip)
         if not optimizer.fused_backward:
@@ -147,8 +157,15 @@ class CombinedOptimizer:
             if not (shard.parameter.replicated and self.groups.tensor.rank() > 0):
                 counted_here.append(gradient)
         total = self.reducer.square_norm(counted_here).to(self.groups.device)
+        total += 0.0 * self.loss  # nan when the loss is not finite
         dist.all_reduce(total, group=self.groups.world)
         return total.sqrt().float()
+
+    def _count_skipped(self, clip: Tensor) -> None:
+        skipped = clip == 0
+        self.skipped_steps += skipped
+        self.skipped_in_a_row.add_(1).mul_(skipped)
+        self.skipped_in_a_row_on_host.copy_(self.skipped_in_a_row, non_blocking=True)
 
     def state_was_loaded(self, step: int) -> None:
         """Updates everything that depends on the state just loaded, which is that of step `step`. A collective call."""

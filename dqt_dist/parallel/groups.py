@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
+from math import ceil
 
 import torch
 import torch.distributed as dist
@@ -56,12 +57,13 @@ def initialize(config: Config, launch: Launch) -> Groups:
     else:
         device, backend, device_id = torch.device("cpu"), "gloo", None
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timedelta(minutes=30), device_id=device_id)
+        dist.init_process_group(backend, timeout=collective_timeout(config), device_id=device_id)
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,
         virtual_pipeline_model_parallel_size=config.parallel.virtual_pipeline,
         create_gloo_process_groups=False,
+        distributed_timeout_minutes=collective_timeout(config) // timedelta(minutes=1),
     )
     if torch.cuda.is_available():
         # Under sequence parallelism Megatron forks this generator around a dropout of zero. This project draws nothing
@@ -77,6 +79,15 @@ def initialize(config: Config, launch: Launch) -> Groups:
         device=device,
         local_rank=launch.local_rank,
     )
+
+
+def collective_timeout(config: Config) -> timedelta:
+    """How long any collective of any group waits, in whole minutes.
+
+    Longer than the watchdog (training/watchdog.py) by five minutes: torch cannot say which rank is missing.
+    """
+    training = config.training
+    return timedelta(minutes=5 + ceil(max(training.startup_timeout_seconds, training.step_timeout_seconds) / 60))
 
 
 def select_stream(config: Config) -> None:

@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import gc
+import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +23,7 @@ from dqt_dist.config import Config, ProcessGrid, process_grid
 from dqt_dist.data.dataset import build_datasets
 from dqt_dist.data.loader import Loader
 from dqt_dist.data.tokenizer import load_tokenizer
-from dqt_dist.errors import RunError
+from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE, RunError, UserError
 from dqt_dist.launch import Launch
 from dqt_dist.layers.build import build_model
 from dqt_dist.optim.engine import build_engine
@@ -31,42 +34,104 @@ from dqt_dist.training.low_bit_metrics import LowBitMetricsCollector
 from dqt_dist.training.recorder import Recorder
 from dqt_dist.training.replica_check import check_replicas
 from dqt_dist.training.run_folder import only_writer, set_aside_other_course
-from dqt_dist.training.step import StepResult, evaluate, mean_over_data, train_step
+from dqt_dist.training.step import Batch, StepResult, evaluate, mean_over_data, train_step
 from dqt_dist.training.stop import StopSignal
+from dqt_dist.training.watchdog import Watchdog
+
+DIVERGED_BY = 1.0
+"""Nats per token above the loss of a uniform guess, ln(vocab_size), from which a run counts as diverged. The first
+steps of a run lie a few hundredths above that loss."""
 
 
-def train(config: Config, launch: Launch, resume: str) -> dict[str, Any] | None:
+class _Stopped(Exception):
+    """A signal came to some rank, and all ranks know. Raised between steps, on all ranks."""
+
+
+def train(config: Config, launch: Launch, resume: str, stop: StopSignal) -> dict[str, Any] | None:
     """Trains as the config says, on this rank. `resume` is "auto", "none" or a path.
 
     Returns the summary of a finished run; the summary of rank 0 is the one to show. Returns None when a signal stopped
-    the run after its state was saved. Raises UserError for wrong data or checkpoints.
+    the run after its state was saved. Raises UserError for wrong data or checkpoints, RunError for a run that cannot go
+    on. Raises SystemExit where another rank is the one that failed, and the message is printed.
     """
     groups = initialize(config, launch)
+    watchdog = Watchdog(config, launch)
     try:
         with only_writer(config):
-            return Trainer(config, groups, resume).run()
+            summary = summary_of_complete_run(config, resume)
+            if summary is None:
+                summary = Trainer(config, groups, resume, stop, watchdog).run()
+        watchdog.close()
+        dist.barrier()  # an earlier end of rank 0 would look like a failure to the watchdogs of other ranks
+        stop.ignore() if summary is None else stop.restore()
+        return summary
+    except _Stopped:
+        watchdog.close()
+        dist.barrier()
+        stop.ignore()
+        if launch.rank == 0:
+            print("stopped by a signal before the first step; there was nothing to save", flush=True)
+        return None
+    except Exception as error:
+        if isinstance(error, RunError) or (isinstance(error, UserError) and not error.local):
+            watchdog.close()
+            raise
+        # From now on the watchdog ends this process, should it not end by itself.
+        if isinstance(error, UserError):
+            watchdog.failed(error)
+            raise SystemExit(EXIT_CODE) from None
+        if not watchdog.failed(error):
+            raise SystemExit(RUN_ERROR_EXIT_CODE) from None
+        raise
     finally:
         finalize()
+
+
+def agree(*values: int) -> list[int]:
+    """The largest of every rank's values, on every rank. A collective call that does not wait for a GPU."""
+    largest = torch.tensor([int(value) for value in values])
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.tolist()
+
+
+def summary_of_complete_run(config: Config, resume: str) -> dict[str, Any] | None:
+    """The contents of summary.json, on all ranks, when `--resume auto` finds no step to make. A collective call."""
+    found: list[Any] = [None]
+    path = Path(config.checkpoint.dir) / "summary.json"
+    if dist.get_rank() == 0 and resume == "auto" and path.exists():
+        summary = json.loads(path.read_text())
+        if summary["steps"] >= config.training.steps:
+            step = store.start_of(store.find(config, resume)).step
+            found = [summary if step == summary["steps"] else None]
+            if found[0] is not None:
+                print(f"{config.checkpoint.dir}: complete since step {step}; training.steps above {step} goes on")
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 class Trainer:
     """One run on this rank. Holds the parts of the run and sequences what happens between steps."""
 
-    def __init__(self, config: Config, groups: Groups, resume: str) -> None:
-        self.config, self.groups = config, groups
+    def __init__(self, config: Config, groups: Groups, resume: str, stop: StopSignal, watchdog: Watchdog) -> None:
+        self.config, self.groups, self.stop, self.watchdog = config, groups, stop, watchdog
         self.process_grid: ProcessGrid = process_grid(config, groups.world.size())
         checkpoint = store.find(config, resume)
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         store.check_tokenizer_of(checkpoint, self.tokenizer)
         self.progress = store.start_of(checkpoint)
+        self.start_step = self.step
+        self._start_up_phase("preparing the data")
         self.train_loader, self.valid_loader = build_loaders(config, groups, self.progress)
+        self._start_up_phase("building the model")
         self.model_chunks = build_model(config, groups)
         self.engine = build_engine(self.model_chunks, config, groups)
         self.optimizer = self.engine.optimizer
         self.forward_backward = choose_forward_backward(self.model_chunks, self.optimizer, config, groups)
         self.low_bit_metrics = LowBitMetricsCollector(self.optimizer.low_bit, config, groups)
+        self._start_up_phase("loading the checkpoint")
         if checkpoint is not None:
             store.load(checkpoint, self.model_chunks, self.optimizer, config)
+        self._start_up_phase("opening the run folder")
         self.checkpoint_writer = store.open_writer(config)
         left = set_aside_other_course(config, checkpoint)
         self.recorder = Recorder(config, self.tokenizer, groups.world.rank(), self.step)
@@ -77,10 +142,19 @@ class Trainer:
             for path in store.set_aside_newer(config, checkpoint):
                 self.recorder.say(f"a later checkpoint is set aside as {path}")
         self.peak = cost.peak_flops(config, groups)
-        self.last_loss, self.valid_loss, self.tokens_per_second = math.nan, math.nan, 0.0
-        self.saved_step = self.step if checkpoint is not None else -1
+        self.valid_loss = math.nan
+        self.saved_step = self.step
+        self.logged_skipped_steps = 0
         self.clock, self.clock_step, self.training_seconds = time.perf_counter(), self.step, 0.0
-        self.start_step = self.step
+
+    def _start_up_phase(self, name: str) -> None:
+        self._stop_if_asked()
+        self.watchdog.mark(name, self.step, slow=True)
+
+    def _stop_if_asked(self) -> None:
+        """Raises _Stopped on all ranks when a signal came to one. A collective call."""
+        if any(agree(self.stop.received)):
+            raise _Stopped
 
     @property
     def step(self) -> int:
@@ -95,29 +169,30 @@ class Trainer:
 
         Returns None when a signal stopped the run.
         """
-        training = self.config.training
-        stop = StopSignal()
         # Modules and optimizer live as long as the run. Frozen, they cost the garbage collector no time; otherwise it
         # walks them again and again, which takes 15 ms per step of a 1.36 B model.
         gc.collect()
         gc.freeze()
+        batches = self.train_loader.iterate(self.progress.samples)
         try:
-            batches = self.train_loader.iterate(self.progress.samples)
-            while self.step < training.steps:
-                result = train_step(self.engine, self.model_chunks, next(batches), self.forward_backward)
+            self._make_up_for_validation()
+            while self.step < self.config.training.steps:
+                first = self.step == self.start_step
+                self.watchdog.mark("reading a batch", self.step + 1, slow=first)
+                batch = next(batches)
+                self.watchdog.mark("training", self.step + 1, slow=first)
+                result = train_step(self.engine, self.model_chunks, batch, self.forward_backward)
                 self._advance()
                 self._after_step(result)
-                if stop.agreed() and self.step < training.steps:
-                    self._save()
-                    self._wait_for_save()
-                    stop.ignore()
-                    self.recorder.say(f"stopped by a signal after step {self.step}; --resume auto goes on from there")
-                    return None
-            summary = self._finish()
-            stop.restore()
-            return summary
+            return self._finish()
+        except _Stopped:
+            self._save_if_trained()
+            self._wait_for_save()
+            self.recorder.say(f"stopped by a signal after step {self.step}; --resume auto goes on from there")
+            return None
         finally:
             gc.unfreeze()
+            batches.close()
             # A checkpoint write in flight is finished even when a later step has failed.
             self.checkpoint_writer.close()
             self.recorder.close()
@@ -131,18 +206,34 @@ class Trainer:
 
     def _after_step(self, result: StepResult) -> None:
         logging, training, checkpoint = self.config.logging, self.config.training, self.config.checkpoint
+        self.watchdog.mark("between steps", self.step)
         self.recorder.step_done()
+        asked_to_stop, skipped = agree(self.stop.received, int(self.optimizer.skipped_in_a_row_on_host))
         if training.replica_check_interval and self.step % training.replica_check_interval == 0:
             self._check_replicas()
         if self.step % logging.interval == 0 or self.step in (1, training.steps):
             self._log(result)
+        if skipped >= training.max_skipped_steps:
+            raise RunError(self._why_too_many_are_skipped(skipped, result))
+        # A stop waits for a step that is not skipped, so that there is something to save.
+        if asked_to_stop and not self.optimizer.skipped_in_a_row:
+            raise _Stopped
         if self.step % logging.histogram_interval == 0:
             self._log_codes()
-        if training.eval_interval and self.step % training.eval_interval == 0 and self.step < training.steps:
+        if self._validation_is_due():
             self._validate()
         if checkpoint.interval and self.step % checkpoint.interval == 0 and self.step < training.steps:
-            self._save()
+            self._save_if_trained()
         self._record_saves()
+
+    def _why_too_many_are_skipped(self, skipped: int, result: StepResult) -> str:
+        newest = store.complete_checkpoints(store.checkpoints_folder(self.config))
+        return (
+            f"training.max_skipped_steps: {skipped} steps in a row up to step {self.step} had a loss or gradients that "
+            f"are not finite (loss {float(mean_over_data(result.loss, self.groups)):.4g}, gradient norm "
+            f"{float(result.grad_norm):.4g}, optimizer.learning_rate {result.rates.learning_rate:.4g}); the newest "
+            f"checkpoint is {newest[-1].name if newest else 'none'}, as before"
+        )
 
     def _stop_clock(self) -> float:
         """Seconds per step since the clock was started. Validation and saving are not counted."""
@@ -159,27 +250,27 @@ class Trainer:
     def _log(self, result: StepResult) -> None:
         """Writes one line of metrics. Only here numbers of a step are copied to the host."""
         seconds = self._stop_clock()
-        self.tokens_per_second = self.tokens_per_step / seconds
-        self.last_loss = float(mean_over_data(result.loss, self.groups))
+        tokens_per_second = self.tokens_per_step / seconds
+        skipped_steps = int(self.optimizer.skipped_steps)
         code_metrics = self.low_bit_metrics.collect().overall if self.optimizer.low_bit.enabled else {}
-        flops = cost.flops_per_token(self.config.model) * self.tokens_per_second
+        flops = cost.flops_per_token(self.config.model) * tokens_per_second
         self.recorder.log(
             {
                 "step": self.step,
-                "loss": self.last_loss,
+                "loss": float(mean_over_data(result.loss, self.groups)),
                 "grad_norm": float(result.grad_norm),
+                "skipped_steps": skipped_steps - self.logged_skipped_steps,
                 "lr": result.rates.learning_rate,
                 "low_bit_lr": result.rates.low_bit_learning_rate,
                 "tokens": self.progress.tokens,
-                "tokens_per_s": self.tokens_per_second,
+                "tokens_per_s": tokens_per_second,
                 "mfu": flops / self.peak.flops,
                 "peak_memory_bytes": cost.peak_memory_bytes(self.groups),
                 **cost.sent_bytes(self.step - self.clock_step),
                 **code_metrics,
             }
         )
-        if not math.isfinite(self.last_loss):
-            raise RunError(f"the loss is {self.last_loss} at step {self.step}; no checkpoint was written after it")
+        self.logged_skipped_steps = skipped_steps
         self._start_clock()
 
     def _log_codes(self) -> None:
@@ -192,17 +283,43 @@ class Trainer:
         )
         self._start_clock()
 
+    def _validation_is_due(self) -> bool:
+        training = self.config.training
+        return bool(training.eval_interval) and self.step % training.eval_interval == 0 and self.step < training.steps
+
+    def _make_up_for_validation(self) -> None:
+        """Validates after a resume where a signal had ended the validation of this step. A collective call."""
+        if self.step > 0 and self._validation_is_due():
+            missing = self.recorder.is_writer and not self.recorder.has_validation(self.step)
+            if any(agree(missing)):
+                self._validate()
+
+    def _validation_batches(self) -> Iterator[list[Batch]]:
+        """The batches of a validation. Between them all ranks see whether a signal came."""
+        for batch in self.valid_loader.iterate():
+            self._stop_if_asked()
+            self.watchdog.mark("validation", self.step)
+            yield batch
+
     def _validate(self) -> None:
         self._stop_clock()
-        self.valid_loss = evaluate(self.model_chunks, self.valid_loader.iterate(), self.config, self.groups)
+        self.valid_loss = evaluate(self.model_chunks, self._validation_batches(), self.config, self.groups)
         self.recorder.log_validation(self.step, self.valid_loss, math.exp(min(self.valid_loss, 700.0)))
         self._start_clock()
+
+    def _save_if_trained(self) -> None:
+        """Saves, unless the last step was skipped: the weights may be the reason for it."""
+        if self.optimizer.skipped_in_a_row:
+            self.recorder.say(f"step {self.step}: skipped, so no checkpoint is made of it")
+        else:
+            self._save()
 
     def _save(self) -> None:
         if self.step == self.saved_step:
             return
         if self.config.training.replica_check_interval:
             self._check_replicas()  # no checkpoint of a run whose replicas differ
+        self.watchdog.mark("saving", self.step, slow=True)
         self._stop_clock()
         provenance = {
             "layout": asdict(self.process_grid),
@@ -211,12 +328,14 @@ class Trainer:
         }
         store.save(self.checkpoint_writer, self.model_chunks, self.optimizer, self.config, self.progress, provenance)
         self.saved_step = self.step
+        self.watchdog.mark("between steps", self.step)
         self._start_clock()
 
     def _check_replicas(self) -> None:
         check_replicas(self.model_chunks, self.optimizer, self.groups, self.step)
 
     def _wait_for_save(self) -> None:
+        self.watchdog.mark("saving", self.step, slow=True)
         self.checkpoint_writer.wait()
         self._record_saves()
 
@@ -231,6 +350,8 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         self._validate()
+        if not math.isfinite(self.valid_loss):
+            raise RunError(f"the validation loss is {self.valid_loss} at step {self.step}; no checkpoint is made of it")
         self._save()
         self._wait_for_save()
         summary = self._summary()
@@ -241,15 +362,20 @@ class Trainer:
         """The contents of summary.json. A collective call."""
         total, low_bit = cost.count_parameters(self.model_chunks, self.optimizer.low_bit, self.groups)
         breakdown = cost.low_bit_bytes(self.optimizer.low_bit)
-        # Only the writer has metrics.jsonl. The summaries of other ranks are not used.
-        losses = self.recorder.losses() if self.recorder.is_writer else [math.nan]
-        steps_here = self.step - self.start_step
-        speed = steps_here * self.tokens_per_step / self.training_seconds if steps_here else self.tokens_per_second
+        # Only the writer has metrics.jsonl. The summaries of other ranks are not shown.
+        column = self.recorder.column if self.recorder.is_writer else lambda _: [0.0]
+        losses, steps_here = column("loss"), self.step - self.start_step
+        # A run that was stopped in its last validation makes no step here.
+        speed = steps_here * self.tokens_per_step / self.training_seconds if steps_here else column("tokens_per_s")[-1]
+        uniform_loss = math.log(self.config.model.vocab_size)
         return {
             "first_loss": losses[0],
             "last_loss": losses[-1],
             "valid_loss": self.valid_loss,
             "valid_perplexity": math.exp(min(self.valid_loss, 700.0)),
+            "uniform_loss": uniform_loss,
+            "diverged": self.valid_loss > uniform_loss + DIVERGED_BY,
+            "skipped_steps": sum(column("skipped_steps")),
             "steps": self.step,
             "tokens": self.progress.tokens,
             "tokens_per_s": speed,

@@ -140,10 +140,14 @@ class Recorder:
         if self.is_writer:
             self.progress.write(text)
 
-    def losses(self) -> list[float]:
-        """Losses of all logged steps of the run, including steps before a resume."""
+    def column(self, name: str) -> list[Any]:
+        """The values of `name` in all lines of metrics.jsonl that have it, including steps before a resume."""
         lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
-        return [metrics["loss"] for metrics in lines if "loss" in metrics]
+        return [metrics[name] for metrics in lines if name in metrics]
+
+    def has_validation(self, step: int) -> bool:
+        lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
+        return any(metrics["step"] == step and "valid_loss" in metrics for metrics in lines)
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         if self.is_writer:

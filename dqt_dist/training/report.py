@@ -29,6 +29,15 @@ def show_summary(summary: dict[str, Any], config: Config) -> None:
     Console().print(table)
 
 
+def show_divergence(summary: dict[str, Any]) -> None:
+    """Prints, for a run that diverged, that it did."""
+    if summary.get("diverged"):
+        _line(
+            f"the run diverged: its validation loss of {summary['valid_loss']:.4g} is above that of a uniform guess, "
+            f"{summary['uniform_loss']:.3f} nats per token; a lower learning rate may help"
+        )
+
+
 def show_sample(text: str | None, explanation: str, prompt: str) -> None:
     """Prints `text`, a continuation of the prompt, in a panel unless it is None, and then `explanation`."""
     if text is not None:

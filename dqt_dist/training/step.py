@@ -88,7 +88,7 @@ def train_step(
         model_chunks.train()
     rates = engine.optimizer.begin_step()
     # Each weight gradient is summed over the micro-batches in the GradientBuffer of its weight.
-    loss = forward_backward(batches)
+    loss = engine.optimizer.loss = forward_backward(batches)
     # `CombinedOptimizer.step`: reduce, norm and clip, update with stochastic rounding, gather.
     engine.step()
     return StepResult(loss, engine.optimizer.grad_norm, rates)

@@ -1,35 +1,44 @@
 """Stopping in good order: after SIGTERM, SIGUSR1 or Ctrl-C on any rank, all ranks finish the step, save and exit.
 
 SLURM and cloud machines announce the end of a job by a signal, often to one process only. The ranks therefore agree
-after every step, through a one-element all-reduce on the CPU (gloo) that does not wait for the GPU.
+between steps (`agree` in the loop). A launcher that ends without a word counts as a signal too: nobody waits any more
+for the ranks that it started.
 """
 
 from __future__ import annotations
 
+import os
+import select
 import signal
+import threading
+from pathlib import Path
 from types import FrameType
 
-import torch
-import torch.distributed as dist
+ANCESTORS = {"torchrun": 1, "mpirun": 1, "deepspeed": 2}
+"""How many processes above a rank belong to its launcher. `deepspeed` starts a process per machine, which starts the
+ranks: a signal ends the first and reaches neither of the others. srun's daemon ends its tasks itself."""
 
 
 class StopSignal:
-    """Remembers whether a signal came. `agreed` is true on every rank once any rank got a signal."""
+    """Remembers whether a signal came, from the moment it is made. `launcher` is that of `Launch`."""
 
     SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
-    def __init__(self) -> None:
+    def __init__(self, launcher: str) -> None:
         self.received = False
         self._previous = {number: signal.signal(number, self._remember) for number in self.SIGNALS}
+        process = os.getpid()
+        for _ in range(ANCESTORS.get(launcher, 0)):
+            process = _parent(process)
+            if process > 1:
+                threading.Thread(target=self._remember_exit, args=(os.pidfd_open(process),), daemon=True).start()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.received = True
 
-    def agreed(self) -> bool:
-        """Whether any rank got a signal. A collective call."""
-        flag = torch.tensor(int(self.received))
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+    def _remember_exit(self, process: int) -> None:
+        select.select([process], [], [])
+        self.received = True
 
     def ignore(self) -> None:
         """Ignores signals from now on. For a rank that exits after a stop.
@@ -43,3 +52,9 @@ class StopSignal:
         """Restores the signal handlers from before."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+
+def _parent(process: int) -> int:
+    """The process that started `process`, 0 for one outside this container."""
+    status = Path(f"/proc/{process}/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("PPid:")))

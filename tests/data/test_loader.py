@@ -381,3 +381,30 @@ def test_no_process_is_left_of_a_run_that_was_killed(tmp_path: Path) -> None:
     while left := [pid for pid in children if psutil.pid_exists(pid) and psutil.Process(pid).status() != "zombie"]:
         assert time.monotonic() < deadline, left
         time.sleep(0.1)
+
+
+DAMAGED = (
+    SIGNALLED[: SIGNALLED.index("if __name__")]
+    + """
+class Damaged(Numbers):
+    def __getitem__(self, index):
+        if index == 5:
+            raise OSError("the disk is gone")
+        return super().__getitem__(index)
+
+if __name__ == "__main__":
+    loader = Loader(Damaged(), micro_batch_size=1, global_batch_size=1, data_parallel_rank=0, data_parallel_size=1,
+                    num_workers=2)
+    for step in loader.iterate():
+        pass
+"""
+)
+
+
+def test_a_process_whose_data_are_damaged_ends(tmp_path: Path) -> None:
+    """Without the end of the iterator it waits at its exit, for ever, for workers that ignore the signal to end."""
+    script = tmp_path / "script.py"
+    script.write_text(DAMAGED)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 1 and "OSError: the disk is gone" in done.stderr

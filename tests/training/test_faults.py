@@ -1,0 +1,160 @@
+"""Processes that fail: killed, stopped, signalled, diverging. Rows of the table in docs/reliability.md name these tests.
+
+Each test waits for an event; DEADLINE_SECONDS only bounds how long a fault of ours can hold up the suite.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from dqt_dist.checkpoint.digest import digest_of
+from dqt_dist.checkpoint.folder import complete_checkpoints
+from dqt_dist.checkpoint.reader import CheckpointReader
+from dqt_dist.errors import STOPPED_EXIT_CODE
+from tests.training.conftest import ROOT, Train, environment
+from tests.training.ranks import DEADLINE_SECONDS, Ranks, steps_logged
+
+ENDLESS = ("training.steps=100000", "logging.interval=1", "checkpoint.interval=0")
+
+
+def checkpoints(run: Path) -> list[str]:
+    return [path.name for path in complete_checkpoints(run / "checkpoints")]
+
+
+# ---- killed and stopped ----
+
+
+def test_a_run_killed_at_random_moments_ends_in_the_bits_of_one_that_was_not(config_file: Path, tmp_path: Path) -> None:
+    """Rank 0, rank 1, then both, each at a random step. The rank that is left ends, and one message names the other."""
+    settings = ("training.steps=24", "checkpoint.interval=3", "logging.interval=1")
+    through, run = tmp_path / "through", tmp_path / "run"
+    with Ranks(config_file, tmp_path / "logs", *settings, f"checkpoint.dir={through}") as ranks:
+        assert ranks.exit_codes() == [0, 0], ranks.output()
+    draw = random.Random(20261126)
+    for number, victims in enumerate([[1], [0], [0, 1]]):
+        last = draw.randrange(4, 8) * (number + 1)
+        with Ranks(config_file, tmp_path / f"logs_{number}", *settings) as ranks:
+            ranks.wait_until(lambda last=last: last in steps_logged(run))
+            for victim in victims:
+                ranks.signal(victim, signal.SIGKILL)
+            codes = ranks.exit_codes()
+            assert codes == [-signal.SIGKILL if rank in victims else 1 for rank in (0, 1)]
+            if len(victims) == 1:
+                assert ranks.output().count("error: ") == 1, ranks.output()
+                assert f"error: no answer from rank {victims[0]}" in ranks.output()
+                assert "Traceback" not in ranks.output()
+        assert checkpoints(run)[-1] >= f"step_{last - 5:08d}"
+    with Ranks(config_file, tmp_path / "logs_end", *settings) as ranks:
+        assert ranks.exit_codes() == [0, 0] and "resumed from" in ranks.output(), ranks.output()
+    digests = [digest_of(CheckpointReader(folder / "checkpoints/step_00000024")) for folder in (run, through)]
+    assert digests[0] == digests[1]
+    assert digests[0] != digest_of(CheckpointReader(run / "checkpoints/step_00000021"))  # negative control
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_rank_that_stands_still_is_named(config_file: Path, tmp_path: Path, stopped: int) -> None:
+    """SIGSTOP. Rank 0 also keeps the store through which ranks hear of each other."""
+    run, other = tmp_path / "run", 1 - stopped
+    with Ranks(config_file, tmp_path / "logs", *ENDLESS, "training.step_timeout_seconds=2") as ranks:
+        ranks.wait_until(lambda: 3 in steps_logged(run))
+        ranks.signal(stopped, signal.SIGSTOP)
+        assert ranks.exit_code(other) == 1, ranks.output()
+        message = ranks.logs[other].read_text()
+        assert message.count(f"error: no answer from rank {stopped}") == 1
+        assert "2 s, training.step_timeout_seconds" in message
+        assert "in train_step" in (run / "stacks" / f"rank_{other}.txt").read_text()
+
+
+# ---- asked to stop ----
+
+
+@pytest.mark.parametrize(
+    ("moment", "number", "rank"),
+    [
+        ("start-up", signal.SIGTERM, 1),
+        ("first step", signal.SIGUSR1, 0),
+        ("validation", signal.SIGTERM, 1),
+        ("save", signal.SIGUSR1, 1),
+    ],
+)
+def test_a_signal_at_any_moment_saves_and_stops_all(
+    config_file: Path, tmp_path: Path, moment: str, number: signal.Signals, rank: int
+) -> None:
+    """Both ranks end with exit code 75, and the same command goes on from the step that was running."""
+    run = tmp_path / "run"
+    settings = {
+        "start-up": [],
+        "first step": [],
+        "validation": ["training.eval_interval=3", "training.eval_batches=1000"],
+        "save": ["checkpoint.interval=3"],
+    }[moment]
+    comes = {
+        "start-up": lambda: (run / "data_index").exists(),
+        "first step": lambda: (run / "config.json").exists(),
+        "validation": lambda: 3 in steps_logged(run),
+        "save": lambda: list((run / "checkpoints").glob(".partial_step_00000003")) != [],
+    }[moment]
+    with Ranks(config_file, tmp_path / "logs", *ENDLESS, *settings) as ranks:
+        ranks.wait_until(comes)
+        ranks.signal(rank, number)
+        assert ranks.exit_codes() == [STOPPED_EXIT_CODE] * 2, ranks.output()
+        assert ranks.output().count("stopped by a signal") == 1
+    if moment == "validation":
+        assert checkpoints(run) == ["step_00000003"]
+        # The validation that the signal ended is made up for.
+        again = [*ENDLESS, "training.steps=4", "training.eval_interval=3"]
+        with Ranks(config_file, tmp_path / "logs_again", *again) as ranks:
+            assert ranks.exit_codes() == [0, 0], ranks.output()
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines if "valid_loss" in line] == [3, 4]
+    elif moment == "save":
+        assert checkpoints(run)[0] == "step_00000003"
+    else:  # nothing to save, or the step after which the signal was seen
+        assert len(checkpoints(run)) <= 1
+        assert not list(run.glob("checkpoints/.partial*"))
+
+
+def test_ranks_do_not_outlive_the_deepspeed_launcher(config_file: Path, tmp_path: Path) -> None:
+    """SIGTERM ends `deepspeed` and reaches neither the process that it started nor the ranks: they save and end."""
+    run = tmp_path / "run"
+    settings = [part for override in ENDLESS for part in ("--set", override)]
+    launcher = [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", "29731"]
+    command = [*launcher, str(ROOT / "launchers/pretrain.py"), "--config", str(config_file), *settings]
+    with open(tmp_path / "log", "wb") as log:
+        process = subprocess.Popen(command, env=environment(), stdout=log, stderr=log)
+    below: list[psutil.Process] = []
+    try:
+        while 2 not in steps_logged(run):
+            assert process.poll() is None
+        below = psutil.Process(process.pid).children(recursive=True)
+        process.terminate()
+        assert process.wait(DEADLINE_SECONDS) == -signal.SIGTERM
+        _, left = psutil.wait_procs(below, timeout=DEADLINE_SECONDS)
+        assert left == []
+    finally:
+        for left_over in [process, *below]:
+            if left_over.poll() is None if left_over is process else left_over.is_running():
+                left_over.kill()
+    assert len(checkpoints(run)) == 1
+    assert "stopped by a signal after step" in (tmp_path / "log").read_text()
+
+
+# ---- numbers that are not finite ----
+
+
+def test_a_run_without_finite_losses_stops_and_saves_nothing(train: Train, tmp_path: Path) -> None:
+    """A learning rate of 1e30 after a first checkpoint. logging.interval plays no part."""
+    assert train("training.steps=2").returncode == 0
+    again = ("optimizer.learning_rate=1e30", "training.steps=40", "training.max_skipped_steps=6")
+    done = train(*again, "logging.interval=1000", "checkpoint.interval=2")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert done.stderr.count("error: training.max_skipped_steps: 6 steps in a row up to step") == 1
+    assert "step_00000002, as before" in done.stderr
