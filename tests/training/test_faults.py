@@ -1,4 +1,4 @@
-"""Processes that fail: killed, stopped, signalled, diverging. Rows of the table in docs/reliability.md name these tests.
+"""Processes that fail: killed, stopped, signalled, diverging. The rows of docs/reliability.md name these tests.
 
 Each test waits for an event; DEADLINE_SECONDS only bounds how long a fault of ours can hold up the suite.
 """
