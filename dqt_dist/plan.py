@@ -21,7 +21,6 @@ from dqt_dist.config import (
     STATE_BLOCK,
     Bits,
     Config,
-    OptimizerConfig,
     process_grid,
     uses_cuda_graph,
 )
@@ -92,7 +91,7 @@ def rank_bytes(config: Config, data_parallel_size: int) -> tuple[RankBytes, Rank
         0 if config.optimizer.fused_backward else gradients(linear),
         0,
         share(0 if quantization.latent_bits is None else _packed_bytes(linear, quantization.latent_bits), 1),
-        share(_low_bit_moments(linear, config.optimizer), 1),
+        _low_bit_moments(linear, config, data_parallel_size if stage >= 1 else 1),
         config.offloads_optimizer,
     )
     # In stage 0 fp32 parameters are their own masters. DeepSpeed's stages 1 and 2 copy fp32 parameters, stage 3 does
@@ -114,12 +113,29 @@ def _packed_bytes(weights: int, bits: Bits) -> int:
     return weights * make_grid(bits).storage_bits // 8
 
 
-def _low_bit_moments(weights: int, optimizer: OptimizerConfig) -> int:
-    """Bytes of the moments of `weights` low-bit weights, without a factored moment's means of rows and columns."""
+def _low_bit_moments(weights: int, config: Config, owners: int) -> int:
+    """Bytes of the moments of `weights` low-bit weights whose rows are divided over `owners` ranks."""
+    optimizer = config.optimizer
     num_moments = (1 if optimizer.beta1 else 0) + (optimizer.second_moment == "full")
     # With 8 bits a moment also has one exponent per block.
     per_moment = 4 * weights if optimizer.state_bits == 32 else weights + weights // STATE_BLOCK
-    return num_moments * per_moment
+    rows, others = _means(config) if weights and optimizer.second_moment == "factored" else (0, 0)
+    return num_moments * per_moment // owners + 4 * (rows // owners + others)
+
+
+def _means(config: Config) -> tuple[int, int]:
+    """Numbers of a factored second moment on the largest rank: one per row, which owners divide; and one per column and
+    one per matrix, which they do not."""
+    model, tensor = config.model, config.parallel.tensor
+    shapes = list(model.linear_shapes().items()) * (model.num_layers // config.parallel.pipeline)
+    if config.quantization.embeddings:
+        shapes += [("vocabulary", (model.vocab_size, model.hidden_size))] * (2 if config.parallel.pipeline == 1 else 1)
+    rows = others = 0
+    for name, (out_features, in_features) in shapes:
+        splits_columns = name in ("self_attn.o_proj", "mlp.down_proj")
+        rows += out_features // (1 if splits_columns else tensor)
+        others += in_features // (tensor if splits_columns else 1) + 1
+    return rows, others
 
 
 def _format_bytes(size: RankBytes) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 
 from dqt_dist.layers.parameters import low_bit_matrices
-from dqt_dist.optim.factored import MEANS
 from dqt_dist.plan import RankBytes, rank_bytes
 from dqt_dist.training.cost import storage_bytes
 from tests.distributed import run_distributed
@@ -25,9 +24,7 @@ def held(rank: int, world_size: int, *overrides: str) -> tuple[RankBytes, RankBy
     states = [optimizer.high_precision.torch_optimizer.state[master] for master in masters]
     tensors = {
         "codes": [weight.codes for weight in low_bit_matrices(run.model_chunks)],
-        "low-bit moments": [
-            t for rows in optimizer.low_bit.rows for name, t in rows.state.items() if name not in ("latent", *MEANS)
-        ],
+        "low-bit moments": [t for rows in optimizer.low_bit.rows for name, t in rows.state.items() if name != "latent"],
         "latents": [t for rows in optimizer.low_bit.rows for name, t in rows.state.items() if name == "latent"],
         "masters": [master for master in masters if id(master) not in parameters],
         "moments": [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")],
@@ -43,7 +40,11 @@ CASES = [
     (1, "quantization.embeddings=true", "quantization.bits=4"),
     (2, "quantization.latent_bits=4", "deepspeed.zero_optimization.stage=1"),
     (2, "optimizer.state_bits=8", "model.ffn_hidden_size=64", "deepspeed.zero_optimization.stage=2"),
-    (2, "optimizer.second_moment=factored", "deepspeed.zero_optimization.stage=1"),
+    (2, "optimizer.second_moment=factored", "optimizer.state_bits=8", "model.ffn_hidden_size=64",
+     "deepspeed.zero_optimization.stage=2"),
+    (2, "optimizer.second_moment=factored", "parallel.tensor=2"),
+    (2, "optimizer.name=adafactor", "parallel.tensor=2", "quantization.embeddings=true"),
+    (2, "optimizer.name=adafactor", "optimizer.beta1=0.9", "deepspeed.zero_optimization.stage=1"),
     (2, "quantization.method=bitnet", "deepspeed.zero_optimization.stage=1"),
 ]  # fmt: skip
 

@@ -5,8 +5,8 @@ The second moment of a matrix is kept as means of rows and columns only (algorit
     r = b r + (1 - b) mean over columns (g^2 + eps)      c likewise over rows      b = 1 - t^-decay_rate
     V = r c^T / mean(r)        U = g / sqrt(V)           U = U / max(1, RMS(U) / clip_threshold)
 
-The RMS is taken over the whole logical matrix, of which a rank holds a part: `AdafactorRule` adds up the ranks' sums.
-These sums are fp32 and follow the backend's order, so Adafactor's ZeRO stages agree to rounding only.
+The RMS is taken over the whole logical matrix, of which a rank holds a part. `AdafactorRule` adds up the ranks' sums as
+integers, so all ZeRO stages give the same bits.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from dqt_dist.parallel.groups import Groups
 
 # Epsilon_1 of the paper, section 6. It keeps r and c positive.
 SQUARE_EPSILON = 1e-30
+
+# Squares of U are counted in units of 2^-16 and as at most 2^12, so the sum over a matrix of 2^34 weights fits 63 bits.
+# U has an RMS near 1: the unit does not matter, and a square of 2^12 is a hundred times what clipping is there for.
+SQUARES_PER_UNIT, LARGEST_SQUARE = 2.0**16, 2.0**12
 
 GradientOfRows = Callable[[slice], Tensor]
 """Returns the clipped fp32 gradient of a range of owned rows."""
@@ -109,10 +113,12 @@ class AdafactorRule:
         def unclipped_direction(block: slice) -> Tensor:
             return factored_direction(gradient(block), factors[block], state["column_mean"], row_matrix[block])
 
-        squares = torch.zeros(len(layout.matrices), device=row_matrix.device)
+        squares = torch.zeros(len(layout.matrices), dtype=torch.int64, device=row_matrix.device)
         for block in rows.row_blocks():
-            squares.index_add_(0, row_matrix[block], unclipped_direction(block).square().sum(dim=1))
-        rms = (self._complete(squares) / (rows.matrix_rows * layout.in_features)).sqrt().float()
+            units = unclipped_direction(block).square().clamp(max=LARGEST_SQUARE) * SQUARES_PER_UNIT
+            squares.index_add_(0, row_matrix[block], units.to(torch.int64).sum(dim=1))
+        mean_square = self._complete(squares) / SQUARES_PER_UNIT / (rows.matrix_rows * layout.in_features)
+        rms = mean_square.sqrt().float()
         for block in rows.row_blocks():
             direction = clip_by_rms(
                 unclipped_direction(block), rms, row_matrix[block], self.config.adafactor_clip_threshold

@@ -379,7 +379,8 @@ def test_what_may_change_between_runs_is_not_refused(saved_at: Any) -> None:
 
 def test_moments_of_other_bits_are_refused_and_old_ones_have_32(saved_at: Any) -> None:
     manifest = read_manifest(saved_at((1, *SCHEDULE)).folder)
-    del manifest["config"]["optimizer"]["state_bits"]  # as it was before there was a choice
+    for field in ("state_bits", "second_moment"):  # as it was before there was a choice
+        del manifest["config"]["optimizer"][field]
     store.check_identity(manifest, small_config(), Path("of a test"))
     with pytest.raises(UserError, match=r"optimizer\.state_bits: the checkpoint has 32, the config 8"):
         store.check_identity(manifest, small_config(*STATE_8), Path("of a test"))

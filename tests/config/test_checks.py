@@ -141,6 +141,18 @@ from tests.config.files import refusal, world_refusal
             "quantization.scale_power_of_two: true does not go with quantization.scale_refit_interval = 1",
         ),
         (
+            ["optimizer.name=adafactor", "optimizer.second_moment=full"],
+            'optimizer.second_moment: "full" does not go with optimizer.name = "adafactor"; use "factored"',
+        ),
+        (
+            ["optimizer.second_moment=factored", "optimizer.fused_backward=true", "optimizer.max_grad_norm=0"],
+            'optimizer.second_moment: "factored" needs the sums over whole matrices before a row is updated',
+        ),
+        (
+            ["optimizer.second_moment=factored", "quantization.method=bitnet"],
+            'optimizer.second_moment: "factored" is about low-bit weights, and quantization.method = "bitnet" has none',
+        ),
+        (
             ["optimizer.fused_backward=true"],
             "optimizer.max_grad_norm is 1; use 0, or fused_backward = false",
         ),

@@ -93,6 +93,37 @@ def test_latents_take_their_bytes_and_no_float_copy(
         assert all(code_bytes * 4 == numel for code_bytes, numel, _ in codes)
 
 
+def _moment_bytes(rank: int, world: int, *overrides: str) -> list[tuple[int, int, int, int]]:
+    """Bytes of all moments of each matrix, with its owned rows, its columns and its number of logical matrices."""
+    run = start(*WIDE, *overrides)
+    run.step(1)
+    assert undeclared(run) == []
+    return [
+        (
+            sum(tensor.untyped_storage().nbytes() for tensor in r.state.values()),
+            r.stop - r.start,
+            r.weight.columns,
+            len(r.weight.scale),
+        )
+        for r in run.optimizer.low_bit.rows
+    ]
+
+
+@pytest.mark.parametrize("overrides", [(), ("deepspeed.zero_optimization.stage=1",)])
+def test_a_factored_second_moment_takes_no_bytes_per_weight(overrides: tuple[str, ...]) -> None:
+    """A first moment of 8 bits is 1 byte per weight and 1 per 32 weights. Control: in full both moments are twice that.
+
+    The factors are fp32: one per row, one per column of each matrix, one per matrix.
+    """
+    for second_moment, moments in (("factored", 1), ("full", 2)):
+        settings = (f"optimizer.second_moment={second_moment}", "optimizer.state_bits=8", *overrides)
+        for shards in run_distributed(_moment_bytes, 2, *settings):
+            assert len(shards) == 8
+            for found, rows, columns, matrices in shards:
+                factors = 4 * (rows + matrices * (columns + 1)) if second_moment == "factored" else 0
+                assert found == moments * rows * columns * 33 // 32 + factors
+
+
 def test_the_walk_sees_a_float_master() -> None:
     """Negative control: BitNet keeps float masters, and the same walk finds them."""
     ((found, codes, _),) = run_distributed(_walk, 1, "quantization.method=bitnet")
