@@ -1,4 +1,4 @@
-"""Processes that fail: killed, stopped, signalled, diverging. Rows of the table in docs/reliability.md name these tests.
+"""Processes that fail: killed, stopped, signalled, diverging. The table in docs/reliability.md names these tests.
 
 Each test waits for an event; DEADLINE_SECONDS only bounds how long a fault of ours can hold up the suite.
 """
@@ -148,6 +148,16 @@ def test_ranks_do_not_outlive_the_deepspeed_launcher(config_file: Path, tmp_path
 
 
 # ---- numbers that are not finite ----
+
+
+def test_a_run_that_diverged_says_so(train: Train, tmp_path: Path) -> None:
+    """Every loss is finite, and far above that of a guess, ln(512) = 6.238."""
+    rates = ("optimizer.learning_rate=100", "optimizer.low_bit_learning_rate=100")
+    done = train(*rates, "training.steps=4", "training.sample_prompt=null")
+    assert done.returncode == 1, done.stderr
+    assert "the run diverged: its validation loss of" in done.stdout and "6.238 nats per token" in done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["diverged"] and summary["valid_loss"] > 100 and summary["skipped_steps"] == 0
 
 
 def test_a_run_without_finite_losses_stops_and_saves_nothing(train: Train, tmp_path: Path) -> None:
