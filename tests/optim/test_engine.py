@@ -177,7 +177,7 @@ def test_a_gradient_that_is_not_finite_moves_nothing(layout: tuple[Any, ...], ba
 
 def with_infinite_loss(rank: int, world_size: int) -> list[tuple[bool, int, int, int]]:
     """After each of three steps, of which the second has an infinite loss and finite gradients on the last rank."""
-    run, seen = start(*ZERO_1), []
+    run, seen = start(ZERO_1), []
 
     def infinite(batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         return run.forward_backward(batches) / float(rank != world_size - 1)

@@ -16,19 +16,8 @@ from dqt_dist.errors import STOPPED_EXIT_CODE
 from tests.training.conftest import Train, command, environment
 
 METRICS = {
-    *(
-        "step",
-        "loss",
-        "grad_norm",
-        "skipped_steps",
-        "lr",
-        "low_bit_lr",
-        "tokens",
-        "tokens_per_s",
-        "mfu",
-        "peak_memory_bytes",
-    ),
-    *("flip_rate", "zero_fraction", "saturation"),
+    *("step", "loss", "grad_norm", "lr", "low_bit_lr", "tokens", "tokens_per_s", "mfu", "peak_memory_bytes"),
+    *("skipped_steps", "flip_rate", "zero_fraction", "saturation"),
     *("gradients_sent_bytes", "codes_sent_bytes", "activation_maxima_sent_bytes", "activations_sent_bytes"),
 }
 SUMMARY = {
