@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -134,6 +135,7 @@ def test_ranks_do_not_outlive_the_deepspeed_launcher(config_file: Path, tmp_path
     try:
         while 2 not in steps_logged(run):
             assert process.poll() is None
+            time.sleep(0.05)
         below = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
         assert process.wait(DEADLINE_SECONDS) == -signal.SIGTERM
