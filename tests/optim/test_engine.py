@@ -176,6 +176,31 @@ def test_a_gradient_that_is_not_finite_moves_nothing(layout: tuple[Any, ...], ba
     assert any(name.startswith("codes/") for name in changed) and "parameter/embed_tokens" in changed  # the run goes on
 
 
+def with_infinite_loss(rank: int, world_size: int) -> list[tuple[bool, int, int, int]]:
+    """After each of three steps, of which the second has an infinite loss and finite gradients on the last rank."""
+    run, seen = start(ZERO_1), []
+
+    def infinite(batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+        return run.forward_backward(batches) / float(rank != world_size - 1)
+
+    for number in (1, 2, 3):
+        before = whole_state(run)
+        codes = {name: tensor.clone() for name, tensor in before.items() if name.startswith("codes/")}
+        batches = random_batches(run.config, number, run.groups.data.rank(), run.groups.data.size())
+        train_step(run.engine, run.model_chunks, batches, infinite if number == 2 else run.forward_backward)
+        after, optimizer = whole_state(run), run.optimizer
+        changed = any(not torch.equal(tensor, after[name]) for name, tensor in codes.items())
+        counts = (optimizer.skipped_steps, optimizer.skipped_in_a_row, optimizer.skipped_in_a_row_on_host)
+        seen.append((changed, *(int(count) for count in counts)))
+    return seen
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_is_a_skipped_step_on_all() -> None:
+    seen, of_other = run_distributed(with_infinite_loss, 2)
+    assert seen == [(True, 0, 0, 0), (False, 1, 1, 1), (True, 1, 0, 0)]
+    assert [counts for _, *counts in of_other] == [counts for _, *counts in seen]
+
+
 # ---- DeepSpeed's part ----
 
 

@@ -1,4 +1,4 @@
-"""Processes that fail: killed, stopped, signalled, diverging. The rows of docs/reliability.md name these tests.
+"""Processes that fail: killed, stopped, signalled, diverging. The table in docs/reliability.md names these tests.
 
 Each test waits for an event; DEADLINE_SECONDS only bounds how long a fault of ours can hold up the suite.
 """
@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -134,20 +135,32 @@ def test_ranks_do_not_outlive_the_deepspeed_launcher(config_file: Path, tmp_path
     try:
         while 2 not in steps_logged(run):
             assert process.poll() is None
+            time.sleep(0.05)
         below = psutil.Process(process.pid).children(recursive=True)
         process.terminate()
         assert process.wait(DEADLINE_SECONDS) == -signal.SIGTERM
         _, left = psutil.wait_procs(below, timeout=DEADLINE_SECONDS)
         assert left == []
     finally:
-        for left_over in [process, *below]:
-            if left_over.poll() is None if left_over is process else left_over.is_running():
-                left_over.kill()
+        process.kill()
+        for rank in below:
+            if rank.is_running():
+                rank.kill()
     assert len(checkpoints(run)) == 1
     assert "stopped by a signal after step" in (tmp_path / "log").read_text()
 
 
 # ---- numbers that are not finite ----
+
+
+def test_a_run_that_diverged_says_so(train: Train, tmp_path: Path) -> None:
+    """Every loss is finite, and far above that of a guess, ln(512) = 6.238."""
+    rates = ("optimizer.learning_rate=100", "optimizer.low_bit_learning_rate=100")
+    done = train(*rates, "training.steps=4", "training.sample_prompt=null")
+    assert done.returncode == 1, done.stderr
+    assert "the run diverged: its validation loss of" in done.stdout and "6.238 nats per token" in done.stdout
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["diverged"] and summary["valid_loss"] > 100 and summary["skipped_steps"] == 0
 
 
 def test_a_run_without_finite_losses_stops_and_saves_nothing(train: Train, tmp_path: Path) -> None:

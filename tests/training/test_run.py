@@ -17,12 +17,12 @@ from tests.training.conftest import Train, command, environment
 
 METRICS = {
     *("step", "loss", "grad_norm", "lr", "low_bit_lr", "tokens", "tokens_per_s", "mfu", "peak_memory_bytes"),
-    *("flip_rate", "zero_fraction", "saturation"),
+    *("skipped_steps", "flip_rate", "zero_fraction", "saturation"),
     *("gradients_sent_bytes", "codes_sent_bytes", "activation_maxima_sent_bytes", "activations_sent_bytes"),
 }
 SUMMARY = {
     *("first_loss", "last_loss", "valid_loss", "steps", "tokens", "tokens_per_s", "parameters", "low_bit_parameters"),
-    *("static_bytes_per_low_bit_weight", "layout", "versions"),
+    *("static_bytes_per_low_bit_weight", "layout", "versions", "uniform_loss", "diverged", "skipped_steps"),
 }
 
 
@@ -79,6 +79,17 @@ def test_a_run_folder_holds_everything(train: Train, config_file: Path, tmp_path
     assert [done.stdout.count(part) for part in parts] == [1] * len(parts)
     assert sorted(parts, key=done.stdout.index) == parts
     assert str(run / "tb") in done.stdout.replace("\n", "")
+
+
+def test_a_complete_run_says_so_and_keeps_its_summary(train: Train, tmp_path: Path) -> None:
+    short = ("training.steps=2", "training.sample_prompt=null")
+    assert train(*short).returncode == 0
+    files = ("summary.json", "metrics.jsonl", "checkpoints/step_00000002/manifest.json")
+    before = [(tmp_path / "run" / name).read_bytes() for name in files]
+    again = train(*short, "training.steps=1", processes=2)  # any number of steps that are done, in any layout
+    assert again.returncode == 0, again.stderr
+    assert "complete since step 2; training.steps above 2 goes on" in again.stdout
+    assert [(tmp_path / "run" / name).read_bytes() for name in files] == before
 
 
 def test_a_run_without_a_prompt_has_no_sample(train: Train) -> None:
