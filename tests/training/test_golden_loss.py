@@ -57,14 +57,20 @@ def test_another_rate_decay_or_moment_is_seen() -> None:
         assert max(abs(a - b) for a, b in zip(found, wanted, strict=True)) > TOLERANCE, override
 
 
-def test_8_bit_moments_lose_as_32_bit_ones() -> None:
+def test_small_moments_lose_as_two_of_32_bits() -> None:
     """The whole run stays within 0.02 of the recorded losses. Control: twice the rate.
 
-    Measured over three seeds: 0.004. The seeds themselves differ by 0.02.
+    Measured over three seeds: 0.004 with 8 bits; 0.003 to 0.009 with a factored second moment. The seeds themselves
+    differ by 0.02.
     """
     wide = "model.ffn_hidden_size=64"  # blocks of 32 columns
     wanted = run_distributed(losses, 1, wide)[0]
-    for override, same in (("optimizer.state_bits=8", True), ("optimizer.low_bit_learning_rate=1e-2", False)):
+    cases = {
+        "optimizer.state_bits=8": True,
+        "optimizer.second_moment=factored": True,
+        "optimizer.low_bit_learning_rate=1e-2": False,
+    }
+    for override, same in cases.items():
         found = run_distributed(losses, 1, wide, override)[0]
         assert (max(abs(a - b) for a, b in zip(found, wanted, strict=True)) < 0.02) == same, override
 
