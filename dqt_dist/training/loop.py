@@ -64,9 +64,9 @@ class Trainer:
         self.checkpoint_writer = store.open_writer(config)
         self.recorder = Recorder(config, groups.world.rank(), self.step)
         if checkpoint is not None:
-            self.recorder.say(f"resumed from {checkpoint} at step {self.step}")
-            for path in store.set_aside_newer(config, checkpoint):
-                self.recorder.say(f"a later checkpoint is set aside as {path}")
+            for line in store.set_aside(config, checkpoint):
+                self.recorder.say(line)
+            self.recorder.say(f"resumed from {checkpoint.path} at step {self.step}")
         self.peak = cost.peak_flops(config, groups)
         self.last_loss, self.valid_loss, self.tokens_per_second = math.nan, math.nan, 0.0
         self.saved_step = self.step if checkpoint is not None else -1
@@ -210,11 +210,13 @@ class Trainer:
     def _record_saves(self) -> None:
         """Records the saves that have completed since the last call."""
         for saved in self.checkpoint_writer.take_finished():
-            self.recorder.log_save({name: value for name, value in asdict(saved).items() if name != "path"})
+            self.recorder.log_save(saved.numbers())
             took = f"{saved.save_bytes / 1e6:,.1f} MB in {saved.save_seconds:.1f} s"
             self.recorder.say(
                 f"step {saved.step}: saved {saved.path}, {took}, training waited {saved.save_blocked_seconds:.1f} s"
             )
+            for warning in saved.warnings:
+                self.recorder.say(warning)
 
     def _finish(self) -> dict[str, Any]:
         self._validate()
