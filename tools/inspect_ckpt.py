@@ -69,7 +69,7 @@ def verify(path: Path) -> None:
     from dqt_dist.checkpoint import folder
 
     checkpoint = folder.resolve(path)
-    checked = folder.verify(checkpoint, folder.read_manifest(checkpoint), no_others=True)
+    checked = folder.verify(checkpoint)
     print(f"{checkpoint}: whole, {checked:,} bytes checked against the manifest")
 
 

@@ -63,7 +63,7 @@ class Progress:
 
 
 def numbered(folder: Path) -> list[Path]:
-    """Whatever is named like a checkpoint below `folder`, oldest first: also links, files, folders without a manifest."""
+    """Whatever below `folder` is named like a checkpoint, oldest first: also links, files, folders without manifest."""
     return sorted(path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name))
 
 
@@ -145,9 +145,7 @@ def _manifest_problems(manifest: dict[str, Any]) -> list[str]:
     wrong += [name for name in ("config", "files") if not isinstance(manifest.get(name), dict)]
     if wrong:
         return [f"{', '.join(wrong)} missing or of the wrong type"]
-    problems = [
-        f"config.{name} is not a section" for name, part in manifest["config"].items() if type(part) is not dict
-    ]
+    problems = [f"config.{name} is no section" for name, part in manifest["config"].items() if type(part) is not dict]
     for name, entry in manifest["files"].items():
         if not FILE_NAME.fullmatch(name) or name == MANIFEST:
             problems.append(f"files.{name!r} is not the name of a file in the checkpoint's folder")
@@ -216,18 +214,21 @@ def sha256_of(file: Path, progress: tqdm | None = None) -> str:
     return digest.hexdigest()
 
 
-def verify(path: Path, manifest: dict[str, Any], no_others: bool = False) -> int:
-    """Compares every file of a checkpoint with its manifest, in one process; returns the bytes that were checked.
+def check_files(path: Path, manifest: dict[str, Any], others: Mapping[str, str] | None = None) -> int:
+    """Compares the files of a checkpoint with its manifest, in one process; returns the bytes that were checked.
 
-    Raises DamagedCheckpoint naming each file that is missing, of another size, of other content or, with `no_others`,
-    not in the manifest. A progress bar on stderr.
+    Raises DamagedCheckpoint naming each file that is missing, of another size or of other content, and `others` that
+    are known to be wrong. A progress bar on stderr.
     """
-    files = manifest["files"]
-    total = sum(entry["bytes"] for entry in files.values())
+    total = sum(entry["bytes"] for entry in manifest["files"].values())
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None, leave=False) as progress:
-        problems = bad_files(path, files, progress)
-    if no_others:
-        others = {other.name for other in path.iterdir()} - files.keys() - {MANIFEST}
-        problems |= dict.fromkeys(others, "is not in the manifest")
-    raise_if_bad(path, problems)
+        problems = bad_files(path, manifest["files"], progress)
+    raise_if_bad(path, {**problems, **(others or {})})
     return total
+
+
+def verify(path: Path) -> int:
+    """`check_files`, and the folder must hold nothing else."""
+    manifest = read_manifest(path)
+    others = {other.name for other in path.iterdir()} - manifest["files"].keys() - {MANIFEST}
+    return check_files(path, manifest, dict.fromkeys(others, "is not in the manifest"))

@@ -60,7 +60,7 @@ class CheckpointReader:
         self.manifest: dict[str, Any] = folder.read_manifest(self.path)
         self.config = _config(self.manifest, self.path)
         self.progress = folder.progress_of(self.manifest)
-        folder.verify(self.path, self.manifest)
+        folder.check_files(self.path, self.manifest)
         self._files = CheckpointFiles(self.path, self.manifest["files"])
         self.tensors: dict[str, TensorInfo] = _infos(self._files.metadata, self.path)
 

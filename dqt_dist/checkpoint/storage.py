@@ -19,7 +19,7 @@ import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -94,7 +94,7 @@ class CheckpointFiles(FileSystemReader):
         done.set_result(None)
         return done
 
-    def _rectangle(self, file: BinaryIO, index: MetadataIndex) -> Tensor:
+    def _rectangle(self, file: io.BufferedReader, index: MetadataIndex) -> Tensor:
         """The stored rectangle [rows, columns] that begins at `index.offset` of the tensor `index.fqn`."""
         tensor, place = self.metadata.state_dict_metadata[index.fqn], self.storage_data[index]
         assert isinstance(tensor, TensorStorageMetadata)
@@ -103,7 +103,7 @@ class CheckpointFiles(FileSystemReader):
         if not elements:
             return torch.empty(sizes, dtype=tensor.properties.dtype)
         try:
-            with zipfile.ZipFile(self._slice_file(file, place)) as archive:
+            with zipfile.ZipFile(_Slice(file, place.offset, place.length)) as archive:
                 (record,) = (entry for entry in archive.infolist() if entry.filename.endswith("/data/0"))
             _require(record.compress_type == zipfile.ZIP_STORED, "its bytes are compressed")
             _require(record.file_size == len(elements), f"it has {record.file_size} bytes, its shape {len(elements)}")
@@ -111,13 +111,33 @@ class CheckpointFiles(FileSystemReader):
             file.seek(header + LENGTHS_AT)
             lengths = file.read(HEADER_BYTES - LENGTHS_AT)
             file.seek(header + HEADER_BYTES + sum(int.from_bytes(lengths[at : at + 2], "little") for at in (0, 2)))
-            _require(file.readinto(elements) == len(elements), "its file ends before it")  # type: ignore[attr-defined]
+            _require(file.readinto(elements) == len(elements), "its file ends before it")
         except Exception as error:  # whatever the bytes of a planted file make of zipfile
             offset = tuple(index.offset or ())
             raise UserError(
                 f"{self.folder / place.relative_path}: {index.fqn} at {offset} cannot be read ({first_line(error)})"
             ) from error
         return torch.frombuffer(elements, dtype=tensor.properties.dtype).view(sizes)
+
+
+class _Slice(io.RawIOBase):
+    """`length` bytes of an open file as a file for zipfile, which torch's own view of a file does not serve."""
+
+    def __init__(self, file: io.BufferedReader, offset: int, length: int) -> None:
+        self.file, self.offset, self.length, self.position = file, offset, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        self.file.seek(self.offset + self.position)
+        count = self.file.readinto(memoryview(buffer)[: max(0, self.length - self.position)])
+        self.position += count
+        return count
 
 
 def first_line(error: Exception) -> str:
@@ -138,7 +158,7 @@ class _Unpickler(pickle._Unpickler):
     This is pickle's reader in Python. The one in C takes memory for an index of the file before it looks at the file.
     """
 
-    dispatch: dict[int, Callable[..., None]] = dict(pickle._Unpickler.dispatch)
+    dispatch: ClassVar[dict[int, Callable[..., None]]] = dict(pickle._Unpickler.dispatch)
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in MAY_BE_NAMED:
@@ -205,7 +225,7 @@ def _check_place(what: str, place: Any, num_bytes: int, files: Mapping[str, Mapp
 
 def _pair(sizes: Any) -> Shape:
     _require(type(sizes) is torch.Size and len(sizes) == 2 and min(sizes) >= 0, "a tensor does not have two axes")
-    return tuple(sizes)
+    return sizes[0], sizes[1]
 
 
 def _cover(shape: Shape, rectangles: list[tuple[Shape, Shape]]) -> bool:

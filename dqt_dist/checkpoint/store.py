@@ -142,8 +142,8 @@ def shares(files: dict[str, dict[str, Any]], number: int) -> list[dict[str, dict
 
 
 def set_aside(config: Config, checkpoint: Checkpoint) -> list[str]:
-    """Renames the run folder's checkpoints that the run does not go on from: the damaged ones, and those of later steps,
-    which the run will compute anew.
+    """Renames the run folder's checkpoints that are no longer the run's: the damaged ones that `find` passed over, and
+    those of later steps, which the run will compute anew.
 
     Otherwise --resume auto would take them up again after the next interruption. Nothing is deleted: `step_N` becomes
     `left_step_N`. Returns a line for each; on the first rank, before anything is written. A collective call.

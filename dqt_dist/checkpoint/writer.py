@@ -225,8 +225,8 @@ class CheckpointWriter:
             name = min(ranks)
             more = f", as have {len(ranks) - 1} more tensors" if len(ranks) > 1 else ""
             raise RunError(
-                f"step {progress.step}: {name} has values that are not finite on rank {ranks[name]}{more}; no checkpoint "
-                "is written of this, the ones before it are as they were"
+                f"step {progress.step}: {name} has values that are not finite on rank {ranks[name]}{more}; no "
+                "checkpoint is written of this, the ones before it are as they were"
             )
 
     def _write(
@@ -249,7 +249,7 @@ class CheckpointWriter:
         """Returns the finished folder, and size and hash of its files by name."""
         name = f"step_{progress.step:08d}"
         final = self.directory / name
-        partial = on_first_rank(lambda: self._make_folder(f".partial_{name}"), self.group)
+        partial = self.directory / on_first_rank(lambda: self._make_folder(f".partial_{name}"), self.group)
         self._write_tensors(state, partial)
         of_ranks = on_all_ranks(lambda: self._own_files(partial), self.group)
         files = {name: entry for of_rank in of_ranks for name, entry in of_rank.items()}
@@ -257,13 +257,14 @@ class CheckpointWriter:
         on_first_rank(lambda: self._complete(partial, final, manifest), self.group)
         return final, files
 
-    def _make_folder(self, name: str) -> Path:
+    def _make_folder(self, name: str) -> str:
+        """An empty folder `name`; returns the name it got."""
         self.directory.mkdir(parents=True, exist_ok=True)
         for left_over in self.directory.glob(".partial_step_*"):
             self._delete(left_over)
         partial = unused(self.directory / name)
         partial.mkdir()
-        return partial
+        return partial.name
 
     def _write_tensors(self, state: LogicalState, partial: Path) -> None:
         # Copy-ahead would open a context on GPU 0 in the thread of every rank; a staged state is in host memory anyway.

@@ -86,7 +86,7 @@ def load_and_train(rank: int, world_size: int, path: str, *overrides: str) -> tu
     """
     run = start(*overrides)
     run.step(77)
-    progress = store.load(Path(path), run.model_chunks, run.optimizer, run.config)
+    progress = store.load(store.opened(Path(path)), run.model_chunks, run.optimizer, run.config)
     state = copied(run)
     next_loss = run.mean_loss(run.step(progress.step + 1))
     return state, whole_state(run), next_loss, progress
@@ -277,7 +277,7 @@ def test_a_killed_save_leaves_the_last_good_checkpoint_and_the_next_save_works(m
 
 def load_and_save_next(rank: int, world_size: int, path: str, folder: str) -> int:
     run = start(f"checkpoint.dir={folder}")
-    step = store.load(Path(path), run.model_chunks, run.optimizer, run.config).step
+    step = store.load(store.opened(Path(path)), run.model_chunks, run.optimizer, run.config).step
     save(run, 5)
     return step
 
@@ -324,7 +324,7 @@ def load_message(rank: int, world_size: int, path: str, *overrides: str) -> tupl
     run = start(*overrides)
     before = copied(run)
     with pytest.raises(UserError) as caught:
-        store.load(Path(path), run.model_chunks, run.optimizer, run.config)
+        store.load(store.opened(Path(path)), run.model_chunks, run.optimizer, run.config)
     after = whole_state(run)
     return str(caught.value), all(torch.equal(after[name], before[name]) for name in before)
 
