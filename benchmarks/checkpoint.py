@@ -148,7 +148,7 @@ def save_repeatedly(
 
 
 def load_row(args: argparse.Namespace, state: tuple[Any, ...], plain: Path, run: Path) -> list[Any]:
-    """[seconds, bytes, seconds of the ceiling] of loading the newest checkpoint of `run`."""
+    """[seconds, bytes, seconds of the ceiling] of checking and loading the newest checkpoint of `run`."""
     from dqt_dist.checkpoint import folder, store
 
     path = folder.resolve(run)
@@ -156,7 +156,7 @@ def load_row(args: argparse.Namespace, state: tuple[Any, ...], plain: Path, run:
     size = sum(file.stat().st_size for file in files)
     write_plain(plain, size // args.ranks)
     reading = fastest(args, lambda: read_plain(plain), before=lambda: leave_cache([plain]))
-    loading = fastest(args, lambda: store.load(path, *state), before=lambda: leave_cache(files))
+    loading = fastest(args, lambda: store.load(store.opened(path), *state), before=lambda: leave_cache(files))
     return [loading, size, reading]
 
 

@@ -11,6 +11,10 @@ A folder named `step_...` with a manifest is complete: writer.py renames it last
     config     the complete config of the run      layout, versions        of the run that wrote it, for people
     tokenizer_sha256   of the tokenizer that the model was trained with (run_tokenizer.py)
     files      {name: {"bytes": size, "sha256": hexadecimal digest}}
+    sha256     of everything above, so that a flipped bit of a number here is found too
+
+Whoever reads a checkpoint compares its files with the manifest first. What is damaged raises DamagedCheckpoint, and
+another checkpoint may take its place; what is whole and of another format or model raises a plain UserError.
 
 Nothing here needs a process group or a model: the tools and exports read checkpoints with plain torch.
 """
@@ -19,8 +23,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +35,17 @@ from tqdm import tqdm
 from dqt_dist.errors import UserError
 
 MANIFEST = "manifest.json"
+METADATA = ".metadata"
 FORMAT_VERSION = 2
 STEP_FOLDER = re.compile(r"step_(\d{8})")
+# Of a file in the folder itself: no separators, nothing that a terminal would act on.
+FILE_NAME = re.compile(r"(?!\.\.?$)[A-Za-z0-9._-]+")
+SHA256 = re.compile(r"[0-9a-f]{64}")
 READ_BYTES = 1 << 24
+
+
+class DamagedCheckpoint(UserError):
+    """Files that are not what was written: truncated, changed, missing. An older checkpoint may be whole."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +63,14 @@ class Progress:
 # ---- finding ----
 
 
+def numbered(folder: Path) -> list[Path]:
+    """Whatever below `folder` is named like a checkpoint, oldest first: also links, files, folders without manifest."""
+    return sorted(path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name))
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints below `folder`, oldest first."""
-    found = [path for path in folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name) and (path / MANIFEST).is_file()]
-    return sorted(found)
+    return [path for path in numbered(folder) if (path / MANIFEST).is_file()]
 
 
 def step_of(path: Path) -> int:
@@ -63,21 +80,35 @@ def step_of(path: Path) -> int:
     return int(match[1])
 
 
+def unused(path: Path) -> Path:
+    """`path`, or where something has this name, the name with `_again` behind it, as often as it takes."""
+    while os.path.lexists(path):
+        path = path.with_name(f"{path.name}_again")
+    return path
+
+
 def resolve(path: Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest one of a run or of its checkpoints folder.
 
     Raises UserError when there is none, saying what was found instead.
     """
+    try:
+        return _resolve(path)
+    except OSError as error:  # a name too long, a folder that must not be entered
+        raise UserError(f"{path}: cannot be opened ({error.strerror})") from error
+
+
+def _resolve(path: Path) -> Path:
     if (path / MANIFEST).is_file():
         return path
     found = complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)
     if found:
         return found[-1]
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
+        raise UserError(f"{path}: {'a link to nothing' if path.is_symlink() else 'no such file or folder'}")
     if not path.is_dir():
         raise UserError(f"{path}: a file; a checkpoint is a folder step_NNNNNNNN with a {MANIFEST}")
-    if (path / ".metadata").exists() or any(path.glob("*.distcp")):
+    if (path / METADATA).exists() or any(path.glob("*.distcp")):
         raise UserError(f"{path}: a half-written checkpoint, {MANIFEST} is missing; use an older one")
     started = [half.name for place in (path, path / "checkpoints") for half in place.glob(".partial_step_*")]
     hint = f"; half-written: {', '.join(sorted(started))}" if started else ""
@@ -88,23 +119,50 @@ def resolve(path: Path) -> Path:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of the checkpoint `path`. Raises UserError for a damaged one, a foreign one or another format."""
+    """The manifest of the checkpoint `path`.
+
+    Raises DamagedCheckpoint when it is missing or not as it was written, UserError for another format.
+    """
     file = path / MANIFEST
     try:
         manifest = json.loads(file.read_text())
         version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not a checkpoint manifest ({type(error).__name__}: {error})") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DamagedCheckpoint(f"{file}: not a checkpoint manifest ({type(error).__name__}: {error})") from error
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: checkpoint format {version!r}, this version reads {FORMAT_VERSION}")
-    keys = {"step": int, "tokens": int, "samples": int, "config": dict, "files": dict}
-    wrong = [name for name, kind in keys.items() if not isinstance(manifest.get(name), kind)]
-    if wrong:
-        raise UserError(f"{file}: {', '.join(wrong)} missing or of the wrong type; the manifest is damaged")
-    for name, entry in manifest["files"].items():
-        if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
-            raise UserError(f"{file}: files.{name} has no bytes or sha256; the manifest is damaged")
+    if problems := _manifest_problems(manifest):
+        raise DamagedCheckpoint(f"{file}: {problems[0]}; the manifest is damaged, use an older checkpoint")
     return manifest
+
+
+def _manifest_problems(manifest: dict[str, Any]) -> list[str]:
+    # Manifests were written without their own digest at first.
+    wanted, found = manifest.get("sha256"), manifest_digest(manifest)
+    if wanted is not None and wanted != found:
+        return [f"its content has sha256 {found}, it says {wanted}"]
+    counters = ("step", "tokens", "samples")
+    wrong = [name for name in counters if type(manifest.get(name)) is not int or manifest[name] < 0]
+    wrong += [name for name in ("config", "files") if not isinstance(manifest.get(name), dict)]
+    if wrong:
+        return [f"{', '.join(wrong)} missing or of the wrong type"]
+    problems = [f"config.{name} is no section" for name, part in manifest["config"].items() if type(part) is not dict]
+    for name, entry in manifest["files"].items():
+        if not FILE_NAME.fullmatch(name) or name == MANIFEST:
+            problems.append(f"files.{name!r} is not the name of a file in the checkpoint's folder")
+        elif not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+            problems.append(f"files.{name} has no bytes or sha256")
+        elif type(entry["bytes"]) is not int or not SHA256.fullmatch(str(entry["sha256"])):
+            problems.append(f"files.{name} has no number of bytes or no sha256 of 64 hexadecimal digits")
+    if METADATA not in manifest["files"]:
+        problems.append(f"files.{METADATA} is missing")
+    return problems
+
+
+def manifest_digest(manifest: dict[str, Any]) -> str:
+    """Hexadecimal SHA-256 of a manifest's content without `sha256`, whatever the order and the layout of its text."""
+    content = {name: value for name, value in manifest.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def progress_of(manifest: dict[str, Any]) -> Progress:
@@ -114,21 +172,36 @@ def progress_of(manifest: dict[str, Any]) -> Progress:
 # ---- the files ----
 
 
-def wrong_sizes(path: Path, manifest: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(name, what is wrong) of each file that is missing or has another size than the manifest says; reads none."""
-    for name, entry in manifest["files"].items():
-        size = (path / name).stat().st_size if (path / name).is_file() else None
-        if size is None:
-            yield name, f"is missing, the manifest says {entry['bytes']} bytes"
-        elif size != entry["bytes"]:
-            yield name, f"has {size} bytes, the manifest says {entry['bytes']} bytes"
+def bad_files(path: Path, files: Mapping[str, dict[str, Any]], progress: tqdm | None = None) -> dict[str, str]:
+    """What is wrong, by name, with those of `files` (of a manifest) that are not as they were written. Reads them all.
+
+    Size and content are compared; a file of another size is not read.
+    """
+    problems = {}
+    for name, entry in files.items():
+        try:
+            if problem := _problem(path / name, entry, progress):
+                problems[name] = problem
+        except OSError as error:
+            problems[name] = f"cannot be read: {error}"
+    return problems
 
 
-def check_sizes(path: Path, manifest: dict[str, Any]) -> None:
-    """Raises UserError naming every file that is missing or has another size: the quick check before loading."""
-    problems = [f"{path / name}: {what}" for name, what in wrong_sizes(path, manifest)]
+def _problem(file: Path, entry: dict[str, Any], progress: tqdm | None) -> str | None:
+    if not file.is_file():
+        return f"is missing, the manifest says {entry['bytes']} bytes"
+    if (size := file.stat().st_size) != entry["bytes"]:
+        return f"has {size} bytes, the manifest says {entry['bytes']} bytes"
+    if (found := sha256_of(file, progress)) != entry["sha256"]:
+        return f"has another content: sha256 {found}, the manifest says {entry['sha256']}"
+    return None
+
+
+def raise_if_bad(path: Path, problems: Mapping[str, str]) -> None:
+    """Raises DamagedCheckpoint that names every bad file of the checkpoint `path`."""
     if problems:
-        raise UserError("\n".join([*problems, "the checkpoint is damaged; use an older one"]))
+        lines = [f"  {name} {what}" for name, what in sorted(problems.items())]
+        raise DamagedCheckpoint("\n".join([f"{path}: {len(problems)} bad file(s)", *lines]))
 
 
 def sha256_of(file: Path, progress: tqdm | None = None) -> str:
@@ -142,24 +215,21 @@ def sha256_of(file: Path, progress: tqdm | None = None) -> str:
     return digest.hexdigest()
 
 
-def verify(path: Path) -> int:
-    """Reads every file of a checkpoint and compares it with the manifest; returns the bytes that were checked.
+def check_files(path: Path, manifest: dict[str, Any], others: Mapping[str, str] | None = None) -> int:
+    """Compares the files of a checkpoint with its manifest, in one process; returns the bytes that were checked.
 
-    Raises UserError naming each file that is missing, of another size, of other content, or not in the manifest.
+    Raises DamagedCheckpoint naming each file that is missing, of another size or of other content, and `others` that
+    are known to be wrong. A progress bar on stderr.
     """
-    files = (manifest := read_manifest(path))["files"]
-    problems = dict(wrong_sizes(path, manifest))
-    whole = [name for name in files if name not in problems]
-    total = sum(files[name]["bytes"] for name in whole)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None) as progress:
-        for name in whole:
-            found, wanted = sha256_of(path / name, progress), files[name]["sha256"]
-            if found != wanted:
-                problems[name] = f"has another content: sha256 {found}, the manifest says {wanted}"
-    for extra in sorted(path.iterdir()):
-        if extra.name not in files and extra.name != MANIFEST:
-            problems[extra.name] = "is not in the manifest"
-    if problems:
-        lines = [f"  {name} {what}" for name, what in sorted(problems.items())]
-        raise UserError("\n".join([f"{path}: {len(problems)} bad file(s)", *lines]))
+    total = sum(entry["bytes"] for entry in manifest["files"].values())
+    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None, leave=False) as progress:
+        problems = bad_files(path, manifest["files"], progress)
+    raise_if_bad(path, {**problems, **(others or {})})
     return total
+
+
+def verify(path: Path) -> int:
+    """`check_files`, and the folder must hold nothing else."""
+    manifest = read_manifest(path)
+    others = {other.name for other in path.iterdir()} - manifest["files"].keys() - {MANIFEST}
+    return check_files(path, manifest, dict.fromkeys(others, "is not in the manifest"))

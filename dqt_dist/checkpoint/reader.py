@@ -5,7 +5,8 @@
     reader.tensors["codes/layers.0.mlp.up_proj"]  shape, dtype and sizes, without reading it
     reader.read("codes/layers.0.mlp.up_proj")     the whole matrix, put together from the rectangles of all ranks
 
-Names and meaning of the tensors are those of state.py. The largest tensor bounds the memory, whatever the size of the
+Names and meaning of the tensors are those of state.py. Every file is compared with the manifest before it is used
+(folder.py), and none can execute anything (storage.py). The largest tensor bounds the memory, whatever the size of the
 model.
 """
 
@@ -19,13 +20,20 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 from torch import Tensor
-from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from dqt_dist.checkpoint import folder
 from dqt_dist.checkpoint.logical_tensor import LogicalLoadPlanner, LogicalTensor
+from dqt_dist.checkpoint.storage import CheckpointFiles, first_line
 from dqt_dist.config import Config
 from dqt_dist.errors import UserError
+
+PACKED = (torch.uint8, torch.int8)
+FLOATS = (torch.float32,)
+SCALES = ("scale/", "latent_scale/")
+DTYPES = {"codes/": PACKED, "latent/": PACKED, "low_bit.": PACKED + FLOATS, "parameter/": FLOATS, "parameter.": FLOATS}
+DTYPES |= dict.fromkeys(SCALES, FLOATS)
+"""Dtypes of the tensors of state.py, by how their names begin."""
 
 
 @dataclass(frozen=True)
@@ -43,32 +51,28 @@ class TensorInfo:
 class CheckpointReader:
     """A complete checkpoint, open for reading.
 
-    Raises UserError for a path without one, another format version, a damaged manifest or metadata, a missing file or
-    one of another size, here and while reading.
+    Raises UserError for a path without one, another format version, a file that is not as it was written, and for
+    tensors that are none of a run.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = folder.resolve(Path(path))
         self.manifest: dict[str, Any] = folder.read_manifest(self.path)
-        folder.check_sizes(self.path, self.manifest)
         self.config = _config(self.manifest, self.path)
         self.progress = folder.progress_of(self.manifest)
-        self._storage = FileSystemReader(self.path)
-        self._metadata = _metadata(self._storage, self.path)
-        self._storage.set_up_storage_reader(self._metadata, is_coordinator=True)
-        self.tensors: dict[str, TensorInfo] = _infos(self._metadata)
+        folder.check_files(self.path, self.manifest)
+        self._files = CheckpointFiles(self.path, self.manifest["files"])
+        self.tensors: dict[str, TensorInfo] = _infos(self._files.metadata, self.path)
 
     def read(self, name: str) -> Tensor:
-        """The whole logical tensor `name`, [rows, columns] on the CPU; KeyError when there is none of this name."""
+        """The whole logical tensor `name`, [rows, columns] on the CPU; UserError when there is none of this name."""
+        if name not in self.tensors:
+            raise UserError(f"{self.path}: has no tensor {name}, which a run of its config has")
         info = self.tensors[name]
         whole = torch.empty(info.shape, dtype=info.dtype)
         planner = LogicalLoadPlanner()
-        planner.set_up_planner({name: LogicalTensor(info.shape, info.dtype, {(0, 0): whole})}, self._metadata, True)
-        try:
-            self._storage.read_data(planner.create_local_plan(), planner).wait()
-        except Exception as error:  # whatever the bytes of a damaged file make of torch.load
-            hint = "tools/inspect_ckpt.py --verify names the bad file"
-            raise UserError(f"{self.path}: {name} cannot be read ({_first_line(error)}); {hint}") from error
+        planner.set_up_planner({name: LogicalTensor(info.shape, info.dtype, {(0, 0): whole})}, self._files.metadata)
+        self._files.read_data(planner.create_local_plan(), planner).wait()
         return whole
 
 
@@ -76,37 +80,19 @@ def _config(manifest: dict[str, Any], path: Path) -> Config:
     try:
         return Config.model_validate_json(json.dumps(manifest["config"]))
     except ValidationError as error:
-        raise UserError(
-            f"{path / folder.MANIFEST}: config is not one of this version ({_first_line(error)})"
-        ) from error
+        raise UserError(f"{path / folder.MANIFEST}: config is not one of this version ({first_line(error)})") from error
 
 
-def _metadata(storage: FileSystemReader, path: Path) -> Metadata:
-    """The .metadata file, of which every tensor is covered by its rectangles."""
-    try:
-        metadata = storage.read_metadata()
-        sizes = {name: tensor.size.numel() for name, tensor in metadata.state_dict_metadata.items()}
-        stored = {name: sum(c.sizes.numel() for c in t.chunks) for name, t in metadata.state_dict_metadata.items()}
-    except Exception as error:  # whatever the bytes of a damaged file make of pickle
-        raise UserError(f"{path / '.metadata'}: cannot be read ({_first_line(error)}); use an older one") from error
-    short = [name for name in sizes if stored[name] != sizes[name]]
-    if short:
-        raise UserError(f"{path / '.metadata'}: {short[0]} has {stored[short[0]]} of {sizes[short[0]]} elements")
-    return metadata
-
-
-def _infos(metadata: Metadata) -> dict[str, TensorInfo]:
-    """By name, in alphabetical order."""
-    on_disk: dict[str, int] = {}
-    for index, place in metadata.storage_data.items():
-        on_disk[index.fqn] = on_disk.get(index.fqn, 0) + place.length
+def _infos(metadata: Metadata, path: Path) -> dict[str, TensorInfo]:
+    """By name, in alphabetical order. Raises UserError for a tensor that state.py does not have."""
     infos = {}
     for name, tensor in sorted(metadata.state_dict_metadata.items()):
         assert isinstance(tensor, TensorStorageMetadata), name
         dtype, (rows, columns) = tensor.properties.dtype, tensor.size
-        infos[name] = TensorInfo((rows, columns), dtype, rows * columns * dtype.itemsize, on_disk[name])
+        dtypes = next((dtypes for kind, dtypes in DTYPES.items() if name.startswith(kind)), ())
+        if dtype not in dtypes or (name.startswith(SCALES) and (rows, columns) != (1, 1)):
+            raise UserError(f"{path / folder.METADATA}: {name} is {dtype} [{rows}, {columns}], which no run has")
+        places = (metadata.storage_data[MetadataIndex(name, chunk.offsets)] for chunk in tensor.chunks)
+        num_bytes = rows * columns * dtype.itemsize
+        infos[name] = TensorInfo((rows, columns), dtype, num_bytes, sum(place.length for place in places))
     return infos
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0]

@@ -1,31 +1,40 @@
 """Saving and resuming a run: from model and optimizer to checkpoint folders and back.
 
-state.py says what is saved, writer.py how, folder.py what a folder holds. Loading restores every tensor in place,
-whatever process grid wrote it, and refuses a checkpoint of another model.
+state.py says what is saved, writer.py how, folder.py what a folder holds. A checkpoint is compared with its manifest
+before anything of it is used; the ranks share this work. Loading restores every tensor in place, whatever process grid
+wrote it, and refuses a checkpoint of another model.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint.filesystem import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
+from dqt_dist.checkpoint.collective import on_all_ranks, on_first_rank
 from dqt_dist.checkpoint.folder import (
+    DamagedCheckpoint,
     Progress,
-    check_sizes,
-    complete_checkpoints,
+    bad_files,
+    numbered,
     progress_of,
+    raise_if_bad,
     read_manifest,
     resolve,
     step_of,
+    unused,
 )
 from dqt_dist.checkpoint.logical_tensor import LogicalLoadPlanner, LogicalState
 from dqt_dist.checkpoint.run_tokenizer import check_tokenizer
 from dqt_dist.checkpoint.state import logical_state
+from dqt_dist.checkpoint.storage import CheckpointFiles
 from dqt_dist.checkpoint.writer import CheckpointWriter, Retention
 from dqt_dist.config import Config
 from dqt_dist.data.tokenizer import Tokenizer
@@ -79,66 +88,117 @@ def save(
 # ---- resuming ----
 
 
-def find(config: Config, resume: str) -> Path | None:
-    """The checkpoint `--resume` means: None for `none`, and for `auto` when there is none yet.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint of which every file is as its manifest says."""
 
-    A path may be a checkpoint, a run or its checkpoints folder (then its newest). Raises UserError when it holds none.
+    path: Path
+    manifest: dict[str, Any]
+    damaged: dict[Path, str] = field(default_factory=dict)
+    """Newer ones of the run that `find` passed over, and what is wrong with each."""
+
+
+def find(config: Config, resume: str) -> Checkpoint | None:
+    """The checkpoint `--resume` means: None for `none`, and for `auto` when there is none yet. A collective call.
+
+    `auto` is the newest one of the run that is whole. A path may be a checkpoint, a run or its checkpoints folder (then
+    its newest), and must be whole. Raises UserError when there is none.
     """
     if resume == "none":
         return None
-    if resume == "auto":
-        found = complete_checkpoints(checkpoints_folder(config))
-        return found[-1] if found else None
-    return resolve(Path(resume))
+    if resume != "auto":
+        return opened(on_first_rank(lambda: resolve(Path(resume))))
+    damaged: dict[Path, str] = {}
+    for path in reversed(on_first_rank(lambda: numbered(checkpoints_folder(config)))):
+        try:
+            found = opened(path)
+            if step_of(path) != found.manifest["step"]:
+                raise DamagedCheckpoint(f"{path}: a copy, its manifest is of step {found.manifest['step']}")
+            return replace(found, damaged=damaged)
+        except DamagedCheckpoint as error:
+            damaged[path] = str(error)
+    if damaged:
+        raise UserError("\n".join([*damaged.values(), "no checkpoint is whole; --resume none begins anew"]))
+    return None
 
 
-def set_aside_newer(config: Config, checkpoint: Path) -> list[Path]:
-    """Renames the run folder's checkpoints of later steps than `checkpoint`, because the run will compute these steps
-    anew.
+def opened(path: Path) -> Checkpoint:
+    """The checkpoint in the folder `path`, compared with its manifest: the ranks read a share of the files each.
+
+    Raises DamagedCheckpoint on all ranks, naming every file that is missing or not as it was written, UserError for
+    another format. A collective call.
+    """
+    manifest = on_first_rank(lambda: read_manifest(path))
+    share = shares(manifest["files"], dist.get_world_size())[dist.get_rank()]
+    of_ranks = on_all_ranks(lambda: bad_files(path, share))
+    raise_if_bad(path, {name: what for problems in of_ranks for name, what in problems.items()})
+    return Checkpoint(path, manifest)
+
+
+def shares(files: dict[str, dict[str, Any]], number: int) -> list[dict[str, dict[str, Any]]]:
+    """`files` of a manifest in `number` parts of about equal bytes: the largest first, each to the smallest part."""
+    parts: list[dict[str, dict[str, Any]]] = [{} for _ in range(number)]
+    sizes = [0] * number
+    for name, entry in sorted(files.items(), key=lambda file: (-file[1]["bytes"], file[0])):
+        smallest = sizes.index(min(sizes))
+        parts[smallest][name] = entry
+        sizes[smallest] += entry["bytes"]
+    return parts
+
+
+def set_aside(config: Config, checkpoint: Checkpoint) -> list[str]:
+    """Renames the run folder's checkpoints that are no longer the run's: the damaged ones that `find` passed over, and
+    those of later steps, which the run will compute anew.
 
     Otherwise --resume auto would take them up again after the next interruption. Nothing is deleted: `step_N` becomes
-    `left_step_N`. Returns the new names; on the first rank, before anything is written. A collective call.
+    `left_step_N`. Returns a line for each; on the first rank, before anything is written. A collective call.
     """
-    renamed: list[Path] = []
-    if dist.get_rank() == 0 and checkpoint.resolve().parent == checkpoints_folder(config).resolve():
-        for newer in complete_checkpoints(checkpoints_folder(config)):
-            if step_of(newer) > start_of(checkpoint).step:
-                target = newer.with_name(f"left_{newer.name}")
-                while target.exists():
-                    target = target.with_name(f"{target.name}_again")
-                renamed.append(newer.rename(target))
-    dist.barrier()
-    return renamed
+
+    def rename() -> list[str]:
+        if checkpoint.path.resolve().parent != checkpoints_folder(config).resolve():
+            return []
+        lines = []
+        for path in numbered(checkpoints_folder(config)):
+            why = checkpoint.damaged.get(path)
+            if why is None and step_of(path) <= checkpoint.manifest["step"]:
+                continue
+            aside = path.rename(unused(path.with_name(f"left_{path.name}")))
+            what = f"{path}: a later checkpoint" if why is None else "; ".join(map(str.strip, why.splitlines()))
+            lines.append(f"{what}; set aside as {aside.name}")
+        return lines
+
+    return on_first_rank(rename)
 
 
-def start_of(checkpoint: Path | None) -> Progress:
-    """The progress at which a run begins: that of `checkpoint`, or zero without one.
-
-    Raises UserError as `load` does.
-    """
-    return Progress(0, 0, 0) if checkpoint is None else progress_of(read_manifest(checkpoint))
+def start_of(checkpoint: Checkpoint | None) -> Progress:
+    """The progress at which a run begins: that of `checkpoint`, or zero without one."""
+    return Progress(0, 0, 0) if checkpoint is None else progress_of(checkpoint.manifest)
 
 
-def check_tokenizer_of(checkpoint: Path | None, tokenizer: Tokenizer) -> None:
+def check_tokenizer_of(checkpoint: Checkpoint | None, tokenizer: Tokenizer) -> None:
     """Raises UserError when `checkpoint` was trained with another tokenizer than that of data.tokenizer."""
     if checkpoint is not None:
-        run = checkpoint.parent.parent
-        check_tokenizer(tokenizer, read_manifest(checkpoint), checkpoint, run, where="data.tokenizer")
+        path = checkpoint.path
+        check_tokenizer(tokenizer, checkpoint.manifest, path, path.parent.parent, where="data.tokenizer")
 
 
-def load(path: Path, model_chunks: nn.Module, optimizer: CombinedOptimizer, config: Config) -> Progress:
+def load(checkpoint: Checkpoint, model_chunks: nn.Module, optimizer: CombinedOptimizer, config: Config) -> Progress:
     """Restores everything in place, whatever layout wrote it. A collective call.
 
-    Raises UserError for a damaged checkpoint, one of another model, or one with missing or extra tensors.
+    Raises UserError for a checkpoint of another model, or one with missing, extra or differing tensors.
     """
-    manifest = read_manifest(path)
-    check_sizes(path, manifest)
-    check_identity(manifest, config, path)
+    check_identity(checkpoint.manifest, config, checkpoint.path)
     state = logical_state(model_chunks, optimizer)
-    reader = FileSystemReader(path)
-    _check_names(state, set(reader.read_metadata().state_dict_metadata), path)
-    dcp_load(state, storage_reader=reader, planner=LogicalLoadPlanner())
-    progress = progress_of(manifest)
+    files = CheckpointFiles(checkpoint.path, checkpoint.manifest["files"])
+    _check_tensors(state, files.metadata, checkpoint.path)
+    try:
+        dcp_load(state, storage_reader=files, planner=LogicalLoadPlanner())
+    except CheckpointException as failed:
+        for error, _ in failed.failures.values():
+            if isinstance(error, UserError):
+                raise error from failed
+        raise
+    progress = progress_of(checkpoint.manifest)
     optimizer.state_was_loaded(progress.step)
     return progress
 
@@ -149,7 +209,7 @@ def check_identity(manifest: dict[str, Any], config: Config, path: Path) -> None
     differing = []
     for section, fields in IDENTITY.items():
         for name in fields or current[section]:
-            old, new = saved[section].get(name, BEFORE.get(name)), current[section][name]
+            old, new = saved.get(section, {}).get(name, BEFORE.get(name)), current[section][name]
             if old != new:
                 differing.append(f"{section}.{name}: the checkpoint has {old!r}, the config {new!r}")
     if differing:
@@ -158,12 +218,25 @@ def check_identity(manifest: dict[str, Any], config: Config, path: Path) -> None
         )
 
 
-def _check_names(state: LogicalState, saved: set[str], path: Path) -> None:
-    """Every tensor must be restored: nothing is skipped in silence."""
-    of_ranks: list[set[str]] = [set()] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, set(state))
-    wanted = set().union(*of_ranks)
-    problems = [f"{name}: in this run, not in the checkpoint" for name in sorted(wanted - saved)]
-    problems += [f"{name}: in the checkpoint, not in this run" for name in sorted(saved - wanted)]
+def _check_tensors(state: LogicalState, metadata: Metadata, path: Path) -> None:
+    """Every tensor must be restored, in its shape and dtype: nothing is skipped in silence. A collective call."""
+
+    def described(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+        return f"{str(dtype).removeprefix('torch.')} {list(shape)}"
+
+    saved = {
+        name: described(tensor.size, tensor.properties.dtype)
+        for name, tensor in metadata.state_dict_metadata.items()
+        if isinstance(tensor, TensorStorageMetadata)
+    }
+    of_ranks = on_all_ranks(lambda: {name: described(tensor.shape, tensor.dtype) for name, tensor in state.items()})
+    wanted = {name: what for of_rank in of_ranks for name, what in of_rank.items()}
+    problems = [f"{name}: in this run, not in the checkpoint" for name in sorted(wanted.keys() - saved.keys())]
+    problems += [f"{name}: in the checkpoint, not in this run" for name in sorted(saved.keys() - wanted.keys())]
+    problems += [
+        f"{name}: the checkpoint has {saved[name]}, this run {wanted[name]}"
+        for name in sorted(wanted.keys() & saved.keys())
+        if saved[name] != wanted[name]
+    ]
     if problems:
         raise UserError(f"{path}: {len(problems)} tensors do not match\n" + "\n".join(problems[:20]))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.config import Config, QuantizationConfig
+from dqt_dist.errors import UserError
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.packing import unpack
 from dqt_dist.lowbit.rounding import round_nearest
@@ -49,7 +50,8 @@ class Weights:
 
     `ternary` turns n-bit codes into ternary ones, the paper's ternary inference. `of_latents` takes the weights of the
     latents as plain floats, in place of the codes. `dtype` is the precision in which parameters are stored. `config`
-    describes the exported model: its quantization is that of the exported weights.
+    describes the exported model: its quantization is that of the exported weights. Raises UserError for a checkpoint
+    whose tensors are not those of its config.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class Weights:
         ternary: bool = False,
         of_latents: bool = False,
     ) -> None:
+        _check_shapes(reader)
         self.reader, self.dtype, self.of_latents = reader, dtype, of_latents
         self.stored_grid = make_grid(reader.config.quantization.bits)
         self.ternarize = ternary and self.stored_grid != TERNARY
@@ -136,6 +139,22 @@ class Weights:
         """The fp32 value that the optimizer keeps."""
         value = self.reader.read(f"parameter/{name}")
         return value[:, 0] if value.shape[1] == 1 else value
+
+
+def _check_shapes(reader: CheckpointReader) -> None:
+    """Raises UserError unless every weight of the config's model is there, in its shape."""
+    config, tensors = reader.config, reader.tensors
+    if config.model.num_layers > len(tensors):  # before anything is made for each layer
+        raise UserError(f"{reader.path}: {config.model.num_layers} layers in its config, {len(tensors)} tensors")
+    of_kinds = {"codes": config.quantization.bits, "latent": config.quantization.latent_bits}
+    for name, shape in {**linear_shapes(config), **parameter_shapes(config)}.items():
+        rows, columns = shape if len(shape) == 2 else (*shape, 1)
+        packed = {f"{kind}/{name}": bits for kind, bits in of_kinds.items() if bits and f"{kind}/{name}" in tensors}
+        wanted = {tensor: (rows, make_grid(bits).packed_columns(columns)) for tensor, bits in packed.items()}
+        for tensor, wanted_shape in (wanted or {f"parameter/{name}": (rows, columns)}).items():
+            found = tensors[tensor].shape if tensor in tensors else "none"
+            if found != wanted_shape:
+                raise UserError(f"{reader.path}: {tensor} is {wanted_shape} by its config, the checkpoint has {found}")
 
 
 def _bitnet_codes(weight: Tensor) -> tuple[Tensor, Tensor]:

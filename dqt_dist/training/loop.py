@@ -58,9 +58,10 @@ def train(config: Config, launch: Launch, resume: str, stop: StopSignal) -> dict
     watchdog = Watchdog(config, launch)
     try:
         with only_writer(config):
-            summary = summary_of_complete_run(config, resume)
+            checkpoint = store.find(config, resume)
+            summary = summary_of_complete_run(config, resume, store.start_of(checkpoint).step)
             if summary is None:
-                summary = Trainer(config, groups, resume, stop, watchdog).run()
+                summary = Trainer(config, groups, checkpoint, stop, watchdog).run()
         watchdog.close()
         dist.barrier()  # an earlier end of rank 0 would look like a failure to the watchdogs of other ranks
         stop.ignore() if summary is None else stop.restore()
@@ -94,14 +95,14 @@ def agree(*values: int) -> list[int]:
     return largest.tolist()
 
 
-def summary_of_complete_run(config: Config, resume: str) -> dict[str, Any] | None:
-    """The contents of summary.json, on all ranks, when `--resume auto` finds no step to make. A collective call."""
+def summary_of_complete_run(config: Config, resume: str, step: int) -> dict[str, Any] | None:
+    """The contents of summary.json, on all ranks, when `--resume auto` finds no step to make after `step`. A collective
+    call."""
     found: list[Any] = [None]
     path = Path(config.checkpoint.dir) / "summary.json"
     if dist.get_rank() == 0 and resume == "auto" and path.exists():
         summary = json.loads(path.read_text())
         if summary["steps"] >= config.training.steps:
-            step = store.start_of(store.find(config, resume)).step
             found = [summary if step == summary["steps"] else None]
             if found[0] is not None:
                 print(f"{config.checkpoint.dir}: complete since step {step}; training.steps above {step} goes on")
@@ -112,10 +113,16 @@ def summary_of_complete_run(config: Config, resume: str) -> dict[str, Any] | Non
 class Trainer:
     """One run on this rank. Holds the parts of the run and sequences what happens between steps."""
 
-    def __init__(self, config: Config, groups: Groups, resume: str, stop: StopSignal, watchdog: Watchdog) -> None:
+    def __init__(
+        self,
+        config: Config,
+        groups: Groups,
+        checkpoint: store.Checkpoint | None,
+        stop: StopSignal,
+        watchdog: Watchdog,
+    ) -> None:
         self.config, self.groups, self.stop, self.watchdog = config, groups, stop, watchdog
         self.process_grid: ProcessGrid = process_grid(config, groups.world.size())
-        checkpoint = store.find(config, resume)
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         store.check_tokenizer_of(checkpoint, self.tokenizer)
         self.progress = store.start_of(checkpoint)
@@ -138,9 +145,9 @@ class Trainer:
         if left is not None:
             self.recorder.say(f"what an earlier course left in {config.checkpoint.dir} is set aside as {left}")
         if checkpoint is not None:
-            self.recorder.say(f"resumed from {checkpoint} at step {self.step}")
-            for path in store.set_aside_newer(config, checkpoint):
-                self.recorder.say(f"a later checkpoint is set aside as {path}")
+            for line in store.set_aside(config, checkpoint):
+                self.recorder.say(line)
+            self.recorder.say(f"resumed from {checkpoint.path} at step {self.step}")
         self.peak = cost.peak_flops(config, groups)
         self.valid_loss = math.nan
         self.saved_step = self.step
@@ -342,11 +349,13 @@ class Trainer:
     def _record_saves(self) -> None:
         """Records the saves that have completed since the last call."""
         for saved in self.checkpoint_writer.take_finished():
-            self.recorder.log_save({name: value for name, value in asdict(saved).items() if name != "path"})
+            self.recorder.log_save(saved.numbers())
             took = f"{saved.save_bytes / 1e6:,.1f} MB in {saved.save_seconds:.1f} s"
             self.recorder.say(
                 f"step {saved.step}: saved {saved.path}, {took}, training waited {saved.save_blocked_seconds:.1f} s"
             )
+            for warning in saved.warnings:
+                self.recorder.say(warning)
 
     def _finish(self) -> dict[str, Any]:
         self._validate()

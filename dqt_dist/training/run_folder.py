@@ -32,14 +32,14 @@ def only_writer(config: Config) -> Iterator[None]:
         yield
 
 
-def set_aside_other_course(config: Config, checkpoint: Path | None) -> Path | None:
+def set_aside_other_course(config: Config, checkpoint: store.Checkpoint | None) -> Path | None:
     """Moves what an earlier course left in the run folder into a folder `left_run_N` there; None when there is nothing.
 
     A run from scratch or from a checkpoint of elsewhere begins a new course. Were the old checkpoints to stay, a later
     --resume auto would go on from them, and metrics of two courses would stand in one file.
     """
     run = Path(config.checkpoint.dir)
-    if checkpoint is not None and checkpoint.resolve().parent == store.checkpoints_folder(config).resolve():
+    if checkpoint is not None and checkpoint.path.resolve().parent == store.checkpoints_folder(config).resolve():
         return None
 
     def move() -> Path | None:

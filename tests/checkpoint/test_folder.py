@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from dqt_dist.checkpoint.folder import MANIFEST, check_sizes, read_manifest, resolve, verify
+from dqt_dist.checkpoint.folder import MANIFEST, DamagedCheckpoint, manifest_digest, read_manifest, resolve, verify
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.errors import UserError
-from tests.checkpoint.states import MATRIX, write
+from tests.checkpoint.states import write
 from tests.distributed import run_distributed
 
 
@@ -74,6 +74,7 @@ def test_what_is_not_a_checkpoint_is_said_to_be_what_it_is(run: Path, newest: Pa
         ("", "not a checkpoint manifest"),
         ("{", "not a checkpoint manifest"),
         ("[]", "not a checkpoint manifest"),
+        ("[" * 100_000, "not a checkpoint manifest"),
         ('{"step": 1}', "not a checkpoint manifest"),
         ('{"format": 1, "files": {}}', "checkpoint format 1, this version reads 2"),
         ('{"format": "x"}', "checkpoint format 'x', this version reads 2"),
@@ -89,17 +90,37 @@ def test_a_foreign_manifest_is_refused(newest: Path, text: str, why: str) -> Non
 
 
 def edited(path: Path, **changes: Any) -> None:
-    manifest = json.loads((path / MANIFEST).read_text())
-    (path / MANIFEST).write_text(json.dumps(manifest | changes))
+    """Another manifest, with the right digest of its own."""
+    manifest = json.loads((path / MANIFEST).read_text()) | changes
+    (path / MANIFEST).write_text(json.dumps(manifest | {"sha256": manifest_digest(manifest)}))
 
 
 def test_damaged_entries_of_a_manifest_are_named(newest: Path) -> None:
     edited(newest, files={"__0_0.distcp": 17})
     with pytest.raises(UserError, match=r"files.__0_0.distcp has no bytes or sha256"):
         read_manifest(newest)
-    edited(newest, files={}, config={"model": {}})
+    edited(newest, files={".metadata": {"bytes": 1, "sha256": "0" * 64}}, config={"model": {}})
     with pytest.raises(UserError, match="config is not one of this version"):
         CheckpointReader(newest)
+
+
+@pytest.mark.parametrize("name", ["../other", "/etc/passwd", "a/b", "..", ".", "", "a\\nb", MANIFEST])
+def test_a_manifest_names_files_of_its_folder_only(newest: Path, name: str) -> None:
+    edited(newest, files=read_manifest(newest)["files"] | {name: {"bytes": 1, "sha256": "0" * 64}})
+    with pytest.raises(UserError, match="is not the name of a file in the checkpoint's folder"):
+        read_manifest(newest)
+
+
+def test_a_flipped_bit_of_a_manifest_is_found(newest: Path) -> None:
+    """A number that is another number is good JSON; so is a learning rate with another exponent."""
+    text = (newest / MANIFEST).read_text()
+    for old, new in {'"tokens": 1000': '"tokens": 5000', '"learning_rate": 0.01': '"learning_rate": 0.05'}.items():
+        assert old in text
+        (newest / MANIFEST).write_text(text.replace(old, new))
+        with pytest.raises(DamagedCheckpoint, match=r"its content has sha256 [0-9a-f]{64}, it says [0-9a-f]{64}"):
+            read_manifest(newest)
+    (newest / MANIFEST).write_text(json.dumps(json.loads(text)))  # the control: the same content as other text
+    read_manifest(newest)
 
 
 # ---- the files ----
@@ -121,10 +142,10 @@ def test_whole_files_pass_and_their_bytes_are_counted(newest: Path) -> None:
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_one_flipped_bit_in_any_file_is_found(newest: Path, name: str) -> None:
     flip(newest / name)
-    check_sizes(newest, read_manifest(newest))  # the control: sizes alone say nothing
-    with pytest.raises(UserError) as caught:
-        verify(newest)
-    assert "1 bad file(s)" in str(caught.value) and f"{name} has another content" in str(caught.value)
+    for read in (verify, CheckpointReader):
+        with pytest.raises(DamagedCheckpoint) as caught:
+            read(newest)
+        assert "1 bad file(s)" in str(caught.value) and f"{name} has another content" in str(caught.value)
 
 
 def test_every_bad_file_is_named(newest: Path) -> None:
@@ -144,19 +165,25 @@ def test_every_bad_file_is_named(newest: Path) -> None:
     assert "notes.txt is not in the manifest" in lines[4]
 
 
-def test_the_reader_refuses_missing_and_truncated_files_at_once(newest: Path) -> None:
+def test_the_reader_names_every_bad_file_at_once(newest: Path) -> None:
     (newest / "__1_0.distcp").unlink()
-    with pytest.raises(UserError, match=r"__1_0.distcp: is missing"):
+    (newest / "__0_0.distcp").write_bytes(b"")
+    with pytest.raises(DamagedCheckpoint) as caught:
         CheckpointReader(newest)
+    assert "__1_0.distcp is missing" in str(caught.value) and "__0_0.distcp has 0 bytes" in str(caught.value)
 
 
-def test_the_reader_names_what_it_cannot_read(newest: Path) -> None:
-    """Same sizes, other bytes: metadata that is no pickle, and tensor files of zeros."""
-    for file in newest.glob("*.distcp"):
-        file.write_bytes(bytes(file.stat().st_size))
-    reader = CheckpointReader(newest)
-    with pytest.raises(UserError, match=f"codes/{MATRIX} cannot be read"):
-        reader.read(f"codes/{MATRIX}")
-    (newest / ".metadata").write_bytes(bytes((newest / ".metadata").stat().st_size))
-    with pytest.raises(UserError, match=r"\.metadata: cannot be read"):
-        CheckpointReader(newest)
+def test_odd_names_are_refused_with_a_message(run: Path, newest: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    (tmp_path / "nothing").symlink_to(tmp_path / "gone")
+    for name, why in {
+        "x" * 300: "cannot be opened",
+        "loop": "a link to nothing",
+        "nothing": "a link to nothing",
+    }.items():
+        with pytest.raises(UserError, match=why):
+            resolve(tmp_path / name)
+    (tmp_path / "best").symlink_to(newest)
+    shutil.copytree(newest, tmp_path / "a copy")
+    for name in ("best", "a copy"):
+        assert CheckpointReader(tmp_path / name).progress.step == 10

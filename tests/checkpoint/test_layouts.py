@@ -75,7 +75,7 @@ def read_each(rank: int, size: int, paths: list[str], folder: str, *settings: st
     found = []
     for number, path in enumerate(paths):
         run.step(77)
-        progress = store.load(Path(path), run.model_chunks, run.optimizer, run.config)
+        progress = store.load(store.opened(Path(path)), run.model_chunks, run.optimizer, run.config)
         again = save(run, progress.step).rename(f"{folder}/{number}") if rank == 0 else save(run, progress.step)
         next_loss = run.mean_loss(run.step(progress.step + 1))
         found.append(Loaded(progress, again, whole_state(run), next_loss))

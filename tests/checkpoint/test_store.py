@@ -24,6 +24,7 @@ from dqt_dist.checkpoint import store, writer
 from dqt_dist.checkpoint.folder import MANIFEST, Progress, complete_checkpoints, read_manifest
 from dqt_dist.config import Config
 from dqt_dist.errors import RunError, UserError
+from tests.checkpoint.states import write
 from tests.distributed import run_distributed
 from tests.parallel.runs import Run, Whole, assert_equal, fraction_of_codes_that_differ, start, whole_state
 from tests.small import small_config
@@ -86,7 +87,7 @@ def load_and_train(rank: int, world_size: int, path: str, *overrides: str) -> tu
     """
     run = start(*overrides)
     run.step(77)
-    progress = store.load(Path(path), run.model_chunks, run.optimizer, run.config)
+    progress = store.load(store.opened(Path(path)), run.model_chunks, run.optimizer, run.config)
     state = copied(run)
     next_loss = run.mean_loss(run.step(progress.step + 1))
     return state, whole_state(run), next_loss, progress
@@ -267,17 +268,16 @@ def test_a_killed_save_leaves_the_last_good_checkpoint_and_the_next_save_works(m
     done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
-    config = small_config(f"checkpoint.dir={tmp_path}")
-    found = store.find(config, "auto")
-    assert found == tmp_path / "checkpoints" / f"step_{MOMENTS[moment]:08d}"
-    assert run_distributed(load_and_save_next, 1, str(found), str(tmp_path)) == [MOMENTS[moment]]
+    assert run_distributed(load_and_save_next, 1, str(tmp_path)) == [MOMENTS[moment]]
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert left[-2:] == [f"step_{MOMENTS[moment]:08d}", "step_00000005"] and not left[0].startswith(".")
 
 
-def load_and_save_next(rank: int, world_size: int, path: str, folder: str) -> int:
+def load_and_save_next(rank: int, world_size: int, folder: str) -> int:
     run = start(f"checkpoint.dir={folder}")
-    step = store.load(Path(path), run.model_chunks, run.optimizer, run.config).step
+    found = store.find(run.config, "auto")
+    assert found is not None
+    step = store.load(found, run.model_chunks, run.optimizer, run.config).step
     save(run, 5)
     return step
 
@@ -324,7 +324,7 @@ def load_message(rank: int, world_size: int, path: str, *overrides: str) -> tupl
     run = start(*overrides)
     before = copied(run)
     with pytest.raises(UserError) as caught:
-        store.load(Path(path), run.model_chunks, run.optimizer, run.config)
+        store.load(store.opened(Path(path)), run.model_chunks, run.optimizer, run.config)
     after = whole_state(run)
     return str(caught.value), all(torch.equal(after[name], before[name]) for name in before)
 
@@ -334,7 +334,7 @@ def test_a_missing_file_is_named(damaged: Path) -> None:
     size = file.stat().st_size
     file.unlink()
     message, untouched = run_distributed(load_message, 1, str(damaged))[0]
-    assert str(file) in message and "is missing" in message and f"{size} bytes" in message and untouched
+    assert f"{file.name} is missing" in message and str(damaged) in message and f"{size} bytes" in message and untouched
 
 
 def test_a_truncated_file_is_named_with_both_sizes(damaged: Path) -> None:
@@ -343,7 +343,7 @@ def test_a_truncated_file_is_named_with_both_sizes(damaged: Path) -> None:
     with open(file, "r+b") as handle:
         handle.truncate(size - 1)
     message, untouched = run_distributed(load_message, 1, str(damaged))[0]
-    assert str(file) in message and f"{size - 1} bytes" in message and f"{size} bytes" in message and untouched
+    assert file.name in message and f"{size - 1} bytes" in message and f"{size} bytes" in message and untouched
 
 
 OTHER_MODELS = {
@@ -400,23 +400,28 @@ def test_a_tensor_too_few_or_too_many_is_named(saved_at: Any, first_moment_saved
 # ---- --resume ----
 
 
-def empty_checkpoint(folder: Path, step: int) -> Path:
-    path = folder / "checkpoints" / f"step_{step:08d}"
-    path.mkdir(parents=True)
-    (path / MANIFEST).write_text("{}")
-    return path
+def what_resume_finds(rank: int, world_size: int, folder: str, resumes: list[str]) -> list[str]:
+    """Name of the checkpoint, or the message, of each `--resume` for the run in `folder`."""
+    config, found = small_config(f"checkpoint.dir={folder}"), []
+    for resume in resumes:
+        try:
+            checkpoint = store.find(config, resume)
+        except UserError as error:
+            found.append(str(error))
+        else:
+            found.append("none" if checkpoint is None else checkpoint.path.name)
+    return found
 
 
 def test_resume_finds_what_it_is_told(tmp_path: Path) -> None:
-    run_folder = tmp_path / "run"
-    config = small_config(f"checkpoint.dir={run_folder}")
-    assert store.find(config, "auto") is None and store.start_of(None) == Progress(0, 0, 0)
-    older, newer = empty_checkpoint(run_folder, 9), empty_checkpoint(run_folder, 10)
-    (run_folder / "checkpoints" / "step_00000011").mkdir()  # no manifest: not complete
-    (run_folder / "checkpoints" / ".partial_step_00000012").mkdir()
-    assert store.find(config, "auto") == newer
-    assert store.find(config, "none") is None
-    assert store.find(config, str(older)) == older
-    assert store.find(config, str(run_folder)) == store.find(config, str(run_folder / "checkpoints")) == newer
-    with pytest.raises(UserError, match="no complete checkpoint there"):
-        store.find(config, str(tmp_path))
+    run, checkpoints = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    assert run_distributed(what_resume_finds, 1, str(run), ["auto"]) == [["none"]]
+    run_distributed(write, 1, str(run), [9, 10])
+    (checkpoints / ".partial_step_00000012").mkdir()
+    asked = ["auto", "none", str(checkpoints / "step_00000009"), str(run), str(checkpoints), str(tmp_path)]
+    of_ranks = run_distributed(what_resume_finds, 2, str(run), asked)
+    assert of_ranks[0] == of_ranks[1]
+    *found, message = of_ranks[0]
+    assert found == ["step_00000010", "none", "step_00000009", "step_00000010", "step_00000010"]
+    assert "no complete checkpoint there" in message
+    assert store.start_of(None) == Progress(0, 0, 0)

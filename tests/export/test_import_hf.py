@@ -57,7 +57,7 @@ def test_import_of_fp32_has_the_bits_of_the_checkpoint(trained: Trained, exporte
 
 def resume(rank: int, world_size: int, checkpoint: str, *overrides: str) -> tuple[int, float, int]:
     run = start(*overrides)
-    progress = store.load(Path(checkpoint), run.model_chunks, run.optimizer, run.config)
+    progress = store.load(store.opened(Path(checkpoint)), run.model_chunks, run.optimizer, run.config)
     result = run.step(progress.step + 1)
     return progress.step, run.mean_loss(result), run.optimizer.steps_done
 
