@@ -179,7 +179,7 @@ def _export_hf(
     entries, quantization, bits = _plan(weights, export_format)
     write_model(folder, entries, _progress, request.shard_bytes)
     write_json(folder / "config.json", hf.config_json(weights.config, weights.dtype, quantization, tokenizer.marks))
-    write_json(folder / "generation_config.json", generation_config(tokenizer))
+    write_json(folder / "generation_config.json", generation_config(tokenizer, weights.config.model.vocab_size))
     write_tokenizer(folder, tokenizer, weights.config.model.seq_length)
     verify.check_size(folder, weights, bits)
     if not request.verify:

@@ -175,7 +175,12 @@ def known_limits(model: SentencePieceModel) -> list[str]:
     return lines
 
 
-def generation_config(model: SentencePieceModel) -> dict[str, Any]:
-    """generation_config.json: how a text begins and ends."""
+def generation_config(model: SentencePieceModel, vocab_size: int) -> dict[str, Any]:
+    """generation_config.json: how a text begins and ends; rows of the embedding without a piece are not drawn."""
     names = ("bos", "eos", "pad")
-    return {f"{name}_token_id": i for name, i in model.marks.items() if name in names and i is not None}
+    values: dict[str, Any] = {
+        f"{name}_token_id": i for name, i in model.marks.items() if name in names and i is not None
+    }
+    if vocab_size > len(model.pieces):
+        values["suppress_tokens"] = list(range(len(model.pieces), vocab_size))
+    return values

@@ -233,8 +233,8 @@ class Trainer:
         steps_here = self.step - self.start_step
         speed = steps_here * self.tokens_per_step / self.training_seconds if steps_here else self.tokens_per_second
         return {
-            "first_loss": losses[0],
-            "last_loss": losses[-1],
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
             "valid_loss": self.valid_loss,
             "valid_perplexity": math.exp(min(self.valid_loss, 700.0)),
             "steps": self.step,

@@ -32,6 +32,15 @@ def write_atomically(path: Path, text: str) -> None:
     partial.rename(path)
 
 
+def _parsed(line: str) -> dict[str, Any] | None:
+    """One line of metrics.jsonl: an object with a step."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
+
+
 class Recorder:
     """Writes on rank 0. On other ranks every method returns at once, so callers need no condition."""
 
@@ -43,7 +52,7 @@ class Recorder:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.json", to_json(config))
-        self._drop_lines_after(start_step)
+        damaged = self._drop_lines_after(start_step)
         self.metrics_file = self.metrics_path.open("a", buffering=1)
         self.tensorboard = None
         if config.logging.tensorboard:
@@ -56,13 +65,24 @@ class Recorder:
             dynamic_ncols=True,
             mininterval=0.5,
         )
+        if damaged:
+            self.say(f"warning: {damaged} lines of {self.metrics_path} are damaged and left out")
 
-    def _drop_lines_after(self, step: int) -> None:
-        """Deletes the lines of steps after `step`. A resumed run repeats these steps."""
-        if self.metrics_path.exists():
-            lines = self.metrics_path.read_text().splitlines(keepends=True)
-            lines_to_keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_atomically(self.metrics_path, "".join(lines_to_keep))
+    def _drop_lines_after(self, step: int) -> int:
+        """Deletes the lines of steps after `step`, which a resumed run repeats, and damaged ones; returns their number.
+
+        A run that was killed may leave a part of a line.
+        """
+        if not self.metrics_path.exists():
+            return 0
+        lines = self._lines()
+        kept = [json.dumps(line) + "\n" for line in lines if line is not None and line["step"] <= step]
+        write_atomically(self.metrics_path, "".join(kept))
+        return lines.count(None)
+
+    def _lines(self) -> list[dict[str, Any] | None]:
+        """The lines of metrics.jsonl; None for a damaged one."""
+        return [_parsed(line) for line in self.metrics_path.read_text(errors="replace").splitlines()]
 
     def step_done(self) -> None:
         if self.is_writer:
@@ -138,9 +158,9 @@ class Recorder:
             self.progress.write(text)
 
     def losses(self) -> list[float]:
-        """Losses of all logged steps of the run, including steps before a resume."""
-        lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
-        return [metrics["loss"] for metrics in lines if "loss" in metrics]
+        """Losses of all logged steps of the run, including steps before a resume; none where metrics.jsonl is gone."""
+        lines = self._lines() if self.metrics_path.exists() else []
+        return [line["loss"] for line in lines if line is not None and "loss" in line]
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         if self.is_writer:
