@@ -97,6 +97,12 @@ class SentencePieceModel:
         """Ids of the marks by the names that Hugging Face gives them."""
         return {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
 
+    @cached_property
+    def user_defined(self) -> list[str]:
+        """User-defined pieces that a text can have, longest first; one with plain spaces is never met."""
+        found = self.of_kind(PieceKind.USER_DEFINED)
+        return sorted((text for text in found if self.index[text] in self.encode(text)), key=len, reverse=True)
+
     def of_kind(self, *kinds: PieceKind) -> list[str]:
         """Texts of the pieces of these kinds, in the order of ids."""
         return [piece.text for piece in self.pieces if piece.kind in kinds]
@@ -166,7 +172,7 @@ def _limits(model: SentencePieceModel) -> tuple[list[tuple[bool, str]], list[tup
         (bool(changed), f"its normalisation changes the text of the user-defined pieces {changed}"),
     ]
     few_bytes = len(model.of_kind(PieceKind.BYTE)) < BYTES
-    spaced = [text for text in user_defined if SPACE in text]
+    spaced = [text for text in user_defined if SPACE in text or " " in text]
     only_gguf = [
         (model.algorithm == Algorithm.UNIGRAM, 'model_type is "unigram"'),
         (bool(model.charsmap), f'normalization_rule_name is "{model.rule}", not "identity"'),

@@ -79,14 +79,16 @@ def check_hf(folder: Path, model: SentencePieceModel) -> str:
 
     with quiet_transformers():
         exported = AutoTokenizer.from_pretrained(folder)
-    compare_ids(model, lambda text: exported(text)["input_ids"], "transformers")
-    for text in hard_strings(model):
-        ids = model.encode(text)
-        # SentencePiece shows an unknown piece as a sign of its own.
-        if model.unk_id not in ids and (found := exported.decode(ids, skip_special_tokens=True)) != model.decode(ids):
-            raise VerificationError(
-                f"tokenizer: transformers makes {found!r} of the ids {ids}, SentencePiece {model.decode(ids)!r}"
-            )
+        compare_ids(model, lambda text: exported(text)["input_ids"], "transformers")
+        for text in hard_strings(model):
+            ids = model.encode(text)
+            # SentencePiece shows an unknown piece as a sign of its own.
+            if model.unk_id not in ids and (found := exported.decode(ids, skip_special_tokens=True)) != model.decode(
+                ids
+            ):
+                raise VerificationError(
+                    f"tokenizer: transformers makes {found!r} of the ids {ids}, SentencePiece {model.decode(ids)!r}"
+                )
     return f"tokenizer: transformers gives SentencePiece's ids on {len(hard_strings(model))} hard strings"
 
 

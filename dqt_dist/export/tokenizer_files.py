@@ -45,7 +45,8 @@ def write_tokenizer(folder: Path, model: SentencePieceModel, sequence_length: in
     shutil.copyfile(model.path, folder / "tokenizer.model")
     fast = FastTokenizer(_algorithm(model))
     fast.normalizer = _normalizer(model)
-    patterns = _user_defined_pattern(model), _no_text_pattern(model)
+    # Of several user-defined pieces at one place the longest.
+    patterns = "|".join(map(_quoted, model.user_defined)), _no_text_pattern(model)
     splits = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns if pattern]
     if splits:
         fast.pre_tokenizer = pre_tokenizers.Sequence(splits)
@@ -69,7 +70,7 @@ def _algorithm(model: SentencePieceModel) -> Any:
         unk_token=model.pieces[model.unk_id].text,
         fuse_unk=True,
         byte_fallback=model.byte_fallback,
-        ignore_merges=bool(model.of_kind(PieceKind.USER_DEFINED)),
+        ignore_merges=bool(model.user_defined),
     )
 
 
@@ -84,24 +85,19 @@ def _merges(model: SentencePieceModel) -> list[tuple[str, str]]:
     return merges
 
 
-def _user_defined_pattern(model: SentencePieceModel) -> str:
-    """Any user-defined piece, of several at one place the longest; empty when there is none."""
-    return "|".join(map(_quoted, sorted(model.of_kind(PieceKind.USER_DEFINED), key=len, reverse=True)))
-
-
 def _no_text_pattern(model: SentencePieceModel) -> str:
     """The first piece of a part that is "</s>" or "<0x41>" as a whole, which ignore_merges would take for the mark.
 
     A cut where SentencePiece cuts changes nothing else. Needed beside user-defined pieces only.
     """
-    user_defined = model.of_kind(PieceKind.USER_DEFINED)
-    if not user_defined or model.algorithm == Algorithm.UNIGRAM:
+    if not model.user_defined or model.algorithm == Algorithm.UNIGRAM:
         return ""
+    before = model.user_defined[0]
     found = []
     for text in model.of_kind(*NO_TEXT):
         # Behind a user-defined piece there is no space before the text.
-        ids = model.encode(user_defined[0] + text)
-        first = model.pieces[ids[ids.index(model.index[user_defined[0]]) + 1]]
+        ids = model.encode(before + text)
+        first = model.pieces[ids[ids.index(model.index[before]) + 1]]
         length = len(first.text) if first.kind not in NO_TEXT else 1
         found.append(rf"{_quoted(text[:length])}(?={_quoted(text[length:])}\z)")
     return rf"\A(?:{'|'.join(found)})"
