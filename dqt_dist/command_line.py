@@ -6,8 +6,10 @@ This file does not import torch, so --help answers at once.
 from __future__ import annotations
 
 import argparse
+import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE, RunError, UserError
@@ -30,6 +32,23 @@ def make_parser(
     return parser_class(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
+def print_any_text() -> None:
+    """From now on a character that the terminal's encoding lacks is shown as "?" and is no error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+@contextmanager
+def side_matter(what: str) -> Iterator[None]:
+    """Turns any failure of the block into a warning on standard error: what it does is not worth a finished run."""
+    try:
+        yield
+    except Exception as error:
+        lines = str(error).splitlines() or [""]
+        print(f"warning: {what} failed: {type(error).__name__}: {lines[0]}", file=sys.stderr)
+
+
 def run_tool(
     name: str, run: Callable[[argparse.Namespace], None], args: argparse.Namespace, interrupted: str = "interrupted"
 ) -> int:
@@ -39,6 +58,7 @@ def run_tool(
     code is 2 for wrong input, 1 for work that failed on good input, and 130 for Ctrl-C, whose message is `interrupted`.
     Other exceptions keep their traceback.
     """
+    print_any_text()
     try:
         run(args)
     except UserError as error:

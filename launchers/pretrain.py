@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from dqt_dist.command_line import RaisingArgumentParser, make_parser
+from dqt_dist.command_line import RaisingArgumentParser, make_parser, print_any_text, side_matter
 from dqt_dist.config import Config, check_world, load_config
 from dqt_dist.errors import RUN_ERROR_EXIT_CODE, STOPPED_EXIT_CODE, RunError, UserError
 from dqt_dist.launch import discover, export, report
@@ -41,6 +41,7 @@ exit codes
 
 
 def main() -> int:
+    print_any_text()
     launch = None
     try:
         launch = discover()
@@ -86,6 +87,7 @@ def choose_accelerator() -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
+@side_matter("the report")
 def show_report(summary: dict[str, Any], config: Config) -> None:
     """Figures, sample and what to do next, after the process groups are closed; for rank 0."""
     from dqt_dist.training import report

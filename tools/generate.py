@@ -29,15 +29,13 @@ the same text on the same kind of device. Wrong input ends with one message and 
 """
 
 
-def number(kind: type, least: float, most: float = float("inf"), above: bool = False):
+def number(kind: type, least: float, most: float = sys.float_info.max, above: bool = False):
     """A parser of numbers in [least, most], or (least, most] with `above`, for argparse."""
 
     def parse(word: str):
         value = kind(word)
         if not (least < value if above else least <= value) or not value <= most:
-            bounds = f"{'above' if above else 'at least'} {least:g}" + (
-                "" if most == float("inf") else f", at most {most:g}"
-            )
+            bounds = f"{'above' if above else 'at least'} {least:g}, at most {most:g}"
             raise argparse.ArgumentTypeError(f"{word} is out of range: {bounds}")
         return value
 
@@ -89,9 +87,6 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    # Where the terminal's encoding lacks a character, a replacement is shown rather than an error.
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")
     return run_tool("generate", run, args)
 
 

@@ -144,10 +144,14 @@ def _open_blend(
     """Check the files of one split and return the function that builds its dataset: its only source, or a weighted
     blend."""
     for index, (_, weight) in enumerate(blend):
-        if not weight > 0:
-            raise UserError(f"{field}[{index}].weight: is {weight}, must be above 0; leave the source out instead")
-    total = sum(weight for _, weight in blend)
-    weights = [weight / total for _, weight in blend]
+        if not 0 < weight < math.inf:
+            raise UserError(
+                f"{field}[{index}].weight: is {weight}, must be a number above 0; leave the source out instead"
+            )
+    # Relative to the largest: the sum of huge weights is no float.
+    largest = max(weight for _, weight in blend)
+    total = sum(weight / largest for _, weight in blend)
+    weights = [weight / largest / total for _, weight in blend]
     # A blend never takes more than weight * n + 1 of a source: it takes from one that is behind its weight.
     counts = [num_samples] if len(blend) == 1 else [math.ceil(w * num_samples) + 1 for w in weights]
     sources = []

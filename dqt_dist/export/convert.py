@@ -22,13 +22,14 @@ from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_FILE, check_tokenizer
 from dqt_dist.data.tokenizer import Tokenizer, load_tokenizer
 from dqt_dist.dtypes import TORCH_DTYPES
 from dqt_dist.errors import UserError
-from dqt_dist.export import bitnet, compressed, hf, plain, verify
+from dqt_dist.export import bitnet, compressed, hf, plain, tokenizer_check, verify
 from dqt_dist.export.folder import check_output, new_folder
 from dqt_dist.export.model_card import model_card
 from dqt_dist.export.perplexity import compare_with_trained
 from dqt_dist.export.record import RECORD, record_of, write_json
 from dqt_dist.export.safetensors_writer import SHARD_BYTES, Entry, write_model
-from dqt_dist.export.tokenizer_files import generation_config, write_tokenizer
+from dqt_dist.export.sentencepiece_model import SentencePieceModel, read_model, refuse
+from dqt_dist.export.tokenizer_files import generation_config, known_limits, write_tokenizer
 from dqt_dist.export.trainer_model import trainer_model
 from dqt_dist.export.weights import Weights
 
@@ -63,14 +64,16 @@ def convert(request: Request) -> None:
     export_format = request.format or default_format(weights)
     tokenizer = find_tokenizer(request.tokenizer, reader)
     require_packages(export_format, request.verify)
+    tokenizer_model = read_model(tokenizer)
+    refuse(tokenizer_model, export_format)
     with new_folder(request.output) as folder:
         if export_format == "gguf":
             from dqt_dist.export import gguf_file
 
-            lines = gguf_file.export(folder, weights, tokenizer, request.gguf_type, request.verify, _progress)
+            lines = gguf_file.export(folder, weights, tokenizer_model, request.gguf_type, request.verify, _progress)
             shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
         else:
-            lines = _export_hf(folder, weights, tokenizer, export_format, request)
+            lines = _export_hf(folder, weights, tokenizer_model, export_format, request)
         record = record_of(weights, export_format, tokenizer)
         if weights.ternarize or weights.of_latents:
             lines += _tell_other_weights(record, weights, tokenizer, request.verify)
@@ -172,24 +175,25 @@ def _plan(weights: Weights, export_format: str) -> tuple[list[Entry], dict[str, 
     return plain.entries(weights), None, 8 * weights.dtype.itemsize
 
 
-def _export_hf(folder: Path, weights: Weights, tokenizer: Tokenizer, export_format: str, request: Request) -> list[str]:
+def _export_hf(
+    folder: Path, weights: Weights, tokenizer: SentencePieceModel, export_format: str, request: Request
+) -> list[str]:
     entries, quantization, bits = _plan(weights, export_format)
     write_model(folder, entries, _progress, request.shard_bytes)
-    write_json(folder / "config.json", hf.config_json(weights.config, weights.dtype, quantization))
-    write_json(folder / "generation_config.json", generation_config())
+    write_json(folder / "config.json", hf.config_json(weights.config, weights.dtype, quantization, tokenizer.marks))
+    write_json(folder / "generation_config.json", generation_config(tokenizer, weights.config.model.vocab_size))
     write_tokenizer(folder, tokenizer, weights.config.model.seq_length)
     verify.check_size(folder, weights, bits)
     if not request.verify:
-        return ["not verified (--no-verify)"]
-    return _verify_hf(folder, weights, tokenizer, export_format)
+        return [*known_limits(tokenizer), "not verified (--no-verify)"]
+    return known_limits(tokenizer) + _verify_hf(folder, weights, tokenizer, export_format)
 
 
-def _verify_hf(folder: Path, weights: Weights, tokenizer: Tokenizer, export_format: str) -> list[str]:
-    verify.check_tokenizer(folder, tokenizer)
+def _verify_hf(folder: Path, weights: Weights, tokenizer: SentencePieceModel, export_format: str) -> list[str]:
+    lines = [tokenizer_check.check_hf(folder, tokenizer)]
     tokens = verify.sample_tokens(tokenizer, weights.config.model.seq_length)
     with trainer_model(weights, "none") as trainer:
         floats = trainer(tokens)
-    lines = []
 
     def compare(wanted: Tensor, bound: verify.Bound, activation: str, quantization: dict[str, Any] | None) -> None:
         found = verify.transformers_logits(folder, tokens, quantization)

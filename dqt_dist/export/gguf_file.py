@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from dqt_dist.config import Config
-from dqt_dist.data.tokenizer import Tokenizer
 from dqt_dist.errors import UserError
 from dqt_dist.export import verify
 from dqt_dist.export.errors import VerificationError
 from dqt_dist.export.gguf_blocks import TYPES, BlockType, pack
+from dqt_dist.export.gguf_tokenizer import add_tokenizer
 from dqt_dist.export.safetensors_writer import Entry
-from dqt_dist.export.tokenizer_files import PieceKind, read_pieces
+from dqt_dist.export.sentencepiece_model import SentencePieceModel
+from dqt_dist.export.tokenizer_check import check_gguf
 from dqt_dist.export.trainer_model import trainer_model
 from dqt_dist.export.weights import Weights
 
@@ -151,13 +152,15 @@ def _blocks(weights: Weights, name: str, ffn: int, block: BlockType) -> Tensor:
 # ---- the file ----
 
 
-def write(path: Path, weights: Weights, tokenizer: Tokenizer, block: BlockType | None, progress: Progress) -> None:
+def write(
+    path: Path, weights: Weights, tokenizer: SentencePieceModel, block: BlockType | None, progress: Progress
+) -> None:
     """Writes the file, a tensor at a time."""
     import gguf
 
     writer = gguf.GGUFWriter(None, "llama")
     _add_metadata(writer, weights, block)
-    _add_tokenizer(writer, tokenizer, weights.config.model.vocab_size)
+    add_tokenizer(writer, tokenizer, weights.config.model.vocab_size)
     quantized = None if block is None else gguf.GGMLQuantizationType[block.name]
     numbers = {torch.float32: np.dtype(np.float32), torch.bfloat16: np.dtype(np.uint8), torch.uint8: np.dtype(np.uint8)}
     tensors = entries(weights, block)
@@ -194,30 +197,15 @@ def _add_metadata(writer: Any, weights: Weights, block: BlockType | None) -> Non
     writer.add_vocab_size(model.vocab_size)
 
 
-def _add_tokenizer(writer: Any, tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Pieces, scores and types; rows of the embedding that no piece has are unused tokens."""
-    pieces = read_pieces(tokenizer)
-    unused = vocab_size - len(pieces)
-    writer.add_tokenizer_model("llama")
-    writer.add_tokenizer_pre("default")
-    writer.add_token_list([piece.text for piece in pieces] + [f"[UNUSED{i}]" for i in range(unused)])
-    writer.add_token_scores([piece.score for piece in pieces] + [0.0] * unused)
-    writer.add_token_types([int(piece.kind) for piece in pieces] + [int(PieceKind.UNUSED)] * unused)
-    writer.add_bos_token_id(1)
-    writer.add_eos_token_id(2)
-    writer.add_unk_token_id(0)
-    writer.add_add_bos_token(False)
-    writer.add_add_space_prefix(True)
-
-
 # ---- verification ----
 
 
-def verify_file(folder: Path, weights: Weights, block: BlockType | None, tokenizer: Tokenizer) -> list[str]:
-    """Compares tensors with the `gguf` package's reading of them, size with bits, logits with the trainer's model.
+def verify_file(folder: Path, weights: Weights, block: BlockType | None, tokenizer: SentencePieceModel) -> list[str]:
+    """Compares token ids with SentencePiece's, tensors with the checkpoint, size with bits, logits with the trainer's.
 
     The engine is transformers, which reads GGUF into floats. Raises VerificationError.
     """
+    told = check_gguf(folder / FILE, tokenizer)
     _check_tensors(folder / FILE, weights, block)
     tokens = verify.sample_tokens(tokenizer, weights.config.model.seq_length)
     exact = block is None or all(float(np.float16(scale)) == scale for scale in weights.scales().values())
@@ -225,7 +213,7 @@ def verify_file(folder: Path, weights: Weights, block: BlockType | None, tokeniz
         wanted = trainer(tokens)
     found = verify.transformers_logits(folder, tokens, gguf_file=FILE)
     what = "transformers (GGUF as floats) against the trainer's model, activations none"
-    return [f"{what}: {verify.compare(found, wanted, verify.FLOAT if exact else verify.ROUNDED, what)}"]
+    return [told, f"{what}: {verify.compare(found, wanted, verify.FLOAT if exact else verify.ROUNDED, what)}"]
 
 
 def _check_tensors(path: Path, weights: Weights, block: BlockType | None) -> None:
@@ -256,7 +244,12 @@ def _check_tensors(path: Path, weights: Weights, block: BlockType | None) -> Non
 
 
 def export(
-    folder: Path, weights: Weights, tokenizer: Tokenizer, wanted: str | None, verified: bool, progress: Progress
+    folder: Path,
+    weights: Weights,
+    tokenizer: SentencePieceModel,
+    wanted: str | None,
+    verified: bool,
+    progress: Progress,
 ) -> list[str]:
     """Writes and verifies the file; returns what is to be told. Raises UserError and VerificationError."""
     block = choose_block(weights, wanted)

@@ -31,8 +31,13 @@ def parameter_entries(weights: Weights, names: list[str]) -> list[Entry]:
     ]
 
 
-def config_json(config: Config, dtype: torch.dtype, quantization: dict[str, Any] | None) -> dict[str, Any]:
-    """config.json; `quantization` is the format's quantization_config, none for plain floats."""
+def config_json(
+    config: Config, dtype: torch.dtype, quantization: dict[str, Any] | None, marks: dict[str, int | None]
+) -> dict[str, Any]:
+    """config.json; `quantization` is the format's quantization_config, none for plain floats; `marks` are ids.
+
+    A mark that the tokenizer lacks is null: left out it would be transformers' default.
+    """
     model = config.model
     architecture, model_type = ("BitNetForCausalLM", "bitnet") if model.sub_norm else ("LlamaForCausalLM", "llama")
     values: dict[str, Any] = {
@@ -57,8 +62,7 @@ def config_json(config: Config, dtype: torch.dtype, quantization: dict[str, Any]
         "attention_dropout": 0.0,
         "tie_word_embeddings": False,
         "use_cache": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
+        **{f"{name}_token_id": marks.get(name) for name in ("bos", "eos", "pad")},
         "dtype": DTYPE_NAMES[dtype],
         "torch_dtype": DTYPE_NAMES[dtype],
     }

@@ -55,7 +55,7 @@ def figures_of(reader: CheckpointReader) -> dict[str, Any]:
     if summary_file.is_file():
         summary = json.loads(summary_file.read_text())
         if summary.get("steps") == reader.progress.step:
-            return {name: summary[name] for name in FIGURES if name in summary}
+            return {name: summary[name] for name in FIGURES if summary.get(name) is not None}
     return reader.manifest.get("figures", {})
 
 

@@ -5,7 +5,8 @@
     <0xE6>         E6           byte fallback: a character outside the vocabulary is one piece per byte
     <s> </s>       none
 
-SentencePiece puts one space before a text. The space is no part of the text: each document has one byte too many.
+SentencePiece puts one space before a text (or after it, if the model says so). The space is no part of the text: each
+document has one byte too many.
 """
 
 from __future__ import annotations
@@ -15,21 +16,16 @@ import codecs
 import numpy as np
 
 from dqt_dist.data.tokenizer import Tokenizer
-from dqt_dist.export.tokenizer_files import SPACE, Piece, PieceKind, read_pieces
+from dqt_dist.export.sentencepiece_model import SPACE, Piece, PieceKind, SentencePieceModel, read_model
 
 
-def piece_bytes(tokenizer: Tokenizer) -> list[bytes]:
+def piece_bytes(model: SentencePieceModel) -> list[bytes]:
     """Bytes of every id, in the order of ids."""
-    return [_bytes_of(piece) for piece in read_pieces(tokenizer)]
-
-
-def bytes_before(tokenizer: Tokenizer, pieces: list[bytes]) -> int:
-    """Bytes that the tokenizer puts before a text: 1, or 0 for one that is made without."""
-    return sum(len(pieces[i]) for i in tokenizer.encode("a")) - 1
+    return [_bytes_of(piece) for piece in model.pieces]
 
 
 def _bytes_of(piece: Piece) -> bytes:
-    if piece.kind == PieceKind.NORMAL:
+    if piece.kind in (PieceKind.NORMAL, PieceKind.USER_DEFINED, PieceKind.UNUSED):
         return piece.text.replace(SPACE, " ").encode()
     if piece.kind == PieceKind.BYTE:
         return bytes([int(piece.text[1:-1], 16)])  # <0xE6>
@@ -41,24 +37,25 @@ class ByteCounter:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.eod_id = tokenizer.eod_id
-        pieces = piece_bytes(tokenizer)
-        self.lengths = np.array([len(piece) for piece in pieces])
-        self.before = bytes_before(tokenizer, pieces)
+        model = read_model(tokenizer)
+        self.lengths = np.array([len(piece) for piece in piece_bytes(model)])
+        self.added = int(model.add_dummy_prefix)
 
     def count(self, stream: np.ndarray) -> int:
         """Bytes of text of `stream`, ids [tokens], whose first entry is a mark."""
         is_mark = stream == self.eod_id
         documents = int((is_mark[:-1] & ~is_mark[1:]).sum())
-        return int(self.lengths[stream].sum()) - self.before * documents
+        return int(self.lengths[stream].sum()) - self.added * documents
 
 
 class TextStream:
     """Turns ids into text as they come. A character of several byte pieces appears with its last one."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._pieces = piece_bytes(tokenizer)
+        model = read_model(tokenizer)
+        self._pieces = piece_bytes(model)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._skip = bytes_before(tokenizer, self._pieces)
+        self._skip = int(model.add_dummy_prefix and not model.whitespace_as_suffix)
 
     def put(self, token_id: int) -> str:
         """The text that this id completes, often its own, sometimes none; ids beyond the tokenizer's have none."""

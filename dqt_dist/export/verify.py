@@ -1,6 +1,6 @@
 """Is an exported model the trained one? Asks the real engine, on text, before the export gets its name.
 
-    tokens      the exported tokenizer gives SentencePiece's ids
+    tokens      the exported tokenizer gives SentencePiece's ids (tokenizer_check.py)
     weights     every tensor of the model is in the file and every one of the file in the model
     size        the files hold the bytes that the bits of the weights make
     logits      engine against the trainer's own model (fp32, CPU)
@@ -28,10 +28,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dqt_dist.data.tokenizer import Tokenizer
 from dqt_dist.export.errors import VerificationError
 from dqt_dist.export.hf import key
 from dqt_dist.export.safetensors_writer import tensor_bytes
+from dqt_dist.export.sentencepiece_model import SentencePieceModel
 from dqt_dist.export.text import SAMPLE
 from dqt_dist.export.weights import Weights
 
@@ -90,7 +90,7 @@ def compare(engine: Tensor, trainer: Tensor, bound: Bound, what: str) -> Compari
     return found
 
 
-def sample_tokens(tokenizer: Tokenizer, sequence_length: int) -> Tensor:
+def sample_tokens(tokenizer: SentencePieceModel, sequence_length: int) -> Tensor:
     """Ids [1, at most sequence_length] of the sample text."""
     return torch.tensor([tokenizer.encode(SAMPLE)[:sequence_length]])
 
@@ -194,17 +194,3 @@ def check_bitnet_linears(folder: Path, weights: Weights) -> None:
                 raise VerificationError(
                     f"{name}: the engine's product differs by {error:.1e} of the largest, allowed {LINEAR_BOUND:.0e}"
                 )
-
-
-def check_tokenizer(folder: Path, tokenizer: Tokenizer, **load: Any) -> None:
-    """Raises VerificationError when Hugging Face's tokenizer of the folder gives other ids than SentencePiece."""
-    from transformers import AutoTokenizer
-
-    with quiet_transformers():
-        exported = AutoTokenizer.from_pretrained(folder, **load)
-        for text in (SAMPLE, "  two  spaces", "", "1234 x\n\n\ny"):
-            wanted, found = tokenizer.encode(text), exported(text)["input_ids"]
-            if wanted != found:
-                raise VerificationError(f"tokenizer: {text[:40]!r} has ids {found[:20]}, SentencePiece {wanted[:20]}")
-            if exported.decode(found, skip_special_tokens=True) != text:
-                raise VerificationError(f"tokenizer: {text[:40]!r} does not come back from its ids")

@@ -1,6 +1,8 @@
 """Continues a prompt token by token, with a KV cache, and hands out the text as it comes.
 
 transformers' `generate` does the work: temperature, then top-k, then top-p (arXiv 1904.09751), one draw per token.
+The temperature is applied here, in fp64 and to differences from the best logit, so that any temperature above 0 is
+right. Rows of the embedding that the tokenizer has no piece for are never drawn.
 The same seed gives the same text on the same kind of device. Temperature 0 takes the best token and draws nothing.
 """
 
@@ -72,8 +74,17 @@ def generate(language_model: LanguageModel, prompt: str, sampling: Sampling, wri
     draw: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
         # top_k 0 is off; left out it would be 50.
-        draw = {"do_sample": True, "temperature": sampling.temperature}
-        draw |= {"top_p": sampling.top_p, "top_k": sampling.top_k or 0}
+        draw = {"do_sample": True, "temperature": 1.0, "top_p": sampling.top_p, "top_k": sampling.top_k or 0}
+    num_pieces = language_model.tokenizer.vocab_size
+
+    def scores_to_draw_from(_: Tensor, scores: Tensor) -> Tensor:
+        """scores [batch, vocabulary] -> fp32, same shape; runs before top-k and top-p."""
+        scores = scores.double()
+        scores[:, num_pieces:] = -torch.inf
+        if sampling.temperature > 0:
+            scores = (scores - scores.amax(-1, keepdim=True)) / sampling.temperature
+        return scores.float()
+
     tokens = torch.tensor([ids], device=language_model.device)
     end = language_model.tokenizer.eod_id
     torch.manual_seed(sampling.seed)
@@ -85,6 +96,7 @@ def generate(language_model: LanguageModel, prompt: str, sampling: Sampling, wri
             eos_token_id=end,
             pad_token_id=end,
             use_cache=True,
+            logits_processor=[scores_to_draw_from],
             streamer=_Listener(TextStream(language_model.tokenizer), write),
             **draw,
         )

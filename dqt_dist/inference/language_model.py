@@ -162,7 +162,7 @@ def _empty_model(weights: Weights) -> Any:
     """The modules without memory for their weights; only the rotary frequencies have values."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    values = hf.config_json(weights.config, torch.float32, None)
+    values = hf.config_json(weights.config, torch.float32, None, {})
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     with quiet_transformers(), torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)

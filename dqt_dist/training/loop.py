@@ -378,8 +378,8 @@ class Trainer:
         speed = steps_here * self.tokens_per_step / self.training_seconds if steps_here else column("tokens_per_s")[-1]
         uniform_loss = math.log(self.config.model.vocab_size)
         return {
-            "first_loss": losses[0],
-            "last_loss": losses[-1],
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
             "valid_loss": self.valid_loss,
             "valid_perplexity": math.exp(min(self.valid_loss, 700.0)),
             "uniform_loss": uniform_loss,

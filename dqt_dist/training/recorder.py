@@ -34,6 +34,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     partial.rename(path)
 
 
+def _parsed(line: str) -> dict[str, Any] | None:
+    """One line of metrics.jsonl: an object with a step."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
+
+
 class Recorder:
     """Writes on rank 0. On other ranks every method returns at once, so callers need no condition."""
 
@@ -46,7 +55,7 @@ class Recorder:
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.json", to_json(config))
         write_atomically(self.folder / TOKENIZER_FILE, tokenizer.model)
-        self._drop_lines_after(start_step)
+        damaged = self._drop_lines_after(start_step)
         self.metrics_file = self.metrics_path.open("a", buffering=1)
         self.tensorboard = None
         if config.logging.tensorboard:
@@ -59,13 +68,24 @@ class Recorder:
             dynamic_ncols=True,
             mininterval=0.5,
         )
+        if damaged:
+            self.say(f"warning: {damaged} lines of {self.metrics_path} are damaged and left out")
 
-    def _drop_lines_after(self, step: int) -> None:
-        """Deletes the lines of steps after `step`. A resumed run repeats these steps."""
-        if self.metrics_path.exists():
-            lines = self.metrics_path.read_text().splitlines(keepends=True)
-            lines_to_keep = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_atomically(self.metrics_path, "".join(lines_to_keep))
+    def _drop_lines_after(self, step: int) -> int:
+        """Deletes the lines of steps after `step`, which a resumed run repeats, and damaged ones; returns their number.
+
+        A run that was killed may leave a part of a line.
+        """
+        if not self.metrics_path.exists():
+            return 0
+        lines = self._lines()
+        kept = [json.dumps(line) + "\n" for line in lines if line is not None and line["step"] <= step]
+        write_atomically(self.metrics_path, "".join(kept))
+        return lines.count(None)
+
+    def _lines(self) -> list[dict[str, Any] | None]:
+        """The lines of metrics.jsonl; None for a damaged one."""
+        return [_parsed(line) for line in self.metrics_path.read_text(errors="replace").splitlines()]
 
     def step_done(self) -> None:
         if self.is_writer:
@@ -141,13 +161,17 @@ class Recorder:
             self.progress.write(text)
 
     def column(self, name: str) -> list[Any]:
-        """The values of `name` in all lines of metrics.jsonl that have it, including steps before a resume."""
-        lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
-        return [metrics[name] for metrics in lines if name in metrics]
+        """The values of `name` in all lines that have it, including steps before a resume; none where metrics.jsonl is
+        gone."""
+        return [line[name] for line in self._whole_lines() if name in line]
 
     def has_validation(self, step: int) -> bool:
-        lines = [json.loads(line) for line in self.metrics_path.read_text().splitlines()]
-        return any(metrics["step"] == step and "valid_loss" in metrics for metrics in lines)
+        return any(line.get("step") == step and "valid_loss" in line for line in self._whole_lines())
+
+    def _whole_lines(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl that are not damaged; none where the file is gone."""
+        lines = self._lines() if self.metrics_path.exists() else []
+        return [line for line in lines if line is not None]
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         if self.is_writer:

@@ -56,8 +56,10 @@ def _line(text: str) -> None:
 
 def _rows(summary: dict[str, Any], config: Config) -> list[tuple[str, str]]:
     layout = summary["layout"]
+    first, last = summary["first_loss"], summary["last_loss"]
+    losses = "not recorded in metrics.jsonl" if first is None else f"{first:.3f} -> {last:.3f} nats per token"
     rows = [
-        ("loss, first to last step", f"{summary['first_loss']:.3f} -> {summary['last_loss']:.3f} nats per token"),
+        ("loss, first to last step", losses),
         ("validation", f"loss {summary['valid_loss']:.3f}, perplexity {summary['valid_perplexity']:.1f}"),
         ("speed", f"{summary['tokens_per_s']:,.0f} tokens/s over {summary['steps']} steps"),
         ("layout", f"tensor {layout['tensor']} x pipeline {layout['pipeline']} x data {layout['data']}"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -161,25 +160,6 @@ def test_the_bound_of_eight_bits_is_the_size_of_the_rounding() -> None:
         compare(exact + 0.03 * torch.randn(exact.shape), first, bound, "something else")
     with pytest.raises(VerificationError):
         compare(first + 1e-6, first, eight_bit_bound(exact, exact), "no rounding at all")
-
-
-def test_another_tokenizer_is_found(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    """The merges of one tokenizer.json in the wrong order."""
-    from dqt_dist.data.tokenizer import load_tokenizer
-    from dqt_dist.export.tokenizer_files import write_tokenizer
-
-    run = trained()
-    tokenizer = load_tokenizer(
-        json.loads((run / "checkpoints/step_00000002/manifest.json").read_text())["config"]["data"]["tokenizer"]
-    )
-    write_tokenizer(tmp_path, tokenizer, 96)
-    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    verify.check_tokenizer(tmp_path, tokenizer)
-    fast = json.loads((tmp_path / "tokenizer.json").read_text())
-    fast["model"]["merges"].reverse()
-    (tmp_path / "tokenizer.json").write_text(json.dumps(fast))
-    with pytest.raises(VerificationError, match="SentencePiece"):
-        verify.check_tokenizer(tmp_path, tokenizer)
 
 
 def test_the_world_of_one_leaves_no_trace(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
