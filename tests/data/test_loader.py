@@ -61,6 +61,15 @@ def num_epoch_samples(prefix: str) -> int:
     return (num_tokens(prefix) - 1) // SEQUENCE_LENGTH
 
 
+def test_huge_weights_are_shares_like_others(prepared, build):
+    """Their sum is no float."""
+    blends = [[(prepared.train, weight), (prepared.other, weight)] for weight in (1.0, 1e308)]
+    few, many = (rows(build(40, train=blend)[0]) for blend in blends)
+    assert few == many
+    with pytest.raises(UserError, match=r"data.train\[1\].weight: is inf, must be a number above 0"):
+        build(40, train=[(prepared.train, 1.0), (prepared.other, float("inf"))])
+
+
 # ---------------------------------------------------------------- the dataset
 
 

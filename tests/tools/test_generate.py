@@ -121,6 +121,26 @@ def test_nothing_but_the_options_narrows_the_draw(model: LanguageModel) -> None:
     assert max(ranks) > 100
 
 
+@pytest.mark.parametrize("temperature", [5e-324, 1e-45, 1e-30])
+def test_the_smallest_temperatures_are_the_best_tokens(model: LanguageModel, temperature: float) -> None:
+    """1e-45 is no fp32 number that divides: logits / 1e-45 would be inf, and the draw an error."""
+    assert (
+        continue_prompt(model, Sampling(temperature, 1.0, max_tokens=12))[0]
+        == (continue_prompt(model, dataclasses.replace(GREEDY, max_tokens=12))[0])
+    )
+
+
+@pytest.mark.parametrize("temperature", [0, 1.7e308])
+def test_no_row_without_a_piece_is_drawn(model: LanguageModel, temperature: float) -> None:
+    """The model has 408 rows. With a tokenizer of 5 pieces, the control, the other rows are what it would draw."""
+    sampling = Sampling(temperature, 1.0, max_tokens=60)
+    assert max(continue_prompt(model, sampling)[0]) >= 5
+    few = copy.copy(model.tokenizer)
+    few.vocab_size = 5
+    ids = continue_prompt(dataclasses.replace(model, tokenizer=few), sampling)[0]
+    assert ids and max(ids) < 5
+
+
 # ---- the text ----
 
 
@@ -206,6 +226,8 @@ def test_bad_input_is_one_message(
     ("option", "value"),
     [
         ("--temperature", "-0.1"),
+        ("--temperature", "inf"),
+        ("--temperature", "nan"),
         ("--top-p", "0"),
         ("--top-p", "1.1"),
         ("--top-k", "0"),

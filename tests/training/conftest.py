@@ -80,12 +80,17 @@ Train = Callable[..., subprocess.CompletedProcess]
 
 @pytest.fixture
 def train(config_file: Path) -> Train:
-    """Returns train(*overrides, processes=1, resume="auto"), which makes a whole run in its own processes."""
+    """Returns train(*overrides, processes=1, resume="auto"), which makes a whole run in its own processes.
 
-    def run(*overrides: str, processes: int = 1, resume: str = "auto") -> subprocess.CompletedProcess:
+    `encoding` is that of the run's terminal.
+    """
+
+    def run(
+        *overrides: str, processes: int = 1, resume: str = "auto", encoding: str = "utf-8"
+    ) -> subprocess.CompletedProcess:
         return subprocess.run(
             [*command(config_file, *overrides, processes=processes), "--resume", resume],
-            env=environment(),
+            env=environment() | {"PYTHONIOENCODING": encoding},
             capture_output=True,
             text=True,
             timeout=180,

@@ -8,11 +8,15 @@ import subprocess
 import time
 from pathlib import Path
 
+import pytest
+
 from dqt_dist.checkpoint.digest import digest_of
 from dqt_dist.checkpoint.folder import verify
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.config import load_config
 from dqt_dist.errors import STOPPED_EXIT_CODE
+from launchers.pretrain import show_report
+from tests.small import small_config
 from tests.training.conftest import Train, command, environment
 
 METRICS = {
@@ -104,6 +108,30 @@ def test_a_sample_that_fails_is_one_line_of_a_run_that_succeeds(train: Train) ->
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("no sample: ") == done.stdout.count("this makes one: tools/generate.py ") == 1
     assert "the model's context has 32" in done.stdout and "next: tensorboard" in done.stdout
+
+
+def test_the_curve_and_the_report_are_side_matters(train: Train, config_file: Path, tmp_path: Path) -> None:
+    """Damaged lines, then no metrics.jsonl, on a terminal of ASCII with a prompt that is not; each run ends with 0."""
+    prompt = "training.sample_prompt=na\u00efve"
+    assert train("training.steps=2").returncode == 0
+    lines = tmp_path / "run" / "metrics.jsonl"
+    kept = lines.read_text()
+    lines.write_bytes(b'{"step": 1, "lo\n[3]\n\xff\n' + kept.encode())
+    longer = train("training.steps=3", prompt, encoding="ascii")
+    assert longer.returncode == 0, longer.stderr
+    assert f"warning: 3 lines of {lines} are damaged and left out" in longer.stdout
+    assert lines.read_text().startswith(kept) and "na?ve" in longer.stdout and "next: tensorboard" in longer.stdout
+    lines.unlink()
+    (tmp_path / "run" / "summary.json").unlink()
+    finished = train("training.steps=3", prompt)
+    assert finished.returncode == 0 and "not recorded in metrics.jsonl" in finished.stdout, finished.stderr
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["first_loss"] is None
+
+
+def test_a_report_that_fails_is_a_warning(capsys: pytest.CaptureFixture) -> None:
+    """A summary without one of its figures."""
+    show_report({"parameters": 1}, small_config())
+    assert capsys.readouterr().err.startswith("warning: the report failed: KeyError: 'tokens'")
 
 
 def test_tensorboard_has_the_numbers_and_the_histograms(train: Train, tmp_path: Path) -> None:
