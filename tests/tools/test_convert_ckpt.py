@@ -132,7 +132,7 @@ def missing(run: Path) -> None:
         (half_written, "no complete checkpoint there"),
         (other_version, "checkpoint format 99, this version reads"),
         (truncated, "the manifest says"),
-        (damaged, "cannot be read"),
+        (damaged, "the manifest says"),
     ],
 )
 def test_bad_checkpoints_leave_nothing(
