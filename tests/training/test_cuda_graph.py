@@ -43,7 +43,8 @@ def stepped(rank: int, world_size: int, kept: bool, *overrides: str) -> tuple[Wh
 
     With `kept` the sums of gradients keep their addresses from step to step, as the sums that a graph writes do.
     """
-    run = start(*overrides)
+    # "auto" makes no graph on a CPU, but gradients then wait for the end of the step, as they do with a graph.
+    run = start(*overrides, *(["training.cuda_graph=auto"] if kept else []))
     for number in (1, 2, 3):
         if not kept:
             run.step(number)
