@@ -374,8 +374,9 @@ class Trainer:
         # Only the writer has metrics.jsonl. The summaries of other ranks are not shown.
         column = self.recorder.column if self.recorder.is_writer else lambda _: [0.0]
         losses, steps_here = column("loss"), self.step - self.start_step
-        # A run that was stopped in its last validation makes no step here.
-        speed = steps_here * self.tokens_per_step / self.training_seconds if steps_here else column("tokens_per_s")[-1]
+        speed = next(reversed(column("tokens_per_s")), None)
+        if steps_here:  # a run that was stopped in its last validation makes no step here
+            speed = steps_here * self.tokens_per_step / self.training_seconds
         uniform_loss = math.log(self.config.model.vocab_size)
         return {
             "first_loss": losses[0] if losses else None,

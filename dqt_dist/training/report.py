@@ -58,10 +58,12 @@ def _rows(summary: dict[str, Any], config: Config) -> list[tuple[str, str]]:
     layout = summary["layout"]
     first, last = summary["first_loss"], summary["last_loss"]
     losses = "not recorded in metrics.jsonl" if first is None else f"{first:.3f} -> {last:.3f} nats per token"
+    speed = summary["tokens_per_s"]
+    tokens_per_s = "not recorded in metrics.jsonl" if speed is None else f"{speed:,.0f} tokens/s"
     rows = [
         ("loss, first to last step", losses),
         ("validation", f"loss {summary['valid_loss']:.3f}, perplexity {summary['valid_perplexity']:.1f}"),
-        ("speed", f"{summary['tokens_per_s']:,.0f} tokens/s over {summary['steps']} steps"),
+        ("speed", f"{tokens_per_s}, {summary['steps']} steps"),
         ("layout", f"tensor {layout['tensor']} x pipeline {layout['pipeline']} x data {layout['data']}"),
     ]
     breakdown = summary["static_bytes_breakdown"]

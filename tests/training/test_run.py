@@ -215,7 +215,7 @@ def test_going_back_sets_later_checkpoints_aside(train: Train, tmp_path: Path) -
     for step in (6, 8, 10):
         left = checkpoints / f"left_step_{step:08d}"
         assert (left / "manifest.json").read_bytes() == kept[f"step_{step:08d}"]
-        assert str(left) in again.stdout
+        assert f"{checkpoints}/step_{step:08d}: a later checkpoint; set aside as {left.name}" in again.stdout
     assert "at step 5" in train(*keep, "training.steps=6").stdout
 
 
