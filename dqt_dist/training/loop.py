@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dqt_dist.checkpoint import store
+from dqt_dist.checkpoint.folder import complete_checkpoints
 from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_SHA256
 from dqt_dist.config import Config, ProcessGrid, process_grid
 from dqt_dist.data.dataset import build_datasets
@@ -234,7 +235,7 @@ class Trainer:
         self._record_saves()
 
     def _why_too_many_are_skipped(self, skipped: int, result: StepResult) -> str:
-        newest = store.complete_checkpoints(store.checkpoints_folder(self.config))
+        newest = complete_checkpoints(store.checkpoints_folder(self.config))
         return (
             f"training.max_skipped_steps: {skipped} steps in a row up to step {self.step} had a loss or gradients that "
             f"are not finite (loss {float(mean_over_data(result.loss, self.groups)):.4g}, gradient norm "
