@@ -26,6 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def main() -> int:
     add("--config", metavar="FILE", help="default: configs/1b_ternary_fp8.json, without a GPU configs/demo_cpu.json")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value; may be repeated")
     add("--gpus", type=int, help="processes of the layouts (default: the GPUs of this machine; without a GPU 2)")
-    add("--only", metavar="TEXT", help="only layouts with this text in their name, and what they are compared with")
+    add("--only", metavar="REGEX", help="only layouts whose name contains a match, and what they are compared with")
     add("--methods", help="variants of benchmarks/train_step.py, separated by semicolons; the first is `none`")
     add("--steps", type=int, default=10, help="timed steps (default: %(default)s)")
     add("--warmup", type=int, default=4, help="steps before them (default: %(default)s)")
@@ -177,11 +178,11 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def wanted(known: list[Layout], text: str | None) -> list[Layout]:
-    """The layouts with `text` in their name, and the layouts that these are compared with."""
-    chosen = [layout for layout in known if text is None or text in layout.name]
+def wanted(known: list[Layout], pattern: str | None) -> list[Layout]:
+    """The layouts whose name contains a match, and the layouts that these are compared with."""
+    chosen = [layout for layout in known if pattern is None or re.search(pattern, layout.name)]
     if not chosen:
-        raise SystemExit(f"--only {text!r}: no such layout; known: {'; '.join(layout.name for layout in known)}")
+        raise SystemExit(f"--only {pattern!r}: no such layout; known: {'; '.join(layout.name for layout in known)}")
     singles = {layout.single for layout in chosen}
     return [layout for layout in known if layout in chosen or layout.name in singles]
 

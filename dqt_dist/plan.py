@@ -22,7 +22,6 @@ from dqt_dist.config import (
     Bits,
     Config,
     process_grid,
-    uses_cuda_graph,
 )
 from dqt_dist.lowbit.grid import make_grid
 
@@ -77,8 +76,7 @@ def rank_bytes(config: Config, data_parallel_size: int) -> tuple[RankBytes, Rank
     compute_bytes, gradient_bytes = DTYPE_BYTES[quantization.dtype], DTYPE_BYTES[config.optimizer.gradient_dtype]
 
     num_micro_batches = config.training.global_batch_size // (config.training.micro_batch_size * data_parallel_size)
-    leave_at_once = num_micro_batches == 1 or config.optimizer.gradient_reduction == "micro_batch"
-    whole_gradients = uses_cuda_graph(config) or not leave_at_once
+    whole_gradients = num_micro_batches > 1 and config.optimizer.gradient_reduction == "step"
 
     def share(size: int, from_stage: int) -> int:
         return size // data_parallel_size if stage >= from_stage else size

@@ -26,6 +26,8 @@ def missing_requirements() -> dict[str, str]:
     missing = {}
     if not torch.cuda.is_available():
         missing["gpu"] = "needs a CUDA device"
+    if torch.cuda.device_count() < 2:
+        missing["multi_gpu"] = "needs two CUDA devices"
     if find_spec("llama_cpp") is None:
         missing["gguf"] = "needs llama-cpp-python: make test-gguf"
     return missing

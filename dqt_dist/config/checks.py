@@ -310,32 +310,15 @@ def uses_cuda_graph(config: Config) -> bool:
 
 def _cuda_graph_obstacles(config: Config) -> Iterator[str]:
     what = "training.cuda_graph: true"
-    for name in ("tensor", "pipeline"):
-        size = getattr(config.parallel, name)
-        if size > 1:
-            yield (
-                f"{what} records the work of one rank, but parallel.{name} = {size} makes ranks exchange activations; "
-                f"use false"
-            )
-    if config.zero.stage in (2, 3):
+    if config.zero.stage == 3:
         yield (
-            f"{what} needs gradients and weights that stay where they are, but ZeRO stage {config.zero.stage} moves "
-            f"them in the backward pass; use deepspeed.zero_optimization.stage = 1, or false"
+            f"{what} needs weights that stay where they are, but ZeRO stage 3 gathers them in every pass; use "
+            f"deepspeed.zero_optimization.stage = 2, or false"
         )
     if config.optimizer.fused_backward:
         yield (
             f"{what} does not go with optimizer.fused_backward = true: step and rate of an update change, what is "
             f"recorded does not; use one of the two"
-        )
-    if config.optimizer.gradient_reduction == "micro_batch":
-        yield (
-            f'{what} does not go with optimizer.gradient_reduction = "micro_batch", which sums over ranks in every '
-            f'backward pass; use "step", or false'
-        )
-    if config.training.recompute != "none":
-        yield (
-            f'{what} does not go with training.recompute = "{config.training.recompute}": megatron-core sets '
-            f'generators back on the host before it computes again; use recompute = "none", or false'
         )
 
 

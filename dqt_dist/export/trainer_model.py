@@ -83,7 +83,7 @@ def world_of_one(config: Config) -> Iterator[Groups]:
 def trainer_model(weights: Weights, activation: str) -> Iterator[Logits]:
     """The model with the weights that are exported, rounded to the export's dtype. Makes and leaves a world of one."""
     from dqt_dist.layers.build import build_model
-    from dqt_dist.parallel.megatron_cpu import cuda_or_cpu
+    from dqt_dist.parallel.megatron_device import cuda_or_cpu
 
     config = alone(weights.config, activation)
     with world_of_one(config) as groups:

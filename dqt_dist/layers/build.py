@@ -18,7 +18,7 @@ from dqt_dist.layers.low_bit_embedding import LowBitEmbedding, LowBitHead
 from dqt_dist.layers.placement import assign_layouts
 from dqt_dist.layers.spec import block_spec
 from dqt_dist.layers.transformer_config import LlamaTransformerConfig, transformer_config
-from dqt_dist.parallel import megatron_cpu
+from dqt_dist.parallel import megatron_device
 from dqt_dist.parallel.groups import Groups
 
 
@@ -27,7 +27,7 @@ def build_model(config: Config, groups: Groups) -> nn.ModuleList:
     on_cpu = groups.device.type == "cpu"
     megatron_config = transformer_config(config, on_cpu)
     model_chunks = nn.ModuleList()
-    with megatron_cpu.cuda_or_cpu():
+    with megatron_device.cuda_or_cpu():
         for stage in range(config.parallel.virtual_pipeline or 1):
             virtual_stage = stage if config.parallel.virtual_pipeline else None
             chunk = LlamaModel(

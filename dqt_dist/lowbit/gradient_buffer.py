@@ -38,8 +38,6 @@ class GradientState(Enum):
 class ReduceWhen(Enum):
     """When a gradient is sent to its owners."""
 
-    END_OF_STEP = auto()
-    """After all backward passes of a step."""
     LAST_BACKWARD = auto()
     """In the backward pass of the last micro-batch, as soon as the gradient is complete."""
     EVERY_BACKWARD = auto()
@@ -67,13 +65,13 @@ class GradientBuffer:
         self.mean: Tensor | None = None
         """Mean over data-parallel ranks, [owned rows, columns], or all rows with `on_every_rank`."""
         self.recorded: Tensor | None = None
-        """Memory that a CUDA graph writes this rank's sum to. It keeps its address between steps."""
+        """Memory that a CUDA graph writes the mean of the owned rows to. It keeps its address between steps."""
         # The fields below are set when the buffer is registered with a reducer.
         self.owners: list[tuple[int, int]] = []
         """[start, stop) per data-parallel rank: the rows that the rank owns."""
         self.on_every_rank = False
         """Whether every rank gets the mean of every row (ZeRO stage 0)."""
-        self.reduce_when = ReduceWhen.END_OF_STEP
+        self.reduce_when = ReduceWhen.LAST_BACKWARD
         self.consumer: Callable[[Tensor], None] | None = None
         """Called with the mean as soon as the mean has arrived."""
         self.square_sum: Tensor | None = None
@@ -141,13 +139,12 @@ class GradientBuffer:
     # ---- CUDA graphs ----
 
     def record(self) -> None:
-        """Called after a CUDA graph was recorded. Keeps the memory that the graph writes to.
+        """Called after the CUDA graphs of a step were recorded. Keeps the memory that the graphs write the mean to.
 
         Recording computes nothing, so the buffer counts no micro-batch.
         """
-        assert self.local is not None, self.name
-        self.recorded, self.local, self.micro_batches = self.local, None, 0
+        self.recorded, self.micro_batches = self.take(), 0
 
     def replayed(self, num_micro_batches: int) -> None:
-        """Called after the graphs of a step have run. The sum that the graphs wrote is this rank's sum."""
-        self.local, self.micro_batches = self.recorded, num_micro_batches
+        """Called after the graphs of a step have run. What the graphs wrote is the mean of the owned rows."""
+        self.mean, self.state, self.micro_batches = self.recorded, GradientState.TAKE, num_micro_batches

@@ -8,9 +8,9 @@ Codes and ordinary parameters take the same path (`lowbit/gradient_buffer.py` ha
     LAST_BACKWARD    in the backward pass of the last micro-batch, as soon as a gradient is complete. The exchange
                      overlaps with the backward of the layers below. The whole gradient is freed as soon as it has been
                      sent. optimizer.fused_backward: the consumer gets the mean at once.
-    END_OF_STEP      with training.cuda_graph, whose backward runs without Python: weight after weight, after the
-                     backward passes
     EVERY_BACKWARD   optimizer.gradient_reduction = "micro_batch", in every stage
+
+With training.cuda_graph the exchanges are part of the graphs (`training/cuda_graph.py`).
 
 An element is first summed over micro-batches by each rank, then over ranks in rank order by its owner
 (`parallel/row_sharding.py`). With EVERY_BACKWARD the two sums change places. The order of the sums does not depend on
@@ -27,7 +27,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dqt_dist.config import Config, uses_cuda_graph
+from dqt_dist.config import Config
 from dqt_dist.kernels.square_sum import square_sum
 from dqt_dist.lowbit.gradient_buffer import GradientBuffer, GradientState, ReduceWhen
 from dqt_dist.parallel.groups import Group
@@ -42,11 +42,11 @@ def reduce_when(config: Config) -> ReduceWhen:
     """When gradients leave for their owners in a run with this config."""
     if config.optimizer.gradient_reduction == "micro_batch":
         return ReduceWhen.EVERY_BACKWARD
-    return ReduceWhen.END_OF_STEP if uses_cuda_graph(config) else ReduceWhen.LAST_BACKWARD
+    return ReduceWhen.LAST_BACKWARD
 
 
 class GradientReducer:
-    """Reduces each registered buffer at the time its `reduce_when` says. `finish` reduces the buffers that are left."""
+    """Reduces each registered buffer at the time its `reduce_when` says. `finish` ends the exchanges of a step."""
 
     def __init__(self, group: Group, num_micro_batches: int) -> None:
         self.group, self.num_micro_batches = group, num_micro_batches
@@ -79,7 +79,7 @@ class GradientReducer:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """Reduces what the backward passes have not reduced. Then every buffer is in TAKE, or its mean was consumed.
+        """Ends what the backward passes have started. Then every buffer is in TAKE, or its mean was consumed.
 
         Raises RuntimeError for a gradient that did not come from every micro-batch.
         """
@@ -89,10 +89,7 @@ class GradientReducer:
                     f"{buffer.micro_batches} of {self.num_micro_batches} micro-batches gave {buffer.name} a gradient"
                 )
             buffer.micro_batches = 0
-            if buffer.local is not None:
-                self._start(buffer)
-        while self._in_flight:
-            self._finish_oldest()
+        self.drain()
         gathers = [
             (buffer, start_gather(buffer.mean, buffer.rows, self.group, "gradients"))
             for buffer in self.buffers
@@ -100,6 +97,12 @@ class GradientReducer:
         ]
         for buffer, gather in gathers:
             buffer.mean = gather.finish()
+
+    @torch.no_grad()
+    def drain(self) -> None:
+        """Waits for the exchanges in flight."""
+        while self._in_flight:
+            self._finish_oldest()
 
     def square_norm(self, buffers: list[GradientBuffer]) -> Tensor:
         """Sum of squares over the elements of `buffers` that this data-parallel rank counts, fp64 scalar.

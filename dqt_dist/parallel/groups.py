@@ -19,7 +19,7 @@ import torch.utils.deterministic
 
 from dqt_dist.config import Config, uses_cuda_graph
 from dqt_dist.launch import Launch
-from dqt_dist.parallel import megatron_cpu
+from dqt_dist.parallel import megatron_device
 
 Group = dist.ProcessGroup
 
@@ -43,9 +43,9 @@ def initialize(config: Config, launch: Launch) -> Groups:
 
     The process group comes from the env:// rendezvous, unless torch.distributed is already initialised.
     """
-    from megatron.core import parallel_state, tensor_parallel
+    from megatron.core import parallel_state
 
-    megatron_cpu.prepare()
+    megatron_device.prepare()
     if config.training.deterministic:
         _use_deterministic_kernels()
     if torch.cuda.is_available():
@@ -65,10 +65,6 @@ def initialize(config: Config, launch: Launch) -> Groups:
         create_gloo_process_groups=False,
         distributed_timeout_minutes=collective_timeout(config) // timedelta(minutes=1),
     )
-    if torch.cuda.is_available():
-        # Under sequence parallelism Megatron forks this generator around a dropout of zero. This project draws nothing
-        # from the generator.
-        tensor_parallel.model_parallel_cuda_manual_seed(config.training.seed)
     assert dist.group.WORLD is not None
     return Groups(
         tensor=parallel_state.get_tensor_model_parallel_group(),

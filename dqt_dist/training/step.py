@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from dqt_dist.config import Config
 from dqt_dist.optim.schedule import StepRates
-from dqt_dist.parallel import megatron_cpu
+from dqt_dist.parallel import megatron_device
 from dqt_dist.parallel.groups import Groups
 
 Batch = dict[str, Tensor]
@@ -66,7 +66,7 @@ def run_schedule(
     Gradients are summed over the batches. They are the gradients of loss / `loss_divisor`. A step of several calls
     passes the number of calls as `loss_divisor`.
     """
-    with megatron_cpu.cuda_or_cpu():
+    with megatron_device.cuda_or_cpu():
         losses: list[Tensor] = get_forward_backward_func()(
             forward_step_func=partial(_forward_step, device=groups.device, loss_divisor=loss_divisor),
             data_iterator=[iter(batches) for _ in model_chunks],

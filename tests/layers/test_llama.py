@@ -25,7 +25,7 @@ from dqt_dist.layers.build import build_model
 from dqt_dist.layers.parameters import low_bit_matrices, parameters
 from dqt_dist.lowbit.coordinates import ShardLayout
 from dqt_dist.parallel import groups as process_groups
-from dqt_dist.parallel import megatron_cpu
+from dqt_dist.parallel import megatron_device
 from tests.distributed import run_distributed
 from tests.small import random_batches, small_config
 from tests.tolerances import NETWORK_FP32, Tolerance
@@ -145,7 +145,7 @@ def run_model(config: Config, groups: process_groups.Groups) -> dict[str, Any]:
     shake_norms(model_chunks)
     batch = random_batches(config, step=1, data_rank=0, data_size=1)[0]
     positions = torch.arange(config.model.seq_length).expand_as(batch["tokens"])
-    with megatron_cpu.cuda_or_cpu():
+    with megatron_device.cuda_or_cpu():
         (model,) = model_chunks
         with torch.no_grad():
             logits = model(batch["tokens"], positions, None)

@@ -53,20 +53,25 @@ class Run:
     def forward_backward(self) -> ForwardBackward:
         return choose_forward_backward(self.model_chunks, self.optimizer, self.config, self.groups)
 
-    def step(self, number: int) -> StepResult:
+    def step(self, number: int, forward_backward: ForwardBackward | None = None) -> StepResult:
         """Step `number` on the batch of that number."""
         batches = random_batches(self.config, number, self.groups.data.rank(), self.groups.data.size())
-        return train_step(self.engine, self.model_chunks, batches, self.forward_backward)
+        return train_step(self.engine, self.model_chunks, batches, forward_backward or self.forward_backward)
 
     def mean_loss(self, result: StepResult) -> float:
         return float(mean_over_data(result.loss, self.groups))
 
 
-def start(*overrides: str) -> Run:
-    """Groups, model and engine of the small configuration with `overrides`. A collective call of the whole world."""
+def start(*overrides: str, launch: Launch | None = None) -> Run:
+    """Groups, model and engine of the small configuration with `overrides`. A collective call of the whole world.
+
+    Without `launch` the process group exists already.
+    """
     config = small_config(*overrides)
-    rank, size = dist.get_rank(), dist.get_world_size()
-    groups = initialize(config, Launch(rank, size, rank, size, "tests", "", 0))
+    if launch is None:
+        rank, size = dist.get_rank(), dist.get_world_size()
+        launch = Launch(rank, size, rank, size, "tests", "", 0)
+    groups = initialize(config, launch)
     model_chunks = build_model(config, groups)
     return Run(config, groups, model_chunks, build_engine(model_chunks, config, groups))
 

@@ -1,7 +1,10 @@
-"""On a GPU: a step does not wait for the device, and a CUDA graph gives the same bits as a step without one."""
+"""CUDA graphs: on a CPU their bookkeeping, on a GPU that a step waits for nothing and that a graph leaves its bits."""
 
 from __future__ import annotations
 
+import os
+import socket
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from multiprocessing import get_context
@@ -13,9 +16,13 @@ import torch
 from torch import Tensor
 
 from dqt_dist.config import uses_cuda_graph
+from dqt_dist.launch import Launch
+from dqt_dist.lowbit.gradient_buffer import GradientState
+from dqt_dist.optim.engine import CombinedOptimizer
+from dqt_dist.parallel.collectives import BYTES_SENT
 from dqt_dist.training.cost import low_bit_bytes
-from dqt_dist.training.cuda_graph import EAGER_STEPS, choose_forward_backward
-from dqt_dist.training.step import run_schedule
+from dqt_dist.training.cuda_graph import EAGER_STEPS, StepGraphs, choose_forward_backward
+from dqt_dist.training.step import evaluate, run_schedule, train_step
 from tests.distributed import run_distributed
 from tests.parallel.runs import Whole, assert_equal, start, whole_state
 from tests.small import random_batches, small_config
@@ -29,109 +36,209 @@ def test_without_a_device_the_run_says_what_is_missing(train: Train) -> None:
 
 
 def test_auto_records_on_a_gpu_where_nothing_stands_against_it() -> None:
-    assert uses_cuda_graph(small_config("training.cuda_graph=auto"))
-    assert not uses_cuda_graph(small_config("training.cuda_graph=auto", "training.recompute=full"))
-    assert not uses_cuda_graph(small_config("training.cuda_graph=auto", "parallel.tensor=2"))
+    assert uses_cuda_graph(small_config("training.cuda_graph=auto", "parallel.tensor=2", "parallel.pipeline=2"))
+    assert not uses_cuda_graph(small_config("training.cuda_graph=auto", "deepspeed.zero_optimization.stage=3"))
     on_cpu: Any = SimpleNamespace(device=torch.device("cpu"))
     nothing: Any = None
     eager: Any = choose_forward_backward(nothing, nothing, small_config("training.cuda_graph=auto"), on_cpu)
     assert eager.func is run_schedule
 
 
-def stepped(rank: int, world_size: int, kept: bool, *overrides: str) -> tuple[Whole, float]:
-    """Three steps. Returns the state, and the bytes of gradients per low-bit weight between steps.
+# ---- on a CPU ----
 
-    With `kept` the sums of gradients keep their addresses from step to step, as the sums that a graph writes do.
+
+class RecordOnCpu:
+    """Stands in for CudaRecord: a replay runs the function again, then puts results where a graph would.
+
+    The addresses of results, the memory that is read, and the state of the buffers are those of a graph.
     """
-    # "auto" makes no graph on a CPU, but gradients then wait for the end of the step, as they do with a graph.
-    run = start(*overrides, *(["training.cuda_graph=auto"] if kept else []))
-    for number in (1, 2, 3):
-        if not kept:
-            run.step(number)
-            continue
-        batches = random_batches(run.config, number, run.groups.data.rank(), world_size)
-        run.optimizer.begin_step()
-        run_schedule(run.model_chunks, batches, run.config, run.groups, forward_only=False)
-        for buffer in run.optimizer.reducer.buffers:
-            if buffer.recorded is None:
-                num_micro_batches = buffer.micro_batches
-                buffer.record()
-            else:
-                assert buffer.local is not None
-                buffer.recorded.copy_(buffer.local)
-            buffer.replayed(num_micro_batches)
-        run.engine.step()
-    return whole_state(run), low_bit_bytes(run.optimizer.low_bit)["gradient"]
+
+    def __init__(self, optimizer: CombinedOptimizer) -> None:
+        self.buffers = optimizer.reducer.buffers
+
+    def __call__(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
+        result = function()
+
+        def replay() -> None:
+            before = BYTES_SENT.copy()
+            result.copy_(function())
+            BYTES_SENT.clear()
+            BYTES_SENT.update(before)  # a graph's collectives run without Python
+            for buffer in self.buffers:
+                # After the last part of a step.
+                if buffer.state is GradientState.TAKE and buffer.micro_batches == self.num_micro_batches(buffer):
+                    assert buffer.recorded is not None
+                    buffer.recorded.copy_(buffer.take())
+
+        return result, replay
+
+    @staticmethod
+    def num_micro_batches(buffer: Any) -> int:
+        return buffer._reducer().num_micro_batches
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("stage", [0, 1])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_gradients_that_stay_where_they_are_give_the_same_steps_and_are_counted(
-    ranks: int, stage: int, dtype: str
+def stepped(rank: int, world_size: int, recorded: bool, *overrides: str) -> tuple[Whole, list[float], dict, float]:
+    """Five steps. Returns the state, losses, bytes sent by kind, and bytes of gradients per low-bit weight."""
+    run = start(*overrides)
+    forward_backward = run.forward_backward
+    if recorded:
+        record = RecordOnCpu(run.optimizer)
+        forward_backward = StepGraphs(run.model_chunks, run.optimizer, run.config, run.groups, record).run
+    BYTES_SENT.clear()
+    losses = [run.mean_loss(run.step(number, forward_backward)) for number in range(1, 6)]
+    return whole_state(run), losses, dict(BYTES_SENT), low_bit_bytes(run.optimizer.low_bit)["gradient"]
+
+
+DP_2 = ("training.global_batch_size=16",)  # 4 micro-batches per rank: a first one, two in the middle, a last one
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "width"),
+    [
+        (1, ["deepspeed.zero_optimization.stage=1"], 4),
+        (1, ["training.global_batch_size=2", "optimizer.gradient_dtype=bf16"], 2),
+        (2, ["deepspeed.zero_optimization.stage=0", *DP_2], 2),
+        (2, ["deepspeed.zero_optimization.stage=1", "training.global_batch_size=8"], 2),
+        (2, ["deepspeed.zero_optimization.stage=2", "optimizer.gradient_dtype=bf16", *DP_2], 1),
+        (2, ["deepspeed.zero_optimization.stage=1", "optimizer.gradient_reduction=micro_batch", *DP_2], 2),
+        (2, ["parallel.tensor=2", "parallel.sequence=true", "quantization.compute=bf16"], 4),
+        (2, ["parallel.pipeline=2"], 4),
+        (2, ["parallel.pipeline=2", "model.num_layers=4", "parallel.virtual_pipeline=2", "training.recompute=mlp"], 4),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_recorded_step_makes_the_same_steps_and_its_bytes_are_counted(
+    ranks: int, settings: list[str], width: int
 ) -> None:
-    settings = (f"deepspeed.zero_optimization.stage={stage}", f"optimizer.gradient_dtype={dtype}")
-    (wanted, none), (found, width) = (run_distributed(stepped, ranks, kept, *settings)[0] for kept in (False, True))
+    """The gradients that stay between steps are those of the owned rows: `width` bytes per weight."""
+    (wanted, losses, sent, none), (found, again, sent_again, kept) = (
+        run_distributed(stepped, ranks, recorded, *settings)[0] for recorded in (False, True)
+    )
     assert_equal(found, wanted)
-    assert none == 0 and width == {"fp32": 4, "bf16": 2}[dtype]
+    assert losses == again and len(set(losses)) == len(losses)
+    assert sent == sent_again
+    assert none == 0 and kept == width
 
 
-def states(overrides: list[str]) -> list[Tensor]:
-    """Losses, codes, moments and parameters, on the host, after some steps with a validation between two of them.
+# ---- on GPUs ----
+
+STEPS = EAGER_STEPS + 3
+BF16 = ["quantization.compute=bf16", "model.hidden_size=64", "model.ffn_hidden_size=96"]
+FP8 = [*BF16, "quantization.compute=fp8", "optimizer.state_bits=8", "optimizer.gradient_dtype=bf16"]
+ZERO_1 = ["deepspeed.zero_optimization.stage=1"]
+
+
+def states(rank: int, world_size: int, port: int, overrides: list[str]) -> tuple[list[float], Whole, dict[str, int]]:
+    """Losses, the whole state on rank 0 and bytes sent, after some steps with a validation between two of them.
 
     In the last step, waiting for the device is an error.
     """
     from benchmarks.common import waiting_is_an_error
-    from dqt_dist.launch import discover, export
-    from dqt_dist.layers.build import build_model
-    from dqt_dist.optim.engine import build_engine
-    from dqt_dist.parallel.groups import finalize, initialize
-    from dqt_dist.training.step import evaluate, train_step
+    from dqt_dist.parallel.groups import finalize
 
-    config = small_config(*overrides, "training.deterministic=true")
-    launch = discover()
-    export(launch)
-    groups = initialize(config, launch)
-    model_chunks = build_model(config, groups)
-    engine = build_engine(model_chunks, config, groups)
-    forward_backward = choose_forward_backward(model_chunks, engine.optimizer, config, groups)
+    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
+    launch = Launch(rank, world_size, rank, world_size, "tests", "localhost", port)
+    run = start(*overrides, "training.deterministic=true", launch=launch)
+    forward_backward = run.forward_backward
     losses = []
-    for step in range(EAGER_STEPS + 3):
+    BYTES_SENT.clear()
+    for step in range(STEPS):
         # Pinned, like the batches of the loader.
-        batches = [{name: t.pin_memory() for name, t in batch.items()} for batch in random_batches(config, step, 0, 1)]
-        with waiting_is_an_error() if step == EAGER_STEPS + 2 else nullcontext():
-            losses.append(train_step(engine, model_chunks, batches, forward_backward).loss)
+        batches = random_batches(run.config, step, run.groups.data.rank(), run.groups.data.size())
+        batches = [{name: t.pin_memory() for name, t in batch.items()} for batch in batches]
+        with waiting_is_an_error() if step == STEPS - 1 else nullcontext():
+            result = train_step(run.engine, run.model_chunks, batches, forward_backward)
+        losses.append(run.mean_loss(result))
         if step == EAGER_STEPS:
-            losses.append(torch.tensor(evaluate(model_chunks, iter([batches]), config, groups)))
-    kept = [tensor for row in engine.optimizer.low_bit.rows for tensor in (row.weight.codes, *row.state.values())]
-    found = [tensor.detach().cpu() for tensor in (*losses, *kept, *model_chunks.parameters())]
+            losses.append(evaluate(run.model_chunks, iter([batches]), run.config, run.groups))
+    whole = {name: tensor.cpu() for name, tensor in whole_state(run).items()}
+    sent = dict(BYTES_SENT)
     finalize()
-    return found
+    return losses, whole, sent
 
 
-BF16 = ["quantization.compute=bf16", "model.hidden_size=64", "model.ffn_hidden_size=96"]
-ZERO_1 = ["deepspeed.zero_optimization.stage=1"]
-RUNS = [
-    [*BF16, *ZERO_1, "optimizer.state_bits=8", "optimizer.gradient_dtype=bf16"],
-    [*BF16, "quantization.compute=fp8", *ZERO_1, "optimizer.state_bits=8", "optimizer.gradient_dtype=bf16"],
-    [*BF16, *ZERO_1, "quantization.latent_bits=4", "quantization.scale_refit_interval=1"],
-    [*BF16, *ZERO_1, "training.global_batch_size=2"],
-    [*BF16, *ZERO_1, "quantization.method=none"],
-    [*BF16, *ZERO_1, "quantization.method=bitnet"],
-]
+@pytest.fixture(scope="module")
+def processes() -> Iterator[ProcessPoolExecutor]:
+    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
+        yield pool
+
+
+def on_gpus(pool: ProcessPoolExecutor, world_size: int, overrides: list[str]) -> tuple[list[float], Whole, dict]:
+    """`states` on rank 0 of as many GPUs."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    runs = [pool.submit(states, rank, world_size, port, overrides) for rank in range(world_size)]
+    results = [run.result(timeout=180) for run in runs]
+    return results[0]
+
+
+def assert_graph_leaves_the_bits(pool: ProcessPoolExecutor, world_size: int, overrides: list[str]) -> None:
+    eager, recorded = (
+        on_gpus(pool, world_size, [*overrides, f"training.cuda_graph={graph}"]) for graph in ("false", "true")
+    )
+    assert eager[0] == recorded[0] and len(set(eager[0])) == STEPS + 1
+    assert_equal(recorded[1], eager[1])
+    assert recorded[2] == eager[2]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("overrides", RUNS, ids=["bf16", "fp8", "latents", "one micro-batch", "none", "bitnet"])
-def test_a_step_waits_for_nothing_and_a_graph_leaves_its_bits(overrides: list[str]) -> None:
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [*BF16, *ZERO_1, "optimizer.state_bits=8", "optimizer.gradient_dtype=bf16"],
+        [*FP8, *ZERO_1],
+        [*BF16, *ZERO_1, "quantization.latent_bits=4", "quantization.scale_refit_interval=1"],
+        [*BF16, *ZERO_1, "training.global_batch_size=2"],
+        [*FP8, *ZERO_1, "training.recompute=full"],
+        [*BF16, *ZERO_1, "quantization.method=none"],
+        [*BF16, *ZERO_1, "quantization.method=bitnet"],
+    ],
+    ids=["bf16", "fp8", "latents", "one micro-batch", "recompute", "none", "bitnet"],
+)
+def test_a_step_waits_for_nothing_and_a_graph_leaves_its_bits(
+    processes: ProcessPoolExecutor, overrides: list[str]
+) -> None:
     """Six micro-batches per step, unless a case says otherwise.
 
     All losses differ, so a batch or an update that a graph does not see would show.
     """
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as processes:
-        runs = [processes.submit(states, [*overrides, f"training.cuda_graph={graph}"]) for graph in ("false", "true")]
-        eager, recorded = (run.result(timeout=120) for run in runs)
-    assert len(eager) == len(recorded) > 10
-    assert len({float(loss) for loss in recorded[:6]}) == 6
-    different = [index for index, (a, b) in enumerate(zip(eager, recorded, strict=True)) if not torch.equal(a, b)]
-    assert not different
+    assert_graph_leaves_the_bits(processes, 1, overrides)
+
+
+TP_2 = ["parallel.tensor=2", "parallel.sequence=true"]
+PP_2 = ["parallel.pipeline=2", "model.num_layers=4", "training.global_batch_size=8"]
+
+
+@pytest.mark.gpu
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [*FP8, *ZERO_1],
+        [*FP8, *ZERO_1, "training.global_batch_size=4"],
+        [*BF16, "deepspeed.zero_optimization.stage=2", "quantization.latent_bits=4"],
+        [*BF16, *ZERO_1, "quantization.method=none"],
+        [*FP8, *TP_2],
+        [*FP8, "parallel.tensor=2", "training.global_batch_size=2"],
+        [*BF16, *TP_2, "quantization.method=none"],
+        [*FP8, *PP_2],
+        [*BF16, *PP_2, "parallel.virtual_pipeline=2"],
+    ],
+    ids=["ZeRO 1", "one micro-batch", "ZeRO 2", "none", "TP SP", "TP", "TP none", "PP", "interleaved"],
+)
+def test_a_graph_over_two_gpus_leaves_its_bits(processes: ProcessPoolExecutor, overrides: list[str]) -> None:
+    assert_graph_leaves_the_bits(processes, 2, overrides)
+
+
+@pytest.mark.gpu
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("compute", [BF16, FP8], ids=["bf16", "fp8"])
+def test_stages_over_nccl_have_the_same_bits(processes: ProcessPoolExecutor, compute: list[str]) -> None:
+    """Three micro-batches per rank."""
+    losses, wanted, _ = on_gpus(processes, 2, [*compute, "deepspeed.zero_optimization.stage=0"])
+    for stage in (1, 2, 3):
+        again, found, _ = on_gpus(processes, 2, [*compute, f"deepspeed.zero_optimization.stage={stage}"])
+        assert again == losses
+        assert_equal(found, wanted)

@@ -1,9 +1,11 @@
-"""Lets megatron-core's schedules run where there is no CUDA.
+"""Lets megatron-core's schedules run where there is no CUDA, and be recorded as CUDA graphs where there is.
 
-Megatron's pipeline code names the device "cuda" literally, asks torch.cuda for the current device, synchronises the
-device, and under sequence parallelism forks a CUDA random-number tracker (for a dropout that LLaMA does not have). On a
-machine without CUDA this module replaces each of these calls by a CPU counterpart. On a machine with CUDA this module
-does nothing.
+Megatron's pipeline code names the device "cuda" literally, asks torch.cuda for the current device and synchronises the
+device. On a machine without CUDA this module replaces each of these calls by a CPU counterpart.
+
+On every machine Megatron forks a random-number generator around a dropout that LLaMA does not have, and activation
+checkpointing saves and restores all generators on the host, which no graph may do. The layers of this project draw no
+numbers, so this module replaces both by nothing.
 """
 
 from __future__ import annotations
@@ -38,18 +40,15 @@ def cuda_or_cpu() -> Iterator[None]:
 
 
 def prepare() -> None:
-    """Replaces the CUDA calls. Called once per process, before megatron-core is used."""
-    if torch.cuda.is_available():
-        return
+    """Replaces the calls. Called once per process, before megatron-core is used."""
     from megatron.core.tensor_parallel import random
-    from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
 
-    # Activation checkpointing saves and restores the state of the device's generator. This project draws nothing from
-    # the generator.
-    random._get_cuda_rng_state = lambda *_, **__: torch.empty(0, dtype=torch.uint8)
-    random._set_cuda_rng_state = lambda *_, **__: None
-    torch.cuda.current_device = lambda: torch.device("cpu")
-    torch.cuda.synchronize = lambda device=None: None
-    tracker = get_cuda_rng_tracker()
+    tracker = random.get_cuda_rng_tracker()
     assert tracker is not None
     tracker.fork = lambda name=None: contextlib.nullcontext()
+    random._get_all_rng_states = lambda: (None, None, None)
+    random._set_all_rng_states = lambda *_: None
+    if torch.cuda.is_available():
+        return
+    torch.cuda.current_device = lambda: torch.device("cpu")
+    torch.cuda.synchronize = lambda device=None: None
