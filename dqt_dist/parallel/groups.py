@@ -9,9 +9,11 @@ megatron-core makes the groups. Every function of this project takes the group t
 from __future__ import annotations
 
 import os
+import weakref
 from dataclasses import dataclass
 from datetime import timedelta
 from math import ceil
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -103,9 +105,22 @@ def _use_deterministic_kernels() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
 
 
+class HoldsCollectives(Protocol):
+    """Something that keeps a communicator in use, such as CUDA graphs with NCCL calls in them."""
+
+    def close(self) -> None: ...
+
+
+CLOSED_FIRST: weakref.WeakSet[HoldsCollectives] = weakref.WeakSet()
+"""What `finalize` closes before it leaves the groups. NCCL waits for ever for graphs that hold its calls
+(https://github.com/pytorch/pytorch/issues/115388)."""
+
+
 def finalize() -> None:
     """Leaves Megatron's groups and the world."""
     from megatron.core import parallel_state
 
+    for holder in list(CLOSED_FIRST):
+        holder.close()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -38,7 +38,7 @@ from dqt_dist.config import Config, uses_cuda_graph
 from dqt_dist.errors import UserError
 from dqt_dist.optim.engine import CombinedOptimizer
 from dqt_dist.parallel.collectives import BYTES_SENT
-from dqt_dist.parallel.groups import Groups
+from dqt_dist.parallel.groups import CLOSED_FIRST, Groups
 from dqt_dist.training.step import Batch, ForwardBackward, run_schedule
 
 # Steps before the recording. The first compiles all kernels. The second runs as the recording will, so that an error
@@ -69,6 +69,13 @@ class CudaRecord:
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: list[torch.cuda.CUDAGraph] = []
+        CLOSED_FIRST.add(self)
+
+    def close(self) -> None:
+        """Frees the graphs."""
+        for graph in self.graphs:
+            graph.reset()
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         graph = torch.cuda.CUDAGraph()
@@ -77,6 +84,7 @@ class CudaRecord:
         stream = torch.cuda.current_stream()
         with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
             result = function()
+        self.graphs.append(graph)
         return result, graph.replay
 
 

@@ -84,6 +84,8 @@ def assemble(state: LogicalState) -> Whole:
 
     Elements that several ranks hold must have the same bits, and every element must be held.
     """
+    for tensor in state.values():
+        tensor.chunks = {place: chunk.cpu() for place, chunk in tensor.chunks.items()}
     parts_per_rank: list[Any] | None = [{}] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(state, parts_per_rank)
     if parts_per_rank is None:

@@ -15,16 +15,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.common import waiting_is_an_error
 from dqt_dist.config import uses_cuda_graph
 from dqt_dist.launch import Launch
 from dqt_dist.lowbit.gradient_buffer import GradientState
 from dqt_dist.optim.engine import CombinedOptimizer
 from dqt_dist.parallel.collectives import BYTES_SENT
+from dqt_dist.parallel.groups import finalize
 from dqt_dist.training.cost import low_bit_bytes
 from dqt_dist.training.cuda_graph import EAGER_STEPS, StepGraphs, choose_forward_backward
 from dqt_dist.training.step import evaluate, run_schedule, train_step
 from tests.distributed import run_distributed
-from tests.parallel.runs import Whole, assert_equal, start, whole_state
+from tests.parallel.runs import Run, Whole, assert_equal, start, whole_state
 from tests.small import random_batches, small_config
 from tests.training.conftest import Train
 
@@ -123,7 +125,7 @@ def test_a_recorded_step_makes_the_same_steps_and_its_bytes_are_counted(
 # ---- on GPUs ----
 
 STEPS = EAGER_STEPS + 3
-BF16 = ["quantization.compute=bf16", "model.hidden_size=64", "model.ffn_hidden_size=96"]
+BF16 = ["quantization.compute=bf16", "model.hidden_size=64", "model.ffn_hidden_size=128"]
 FP8 = [*BF16, "quantization.compute=fp8", "optimizer.state_bits=8", "optimizer.gradient_dtype=bf16"]
 ZERO_1 = ["deepspeed.zero_optimization.stage=1"]
 
@@ -133,13 +135,16 @@ def states(rank: int, world_size: int, port: int, overrides: list[str]) -> tuple
 
     In the last step, waiting for the device is an error.
     """
-    from benchmarks.common import waiting_is_an_error
-    from dqt_dist.parallel.groups import finalize
-
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
     launch = Launch(rank, world_size, rank, world_size, "tests", "localhost", port)
-    run = start(*overrides, "training.deterministic=true", launch=launch)
+    try:
+        return _states(start(*overrides, "training.deterministic=true", launch=launch))
+    finally:
+        finalize()
+
+
+def _states(run: Run) -> tuple[list[float], Whole, dict[str, int]]:
     forward_backward = run.forward_backward
     losses = []
     BYTES_SENT.clear()
@@ -152,10 +157,8 @@ def states(rank: int, world_size: int, port: int, overrides: list[str]) -> tuple
         losses.append(run.mean_loss(result))
         if step == EAGER_STEPS:
             losses.append(evaluate(run.model_chunks, iter([batches]), run.config, run.groups))
-    whole = {name: tensor.cpu() for name, tensor in whole_state(run).items()}
     sent = dict(BYTES_SENT)
-    finalize()
-    return losses, whole, sent
+    return losses, whole_state(run), sent
 
 
 @pytest.fixture(scope="module")
