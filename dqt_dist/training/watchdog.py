@@ -36,7 +36,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dqt_dist.config import Config
-from dqt_dist.errors import RUN_ERROR_EXIT_CODE, UserError
+from dqt_dist.errors import RUN_ERROR_EXIT_CODE, SpokenError
 from dqt_dist.launch import Launch
 
 INTERVAL = 1.0
@@ -120,7 +120,7 @@ class Watchdog:
         self._failed = True
         if self.verdict is None:
             text = (
-                str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error)[:MOST_LETTERS]}"
+                str(error) if isinstance(error, SpokenError) else f"{type(error).__name__}: {str(error)[:MOST_LETTERS]}"
             )
             self._ask(f"rank {self.launch.rank} failed in {self._beat()}: {text}")
             self._decided.wait(6 * SILENCE)
