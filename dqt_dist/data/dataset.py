@@ -258,7 +258,7 @@ class EpochDataset(GPTDataset):
             )
             _save_at_once(folder, dict(zip(_INDEX_NAMES, arrays, strict=True)))
         document_index, sample_index, shuffle_index = (
-            np.load(folder / f"{n}.npy", mmap_mode="r") for n in _INDEX_NAMES
+            np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in _INDEX_NAMES
         )
         return document_index, sample_index, shuffle_index
 
