@@ -1,13 +1,15 @@
-"""A disk that refuses, in a real process: one message with errno and file, the checkpoints before it as they were."""
+"""A disk that refuses: one message with errno and file, the checkpoints before it as they were."""
 
 from __future__ import annotations
 
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,42 +24,48 @@ from tests.checkpoint.states import MATRIX, facts, open_writer, own_rows, progre
 from tests.distributed import run_distributed
 
 ROOT = Path(__file__).resolve().parents[2]
+NOBODY = 65534
 
-SAVES = """
-import os, resource, shutil, sys
-from pathlib import Path
-import torch.distributed as dist
-from dqt_dist.errors import RunError
-from tests.checkpoint.states import facts, open_writer, own_rows, progress_at, whole_tensors
 
-fault, mode, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
-dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-writer = open_writer(folder, asynchronous=mode == "asynchronous", keep_last=1)
-state, of_test = own_rows(whole_tensors()), facts(folder)
-writer.save(state, progress_at(1), of_test)
-writer.wait()
-checkpoints = folder / "checkpoints"
-if fault == "a limit":
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
-elif fault == "full":
-    with open(folder / "filler", "wb", buffering=0) as filler:
-        try:
+@contextmanager
+def fault(kind: str, folder: Path) -> Iterator[None]:
+    """The disk below `folder` refuses within the block; afterwards this process may write again."""
+    if kind == "a limit":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    elif kind == "full":
+        with open(folder / "filler", "wb", buffering=0) as filler, suppress(OSError):
             while True:
                 filler.write(bytes(512))
-        except OSError:
-            pass
-else:
-    os.chmod(checkpoints, 0o555 if fault == "read-only" else 0o777)
-    if os.geteuid() == 0:
-        os.seteuid(65534)           # root may write anywhere
-try:
-    writer.save(state, progress_at(2), of_test)
+    else:
+        (folder / "checkpoints").chmod(0o555 if kind == "read-only" else 0o777)
+        os.seteuid(NOBODY if os.geteuid() == 0 else os.geteuid())  # root may write anywhere
+    try:
+        yield
+    finally:
+        os.seteuid(os.getuid())
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def save_with(rank: int, world_size: int, kind: str, folder: Path, asynchronous: bool = False) -> list[str]:
+    """Saves steps 1 and, under the fault, 2: the message of the second, and a line for each that was made."""
+    writer = open_writer(folder, asynchronous, keep_last=1)
+    state, of_test = own_rows(whole_tensors()), facts(folder)
+    writer.save(state, progress_at(1), of_test)
+    writer.wait()
+    lines = []
+    with fault(kind, folder):
+        try:
+            writer.save(state, progress_at(2), of_test)
+            writer.wait()
+        except RunError as error:
+            lines.append(str(error))
     writer.close()
-except RunError as error:
-    print(error)
-for saved in writer.take_finished():
-    print(saved.path.name, *saved.warnings)
-"""
+    return lines + [" ".join([saved.path.name, *saved.warnings]) for saved in writer.take_finished()]
+
+
+def refused(*of_call: Any) -> list[str]:
+    (lines,) = run_distributed(save_with, 1, *of_call)
+    return lines
 
 
 @pytest.fixture
@@ -69,20 +77,9 @@ def open_folder() -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def save_with(fault: str, mode: str, folder: Path, before: str = "") -> list[str]:
-    """Lines that the process above prints. `before` is a shell command, run where the process may mount."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"}
-    command = [sys.executable, "-c", SAVES, fault, mode, str(folder)]
-    if before:
-        command = ["unshare", "-rm", "sh", "-c", f'{before}; "$@"; ls -A {folder}/checkpoints', "sh", *command]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
-    return done.stdout.splitlines()
-
-
-@pytest.mark.parametrize("mode", ["in the call", "asynchronous"])
-def test_a_file_that_cannot_grow_is_named_with_the_errno(mode: str, tmp_path: Path) -> None:
-    message, finished = save_with("a limit", mode, tmp_path)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_file_that_cannot_grow_is_named_with_the_errno(asynchronous: bool, tmp_path: Path) -> None:
+    message, finished = refused("a limit", tmp_path, asynchronous)
     file = tmp_path / "checkpoints" / ".partial_step_00000002" / "__0_0.distcp"
     assert f"could not be written by rank 0: [Errno 27] File too large: '{file}'" in message
     assert finished == "step_00000001"
@@ -99,16 +96,36 @@ def may_mount() -> bool:
     )
 
 
+FILLED = """
+import sys
+from pathlib import Path
+import torch.distributed as dist
+from tests.checkpoint.test_faults_of_the_disk import save_with
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+print(*save_with(0, 1, "full", Path(sys.argv[1])), *sorted(Path(sys.argv[1]).glob("checkpoints/*")), sep="\\n")
+"""
+
+
 @pytest.mark.skipif(not may_mount(), reason="needs the right to mount a tmpfs")
 def test_a_full_disk_is_named_with_the_errno(tmp_path: Path) -> None:
-    lines = save_with("full", "in the call", tmp_path, before=f"mount -t tmpfs -o size=96k none {tmp_path}")
-    assert "could not be written by rank 0: [Errno 28] No space left on device: '" in lines[0]
-    assert ".partial_step_00000002" in lines[0] and "step_00000001" in lines[1:]
-    assert "step_00000002" not in lines[1:]
+    mount = f'mount -t tmpfs -o size=96k none {tmp_path}; exec "$@"'
+    done = subprocess.run(
+        ["unshare", "-rm", "sh", "-c", mount, "sh", sys.executable, "-c", FILLED, str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "PYTHONDONTWRITEBYTECODE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    message, saved, *left = done.stdout.splitlines()
+    assert "could not be written by rank 0: [Errno 28] No space left on device: '" in message
+    assert ".partial_step_00000002" in message and saved == "step_00000001"
+    assert f"{tmp_path}/checkpoints/step_00000001" in left and f"{tmp_path}/checkpoints/step_00000002" not in left
 
 
 def test_a_read_only_folder_is_named_with_the_errno(open_folder: Path) -> None:
-    message = save_with("read-only", "in the call", open_folder)[0]
+    message = refused("read-only", open_folder)[0]
     assert "[Errno 13] Permission denied: " in message and ".partial_step_00000002" in message
     assert [path.name for path in complete_checkpoints(open_folder / "checkpoints")] == ["step_00000001"]
 
@@ -116,7 +133,7 @@ def test_a_read_only_folder_is_named_with_the_errno(open_folder: Path) -> None:
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs a checkpoint of another user")
 def test_an_old_checkpoint_that_cannot_be_deleted_is_a_warning(open_folder: Path) -> None:
     """The folder may be renamed, its files belong to another user."""
-    lines = save_with("undeletable", "in the call", open_folder)
+    lines = refused("undeletable", open_folder)
     assert "step_00000002 warning: " in lines[-1] and "cannot be deleted: [Errno 13] Permission denied" in lines[-1]
     assert [path.name for path in complete_checkpoints(open_folder / "checkpoints")] == ["step_00000002"]
 

@@ -12,7 +12,6 @@ from dqt_dist.checkpoint.folder import METADATA, resolve
 from dqt_dist.errors import EXIT_CODE
 from tests.checkpoint.damage import flip, plant
 from tests.export.conftest import Trained, convert, tokenizer_file, trained  # noqa: F401
-from tests.training.conftest import Train, config_file, corpus, train  # noqa: F401
 from tools import evaluate, generate, inspect_ckpt
 
 
@@ -48,25 +47,6 @@ def test_a_tool_refuses_a_planted_pickle(
     message = capsys.readouterr().err
     assert f"{resolve(planted) / METADATA}: names 'posix' 'mkdir'" in message and "Traceback" not in message
     assert not (tmp_path / "executed").exists() and not (tmp_path / "export").exists()
-
-
-def test_a_run_passes_over_a_damaged_checkpoint_and_refuses_a_planted_one(train: Train, tmp_path: Path) -> None:  # noqa: F811
-    run = tmp_path / "run"
-    first = train("training.steps=10")
-    assert first.returncode == 0, first.stderr
-    flip(resolve(run) / "__0_0.distcp", 5000)
-    auto = train("training.steps=6")
-    assert auto.returncode == 0, auto.stderr
-    said = auto.stdout + auto.stderr
-    assert "__0_0.distcp has another content" in said and "; set aside as left_step_00000010" in said
-    assert f"resumed from {run}/checkpoints/step_00000005 at step 5" in said
-
-    plant(resolve(run), tmp_path / "executed")
-    planted = train("training.steps=12")
-    assert planted.returncode == EXIT_CODE, planted.stderr
-    assert "error: " in planted.stderr and "names 'posix' 'mkdir'" in planted.stderr
-    assert "Traceback" not in planted.stderr and not (tmp_path / "executed").exists()
-    assert sorted(path.name for path in (run / "checkpoints").iterdir())[-2:] == ["step_00000005", "step_00000006"]
 
 
 def test_the_payload_works(planted: Path, tmp_path: Path) -> None:
