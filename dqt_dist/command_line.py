@@ -55,8 +55,8 @@ def run_tool(
     """Calls run(args) and returns the exit code of the process.
 
     An expected failure becomes one message on standard error that begins with `name`, the name of the tool. The exit
-    code is 2 for wrong input, 1 for work that failed on good input, and 130 for Ctrl-C, whose
-    message is `interrupted`. Other exceptions keep their traceback.
+    code is 2 for wrong input, 1 for work that failed on good input, and 130 for Ctrl-C, whose message is `interrupted`.
+    Other exceptions keep their traceback.
     """
     print_any_text()
     try:

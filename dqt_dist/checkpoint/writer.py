@@ -284,7 +284,7 @@ class CheckpointWriter:
 
     def _own_files(self, partial: Path) -> dict[str, dict[str, Any]]:
         """Size and hash of the files this rank has written."""
-        rank = self.group.rank()
+        rank = dist.get_rank(self.group)
         own = [*partial.glob(f"__{rank}_*.distcp"), *([partial / METADATA] if rank == 0 else [])]
         return {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in own}
 

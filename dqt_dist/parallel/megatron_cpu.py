@@ -52,4 +52,4 @@ def prepare() -> None:
     torch.cuda.synchronize = lambda device=None: None
     tracker = get_cuda_rng_tracker()
     assert tracker is not None
-    tracker.fork = lambda name=None: contextlib.nullcontext()
+    tracker.fork = lambda name=None: contextlib.nullcontext()  # pyright: ignore[reportAttributeAccessIssue]

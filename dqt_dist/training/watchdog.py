@@ -102,7 +102,8 @@ class Watchdog:
         self._next: tuple[Beat | None, float] = (None, 0.0)
         """The last new beat of the next rank, and when it came."""
         # A connection of its own: the main thread holds the lock of its connection while it waits for other ranks.
-        self._store = dist.distributed_c10d._get_default_store().clone()
+        store = dist.distributed_c10d._get_default_store()
+        self._store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._talk, self._watch)]
         for thread in self._threads:
             thread.start()
