@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
 
-from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE, RunError, UserError
+from dqt_dist.errors import UserError, told
 
 INTERRUPTED_EXIT_CODE = 130
 """What a shell reports for a command that SIGINT ended: 128 + 2."""
@@ -61,12 +61,13 @@ def run_tool(
     print_any_text()
     try:
         run(args)
-    except UserError as error:
-        return _fail(name, error, EXIT_CODE)
-    except RunError as error:
-        return _fail(name, error, RUN_ERROR_EXIT_CODE)
     except KeyboardInterrupt:
         return _fail(name, interrupted, INTERRUPTED_EXIT_CODE)
+    except Exception as error:
+        message = told(error)
+        if message is None:
+            raise
+        return _fail(name, message, message.exit_code)
     return 0
 
 

@@ -30,7 +30,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE, RunError, UserError
+from dqt_dist.errors import SpokenError, UserError
 
 LOOPBACK = "127.0.0.1"
 FIRST_PORT, NUM_PORTS = 20000, 10000
@@ -91,20 +91,19 @@ def export(launch: Launch) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(fair_part, len(os.sched_getaffinity(0))))))
 
 
-def report(error: UserError | RunError, launch: Launch | None) -> int:
+def report(error: SpokenError, launch: Launch | None) -> int:
     """Prints the message on rank 0, and for a local error also on the rank that raised it. Returns the exit code."""
-    exit_code = RUN_ERROR_EXIT_CODE if isinstance(error, RunError) else EXIT_CODE
     if launch is None or launch.rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
-    elif isinstance(error, UserError) and error.local:
+    elif error.local:
         print(f"error on rank {launch.rank}: {error}", file=sys.stderr, flush=True)
     else:
         # Launchers kill the other ranks when one rank exits. So this rank waits until rank 0 has printed. If it is
         # killed while waiting, it still exits with this exit code, because srun returns the highest exit code of all
         # ranks.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(exit_code))
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(error.exit_code))
         time.sleep(SECONDS_FOR_RANK_0)
-    return exit_code
+    return error.exit_code
 
 
 # ---- torchrun and deepspeed ----

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 
 from dqt_dist.command_line import RaisingArgumentParser, make_parser, print_any_text, side_matter
 from dqt_dist.config import Config, check_world, load_config
-from dqt_dist.errors import RUN_ERROR_EXIT_CODE, STOPPED_EXIT_CODE, RunError, UserError
+from dqt_dist.errors import RUN_ERROR_EXIT_CODE, STOPPED_EXIT_CODE, told
 from dqt_dist.launch import discover, export, report
 from dqt_dist.plan import describe
 from dqt_dist.training.stop import StopSignal
@@ -63,8 +63,11 @@ def main() -> int:
         if launch.rank == 0:
             show_report(summary, config)
         return RUN_ERROR_EXIT_CODE if summary.get("diverged") else 0
-    except (UserError, RunError) as error:
-        return report(error, launch)
+    except Exception as error:
+        message = told(error)
+        if message is None:
+            raise
+        return report(message, launch)
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -9,9 +9,11 @@ from pathlib import Path
 import pytest
 
 from dqt_dist.command_line import RaisingArgumentParser, make_parser, run_tool
-from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE, RunError, UserError
+from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE, RunError, UserError, naming, told
 
 ROOT = Path(__file__).parent.parent
+AGAIN = "; when that is mended, run the same command again\n"
+OTHER_PATH = "; give another path, or the right to use this one\n"
 
 
 def end_with(error: BaseException | None) -> int:
@@ -29,6 +31,12 @@ def end_with(error: BaseException | None) -> int:
         (UserError("no such file"), EXIT_CODE, "tool: no such file\n"),
         (RunError("the loss is nan"), RUN_ERROR_EXIT_CODE, "tool: the loss is nan\n"),
         (KeyboardInterrupt(), 130, "tool: interrupted; nothing is left\n"),
+        (
+            OSError(28, "No space left on device", "/out"),
+            RUN_ERROR_EXIT_CODE,
+            f"tool: /out: No space left on device{AGAIN}",
+        ),
+        (OSError(13, "Permission denied", "/out"), EXIT_CODE, f"tool: /out: Permission denied{OTHER_PATH}"),
     ],
     ids=str,
 )
@@ -39,9 +47,34 @@ def test_an_expected_end_is_one_message_and_an_exit_code(
     assert capsys.readouterr() == ("", message)
 
 
-def test_a_defect_keeps_its_traceback() -> None:
-    with pytest.raises(ZeroDivisionError):
-        end_with(ZeroDivisionError())
+@pytest.mark.parametrize("defect", [ZeroDivisionError(), OSError("of no file"), ConnectionResetError(104, "reset")])
+def test_a_defect_keeps_its_traceback(defect: Exception) -> None:
+    with pytest.raises(type(defect)):
+        end_with(defect)
+
+
+def test_an_error_that_names_no_file_gets_the_name_of_what_was_written() -> None:
+    def write(hidden_by: Exception | None, *of_error: object) -> None:
+        try:
+            raise OSError(*of_error)
+        except OSError:
+            if hidden_by is None:
+                raise
+            raise hidden_by  # noqa: B904
+
+    full = (28, "No space left on device")
+    for hidden_by, of_error, message in [
+        (None, full, f"/out: No space left on device{AGAIN}"),
+        (None, (*full, "/other"), f"/other: No space left on device{AGAIN}"),
+        (None, ("8192 requested and 20 written",), f"/out: 8192 requested and 20 written{AGAIN}"),  # numpy's
+        (RuntimeError("unexpected pos"), full, f"/out: No space left on device{AGAIN}"),  # torch.save's
+        (UserError("what is wrong"), full, "what is wrong"),
+    ]:
+        with pytest.raises((OSError, UserError)) as caught, naming(Path("/out")):
+            write(hidden_by, *of_error)
+        assert str(told(caught.value)) == message.strip()
+    with pytest.raises(RuntimeError, match="a defect"), naming("/out"):
+        raise RuntimeError("a defect")
 
 
 def test_the_launchers_parser_raises_and_the_tools_parser_exits(capsys: pytest.CaptureFixture) -> None:

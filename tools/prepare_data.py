@@ -35,7 +35,7 @@ from typing import TYPE_CHECKING
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 from dqt_dist.command_line import make_parser, run_tool
-from dqt_dist.errors import UserError, writing_failed
+from dqt_dist.errors import UserError, naming
 from dqt_dist.folder_lock import LOCK_FILE, FolderLock
 
 if TYPE_CHECKING:  # the functions import what they need when they run, so that --help is quick
@@ -142,21 +142,18 @@ def prepare(args: argparse.Namespace) -> None:
         print(f"{args.output}: {', '.join(names)} and tokenizer.model are up to date (--force prepares them again)")
         return
 
-    try:
-        with contextlib.ExitStack() as held:
-            scratch = {name: held.enter_context(scratch_folder(args.output, name)) for name in names}
-            model = scratch[args.name] / "tokenizer.model"
+    with naming(args.output), contextlib.ExitStack() as held:
+        scratch = {name: held.enter_context(scratch_folder(args.output, name)) for name in names}
+        model = scratch[args.name] / "tokenizer.model"
+        refuse_other_data(args, names, request)
+        count = make_tokenizer(args, source, model)
+        refuse_other_tokenizer(args, names, model)
+        loss = write_tokens(args, source, valid_source, request, count, scratch)
+        # Another name may have been prepared meanwhile: look again, and let nobody come between looking and doing.
+        with FolderLock(args.output, "tools/prepare_data.py", wait=True):
             refuse_other_data(args, names, request)
-            count = make_tokenizer(args, source, model)
             refuse_other_tokenizer(args, names, model)
-            loss = write_tokens(args, source, valid_source, request, count, scratch)
-            # Another name may have been prepared meanwhile: look again, and let nobody come between looking and doing.
-            with FolderLock(args.output, "tools/prepare_data.py", wait=True):
-                refuse_other_data(args, names, request)
-                refuse_other_tokenizer(args, names, model)
-                install(scratch, args.output)
-    except OSError as error:  # of reading, the reader speaks
-        raise writing_failed(f"--output {args.output}", error) from error
+            install(scratch, args.output)
     report(args.output, names, loss, time.perf_counter() - start)
 
 

@@ -7,16 +7,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from dqt_dist.errors import RunError, UserError
+from dqt_dist.errors import RankOSError, UserError
 
 T = TypeVar("T")
-
-
-class RankOSError(RunError):
-    """What the operating system refused one rank, on all ranks."""
-
-    def __init__(self, rank: int, text: str) -> None:
-        super().__init__(f"rank {rank}: {text}")
 
 
 def on_all_ranks(function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
@@ -25,23 +18,25 @@ def on_all_ranks(function: Callable[[], T], group: dist.ProcessGroup | None = No
     When it raises on one rank, all ranks raise: a UserError as it is, an OSError as RankOSError. A defect of ours keeps
     its traceback on the rank that has it. A collective call.
     """
-    result, error = None, None
+    result, error, what = None, None, None
     try:
         result = function()
+    except OSError as raised:
+        error, what = raised, OSError(raised.errno, raised.strerror or str(raised), raised.filename)
     except Exception as raised:
-        error = raised
+        error, what = raised, str(raised)
     of_ranks: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(of_ranks, (result, type(error), str(error)), group=group)
-    for rank, (_, kind, text) in enumerate(of_ranks):
+    dist.all_gather_object(of_ranks, (result, type(error), what), group=group)
+    for rank, (_, kind, what) in enumerate(of_ranks):
         if issubclass(kind, UserError):
-            raise kind(text)
-        if issubclass(kind, OSError):
-            raise RankOSError(rank, text)
+            raise kind(what)
+        if isinstance(what, OSError):
+            raise RankOSError(rank, what)
     if error is not None:
         raise error
-    for rank, (_, kind, text) in enumerate(of_ranks):
+    for rank, (_, kind, what) in enumerate(of_ranks):
         if kind is not type(None):
-            raise RuntimeError(f"rank {rank} failed: {kind.__name__}: {text}")
+            raise RuntimeError(f"rank {rank} failed: {kind.__name__}: {what}")
     return [result for result, _, _ in of_ranks]
 
 

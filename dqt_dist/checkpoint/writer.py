@@ -35,7 +35,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystem, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from dqt_dist.checkpoint.collective import RankOSError, on_all_ranks, on_first_rank
+from dqt_dist.checkpoint.collective import on_all_ranks, on_first_rank
 from dqt_dist.checkpoint.folder import (
     FORMAT_VERSION,
     MANIFEST,
@@ -48,7 +48,7 @@ from dqt_dist.checkpoint.folder import (
     unused,
 )
 from dqt_dist.checkpoint.logical_tensor import LogicalSavePlanner, LogicalState, LogicalTensor
-from dqt_dist.errors import RunError, UserError
+from dqt_dist.errors import RankOSError, RunError, UserError, naming
 
 # What torch wants of a view's first byte, and a cache line.
 ALIGNMENT = 64
@@ -240,8 +240,8 @@ class CheckpointWriter:
             final, files = self._write_folder(state, progress, facts)
         except RankOSError as error:
             raise RunError(
-                f"{self.directory}: the checkpoint of step {progress.step} could not be written by {error}; the ones "
-                "before it are as they were"
+                f"{self.directory}: the checkpoint of step {progress.step} could not be written by rank "
+                f"{error.rank}: {error}; the ones before it are as they were"
             ) from error
         size = sum(entry["bytes"] for entry in files.values())
         warnings, self.warnings = self.warnings, []
@@ -279,12 +279,12 @@ class CheckpointWriter:
         except CheckpointException as failed:
             for rank, (error, _) in failed.failures.items():
                 if isinstance(error, OSError):
-                    raise RankOSError(rank, str(error)) from failed
+                    raise RankOSError(rank, error) from failed
             raise
 
     def _own_files(self, partial: Path) -> dict[str, dict[str, Any]]:
         """Size and hash of the files this rank has written."""
-        rank = self.group.rank()
+        rank = dist.get_rank(self.group)
         own = [*partial.glob(f"__{rank}_*.distcp"), *([partial / METADATA] if rank == 0 else [])]
         return {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in own}
 
@@ -340,25 +340,13 @@ class _NamedFiles(FileSystem):
 
     @contextmanager
     def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[Any]:
-        with _naming(path), super().create_stream(path, mode) as stream:
+        with naming(path), super().create_stream(path, mode) as stream:
             yield stream
-
-
-@contextmanager
-def _naming(path: str | os.PathLike) -> Iterator[None]:
-    """An OSError in this block says which file it is about. torch.save hides one behind a RuntimeError."""
-    try:
-        yield
-    except Exception as error:
-        cause = error if isinstance(error, OSError) else error.__context__
-        if isinstance(cause, OSError):
-            raise OSError(cause.errno, cause.strerror, str(path)) from error
-        raise
 
 
 def _write_manifest(partial: Path, manifest: dict[str, Any]) -> None:
     path = partial / MANIFEST
-    with _naming(path), open(path, "w") as file:
+    with naming(path), open(path, "w") as file:
         json.dump(manifest | {"sha256": manifest_digest(manifest)}, file, indent=2)
         file.flush()
         os.fsync(file.fileno())

@@ -43,7 +43,7 @@ import torch
 
 from dqt_dist.data.indexed import check_ids, check_indexed, quiet_megatron_import
 from dqt_dist.data.tokenizer import Tokenizer, load_tokenizer
-from dqt_dist.errors import UserError
+from dqt_dist.errors import UserError, naming
 
 with quiet_megatron_import():
     from megatron.core.datasets import helpers
@@ -258,7 +258,7 @@ class EpochDataset(GPTDataset):
             )
             _save_at_once(folder, dict(zip(_INDEX_NAMES, arrays, strict=True)))
         document_index, sample_index, shuffle_index = (
-            np.load(folder / f"{n}.npy", mmap_mode="r") for n in _INDEX_NAMES
+            np.load(folder / f"{n}.npy", mmap_mode="r", allow_pickle=False) for n in _INDEX_NAMES
         )
         return document_index, sample_index, shuffle_index
 
@@ -310,7 +310,7 @@ def build_epoch_indices(
 
 def _save_at_once(folder: Path, arrays: dict[str, np.ndarray]) -> None:
     """Write each array as a .npy file and let all of them appear in `folder` by one rename."""
-    try:
+    with naming(folder.parent):
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=".partial-", dir=folder.parent))
         try:
@@ -323,5 +323,3 @@ def _save_at_once(folder: Path, arrays: dict[str, np.ndarray]) -> None:
                 raise
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
-    except OSError as error:
-        raise UserError(f"{folder.parent}: the index of the data cannot be written there: {error}") from error

@@ -338,7 +338,7 @@ def _column_bytes(batch: Any, path: list[str]) -> list[bytes | None]:
 
     column = batch.column(path[0])
     if len(path) > 1:
-        column = compute.struct_field(column, path[1:])
+        column = compute.struct_field(column, path[1:])  # pyright: ignore[reportAttributeAccessIssue]
     if pyarrow.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     return column.cast(pyarrow.large_binary()).to_pylist()

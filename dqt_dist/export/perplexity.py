@@ -34,7 +34,7 @@ def held_out_windows(config: Config, tokenizer: Tokenizer) -> tuple[Tensor, str]
         for index in range(len(documents)):
             if len(tokens) >= MAX_WINDOWS * length:
                 break
-            tokens = np.concatenate([tokens, documents[index].astype(np.int64)])
+            tokens = np.concatenate([tokens, np.asarray(documents[index], np.int64)])
         if windows := min(MAX_WINDOWS, len(tokens) // length):
             return torch.from_numpy(tokens[: windows * length]).view(windows, length), f"{windows} windows of {path}"
     return torch.tensor([tokenizer.encode(SAMPLE)[:length]]), "the built-in text"

@@ -153,7 +153,13 @@ def load_folder(
     if quantization is not None:
         config.quantization_config = quantization
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=dtype, output_loading_info=True, **load
+        folder,
+        config=config,
+        dtype=dtype,
+        output_loading_info=True,
+        use_safetensors=None if load else True,  # never a pickle that lies beside; `load` is of GGUF
+        trust_remote_code=False,
+        **load,
     )
     model, info = loaded
     problems = {kind: sorted(map(str, names)) for kind, names in info.items() if names}

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from dqt_dist.kernels.rope import angles, split_and_rotate
+from dqt_dist.layers.transformer_config import LlamaTransformerConfig
 
 CUDA_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
@@ -26,6 +27,8 @@ class RotarySelfAttention(SelfAttention):
 
     The model is built without Megatron's position embedding, which rotates in half a dozen passes over q and k.
     """
+
+    config: LlamaTransformerConfig
 
     def get_query_key_value_tensors(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor]:
         """hidden_states [s, b, h] -> q [s, b, heads, d], k and v [s, b, groups, d], s being the whole sequence.

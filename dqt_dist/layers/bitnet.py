@@ -16,6 +16,7 @@ import torch.distributed as dist
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from torch import Tensor
 
+from dqt_dist.layers.transformer_config import LlamaTransformerConfig
 from dqt_dist.lowbit.activation import quantize_tokens, token_absmax
 from dqt_dist.lowbit.coordinates import ShardLayout
 from dqt_dist.lowbit.scale import BITNET_SCALE_FLOOR
@@ -77,12 +78,15 @@ class _BitNetOperands:
     layout: ShardLayout
     """The logical coordinates of this shard. Set when the model is built."""
     splits_width: bool
+    config: LlamaTransformerConfig
+    tp_group: Group
 
     def _forward_impl(self, input: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         group = self.tp_group
         if self.config.quantization.activation == "int8":
             input = fake_quantize_tokens(input, group if self.splits_width else None)
-        return super()._forward_impl(input, ternarize(weight, self.layout, group), *args, **kwargs)
+        operands = input, ternarize(weight, self.layout, group)
+        return super()._forward_impl(*operands, *args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class ColumnParallelBitLinear(_BitNetOperands, ColumnParallelLinear):

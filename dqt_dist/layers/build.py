@@ -58,7 +58,9 @@ def _quantize_embeddings(
     """Replaces embedding and head by low-bit modules."""
     vocabulary = config.model.vocab_size
     if chunk.pre_process:
-        chunk.embedding.word_embeddings = LowBitEmbedding(megatron_config, vocabulary, groups.tensor, groups.device)
+        embedding = LowBitEmbedding(megatron_config, vocabulary, groups.tensor, groups.device)
+        chunk.embedding.word_embeddings = embedding  # pyright: ignore[reportAttributeAccessIssue]
     if chunk.post_process:
         hidden = config.model.hidden_size
-        chunk.output_layer = LowBitHead(hidden, vocabulary, config=megatron_config, tp_group=groups.tensor)
+        head = LowBitHead(hidden, vocabulary, config=megatron_config, tp_group=groups.tensor)
+        chunk.output_layer = head  # pyright: ignore[reportAttributeAccessIssue]

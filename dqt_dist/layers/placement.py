@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import cast
 
+from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import nn
 
@@ -92,14 +93,16 @@ def _assign_vector(parameter: nn.Parameter, name: str, rows: int, group: Group |
 def assign_layouts(model_chunks: nn.ModuleList, config: Config, group: Group) -> None:
     """Sets the logical coordinates of every low-bit matrix and every parameter. `group` is the TP group."""
     hidden, ffn, vocabulary = config.model.hidden_size, config.model.ffn_hidden_size, config.model.vocab_size
-    for chunk in model_chunks:
+    for chunk in cast(Iterable[GPTModel], model_chunks):
         if chunk.pre_process:
             weight = chunk.embedding.word_embeddings.weight
             _assign(weight, _rows_split(group, LogicalMatrix("embed_tokens", vocabulary, hidden)))
         for layer in cast(Iterable[TransformerLayer], chunk.decoder.layers):
             _assign_layer(layer, config, group, hidden, ffn)
         if chunk.post_process:
-            _assign_vector(chunk.decoder.final_layernorm.weight, "norm", hidden)
+            final_layernorm = chunk.decoder.final_layernorm
+            assert final_layernorm is not None
+            _assign_vector(final_layernorm.weight, "norm", hidden)
             _assign(chunk.output_layer.weight, _rows_split(group, LogicalMatrix("lm_head", vocabulary, hidden)))
 
 

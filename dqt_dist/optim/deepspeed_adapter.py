@@ -274,7 +274,7 @@ class Stage1And2(_Partitioned):
 
     def _locate(self, parameters: list[Parameter]) -> Iterator[MasterShard]:
         for parameter in parameters:
-            mapping = parameter.tensor._hp_mapping
+            mapping = parameter.tensor._hp_mapping  # pyright: ignore[reportAttributeAccessIssue]
             if mapping is None:
                 yield MasterShard(parameter, [], 0, 0, None, 0)
                 continue

@@ -45,7 +45,7 @@ def prepare() -> None:
 
     tracker = random.get_cuda_rng_tracker()
     assert tracker is not None
-    tracker.fork = lambda name=None: contextlib.nullcontext()
+    tracker.fork = lambda name=None: contextlib.nullcontext()  # pyright: ignore[reportAttributeAccessIssue]
     random._get_all_rng_states = lambda: (None, None, None)
     random._set_all_rng_states = lambda *_: None
     if torch.cuda.is_available():

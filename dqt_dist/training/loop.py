@@ -24,7 +24,7 @@ from dqt_dist.config import Config, ProcessGrid, process_grid
 from dqt_dist.data.dataset import build_datasets
 from dqt_dist.data.loader import Loader
 from dqt_dist.data.tokenizer import load_tokenizer
-from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE, RunError, UserError
+from dqt_dist.errors import RUN_ERROR_EXIT_CODE, RunError, told
 from dqt_dist.launch import Launch
 from dqt_dist.layers.build import build_model
 from dqt_dist.optim.engine import build_engine
@@ -75,13 +75,14 @@ def train(config: Config, launch: Launch, resume: str, stop: StopSignal) -> dict
             print("stopped by a signal before the first step; there was nothing to save", flush=True)
         return None
     except Exception as error:
-        if isinstance(error, RunError) or (isinstance(error, UserError) and not error.local):
+        message = told(error)
+        if message is not None and not message.local:
             watchdog.close()
             raise
         # From now on the watchdog ends this process, should it not end by itself.
-        if isinstance(error, UserError):
-            watchdog.failed(error)
-            raise SystemExit(EXIT_CODE) from None
+        if message is not None:
+            watchdog.failed(message)
+            raise SystemExit(message.exit_code) from None
         if not watchdog.failed(error):
             raise SystemExit(RUN_ERROR_EXIT_CODE) from None
         raise

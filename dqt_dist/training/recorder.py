@@ -21,13 +21,14 @@ from tqdm import tqdm
 from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_FILE
 from dqt_dist.config import Config, to_json
 from dqt_dist.data.tokenizer import Tokenizer
+from dqt_dist.errors import naming
 from dqt_dist.training.low_bit_metrics import LowBitMetrics
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Replaces the file in one rename: a reader sees the old file or the new file, never a part of one."""
     partial = path.with_name(f".{path.name}.partial")
-    with open(partial, "wb") as file:
+    with naming(partial), open(partial, "wb") as file:
         file.write(content.encode() if isinstance(content, str) else content)
         file.flush()
         os.fsync(file.fileno())
@@ -87,6 +88,10 @@ class Recorder:
         """The lines of metrics.jsonl; None for a damaged one."""
         return [_parsed(line) for line in self.metrics_path.read_text(errors="replace").splitlines()]
 
+    def _write_line(self, metrics: dict[str, Any]) -> None:
+        with naming(self.metrics_path):
+            self.metrics_file.write(json.dumps(metrics) + "\n")
+
     def step_done(self) -> None:
         if self.is_writer:
             self.progress.update(1)
@@ -95,7 +100,7 @@ class Recorder:
         """Writes one line of metrics.jsonl and the same numbers to TensorBoard. The bar shows loss and speed."""
         if not self.is_writer:
             return
-        self.metrics_file.write(json.dumps(metrics) + "\n")
+        self._write_line(metrics)
         step = metrics["step"]
         if self.tensorboard is not None:
             for name, value in metrics.items():
@@ -108,7 +113,7 @@ class Recorder:
         """Writes a validation line to metrics.jsonl: step, valid_loss, valid_perplexity."""
         if not self.is_writer:
             return
-        self.metrics_file.write(json.dumps({"step": step, "valid_loss": loss, "valid_perplexity": perplexity}) + "\n")
+        self._write_line({"step": step, "valid_loss": loss, "valid_perplexity": perplexity})
         if self.tensorboard is not None:
             self.tensorboard.add_scalar("valid/loss", loss, step)
             self.tensorboard.add_scalar("valid/perplexity", perplexity, step)
@@ -118,7 +123,7 @@ class Recorder:
         """Writes a checkpoint line to metrics.jsonl: step, save_blocked_seconds, save_seconds, save_bytes."""
         if not self.is_writer:
             return
-        self.metrics_file.write(json.dumps(metrics) + "\n")
+        self._write_line(metrics)
         if self.tensorboard is not None:
             for name, value in metrics.items():
                 if name != "step":

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import torch.distributed as dist
 
 from dqt_dist.checkpoint import store
+from dqt_dist.checkpoint.collective import on_first_rank
 from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_FILE
 from dqt_dist.config import Config
-from dqt_dist.errors import RunError, UserError, writing_failed
 from dqt_dist.folder_lock import FolderLock
 
 # What a course leaves; its checkpoints first, because --resume auto looks for them.
@@ -28,7 +25,11 @@ def only_writer(config: Config) -> Iterator[None]:
     """Holds the lock of the run folder. Raises UserError naming the run that has it."""
     with contextlib.ExitStack() as held:
         lock = FolderLock(Path(config.checkpoint.dir), "launchers/pretrain.py")
-        _on_first_rank(lambda: held.enter_context(lock), config)
+
+        def take() -> None:
+            held.enter_context(lock)
+
+        on_first_rank(take)
         yield
 
 
@@ -56,21 +57,4 @@ def set_aside_other_course(config: Config, checkpoint: store.Checkpoint | None) 
             shutil.copyfile(run / TOKENIZER_FILE, target / TOKENIZER_FILE)
         return target
 
-    return _on_first_rank(move, config)
-
-
-def _on_first_rank(function: Callable[[], Any], config: Config) -> Any:
-    """Calls `function` on rank 0 and returns its result there, None elsewhere; what it raises is raised everywhere."""
-    result, error = None, None
-    if dist.get_rank() == 0:
-        try:
-            result = function()
-        except (UserError, RunError) as raised:
-            error = raised
-        except OSError as raised:
-            error = writing_failed(f"checkpoint.dir {config.checkpoint.dir}", raised)
-    outcome = [error]
-    dist.broadcast_object_list(outcome, src=0)
-    if outcome[0] is not None:
-        raise outcome[0]
-    return result
+    return on_first_rank(move)

@@ -36,7 +36,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from dqt_dist.config import Config
-from dqt_dist.errors import RUN_ERROR_EXIT_CODE, UserError
+from dqt_dist.errors import RUN_ERROR_EXIT_CODE, SpokenError
 from dqt_dist.launch import Launch
 
 INTERVAL = 1.0
@@ -102,7 +102,8 @@ class Watchdog:
         self._next: tuple[Beat | None, float] = (None, 0.0)
         """The last new beat of the next rank, and when it came."""
         # A connection of its own: the main thread holds the lock of its connection while it waits for other ranks.
-        self._store = dist.distributed_c10d._get_default_store().clone()
+        store = dist.distributed_c10d._get_default_store()
+        self._store = store.clone()  # pyright: ignore[reportAttributeAccessIssue]
         self._threads = [threading.Thread(target=target, daemon=True) for target in (self._talk, self._watch)]
         for thread in self._threads:
             thread.start()
@@ -120,7 +121,7 @@ class Watchdog:
         self._failed = True
         if self.verdict is None:
             text = (
-                str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {str(error)[:MOST_LETTERS]}"
+                str(error) if isinstance(error, SpokenError) else f"{type(error).__name__}: {str(error)[:MOST_LETTERS]}"
             )
             self._ask(f"rank {self.launch.rank} failed in {self._beat()}: {text}")
             self._decided.wait(6 * SILENCE)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from dqt_dist.checkpoint.folder import MANIFEST, DamagedCheckpoint, manifest_digest, read_manifest, resolve, verify
+from dqt_dist.checkpoint.folder import MANIFEST, DamagedCheckpoint, read_manifest, resolve, verify
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.errors import UserError
+from tests.checkpoint.damage import flip, rewrite_manifest
 from tests.checkpoint.states import write
 from tests.distributed import run_distributed
 
@@ -89,24 +89,18 @@ def test_a_foreign_manifest_is_refused(newest: Path, text: str, why: str) -> Non
         assert why in str(caught.value) and str(newest) in str(caught.value)
 
 
-def edited(path: Path, **changes: Any) -> None:
-    """Another manifest, with the right digest of its own."""
-    manifest = json.loads((path / MANIFEST).read_text()) | changes
-    (path / MANIFEST).write_text(json.dumps(manifest | {"sha256": manifest_digest(manifest)}))
-
-
 def test_damaged_entries_of_a_manifest_are_named(newest: Path) -> None:
-    edited(newest, files={"__0_0.distcp": 17})
-    with pytest.raises(UserError, match=r"files.__0_0.distcp has no bytes or sha256"):
+    rewrite_manifest(newest, files=read_manifest(newest)["files"] | {"other": 17})
+    with pytest.raises(UserError, match=r"files.other has no bytes or sha256"):
         read_manifest(newest)
-    edited(newest, files={".metadata": {"bytes": 1, "sha256": "0" * 64}}, config={"model": {}})
+    rewrite_manifest(newest, files={".metadata": {"bytes": 1, "sha256": "0" * 64}}, config={"model": {}})
     with pytest.raises(UserError, match="config is not one of this version"):
         CheckpointReader(newest)
 
 
 @pytest.mark.parametrize("name", ["../other", "/etc/passwd", "a/b", "..", ".", "", "a\\nb", MANIFEST])
 def test_a_manifest_names_files_of_its_folder_only(newest: Path, name: str) -> None:
-    edited(newest, files=read_manifest(newest)["files"] | {name: {"bytes": 1, "sha256": "0" * 64}})
+    rewrite_manifest(newest, files=read_manifest(newest)["files"] | {name: {"bytes": 1, "sha256": "0" * 64}})
     with pytest.raises(UserError, match="is not the name of a file in the checkpoint's folder"):
         read_manifest(newest)
 
@@ -126,12 +120,6 @@ def test_a_flipped_bit_of_a_manifest_is_found(newest: Path) -> None:
 # ---- the files ----
 
 FILES = {".metadata", "__0_0.distcp", "__1_0.distcp"}
-
-
-def flip(file: Path, position: int = -40) -> None:
-    data = bytearray(file.read_bytes())
-    data[position] ^= 1
-    file.write_bytes(data)
 
 
 def test_whole_files_pass_and_their_bytes_are_counted(newest: Path) -> None:

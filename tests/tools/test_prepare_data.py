@@ -347,16 +347,16 @@ def test_disk_that_is_full_or_read_only_is_one_message(corpus: Path, tmp_path: P
     (tmp_path / "file").touch()
     arguments = ("--input", corpus, "--tokenizer", tmp_path / "model" / "tokenizer.model", "--workers", 1, "--output")
     for output, exit_code, message in (
-        (tmp_path / "full", RUN_ERROR_EXIT_CODE, "could not be written: File too large"),
-        (Path("/sys/dqt_dist"), EXIT_CODE, "cannot be written: "),  # which nobody can write, not even root
-        (tmp_path / "file" / "out", EXIT_CODE, "cannot be written: Not a directory"),
-        (tmp_path / "file", EXIT_CODE, "cannot be written: "),
+        (tmp_path / "full", RUN_ERROR_EXIT_CODE, "File too large; when that is mended, run the same command again"),
+        (Path("/sys/dqt_dist"), EXIT_CODE, "; give another path"),  # which nobody can write, not even root
+        (tmp_path / "file" / "out", EXIT_CODE, "Not a directory; give another path"),
+        (tmp_path / "file", EXIT_CODE, "; give another path"),
     ):
         command = [sys.executable, TOOL, *map(str, arguments), output]
         limit = limit_file_size if output.name == "full" else None
         done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
         assert done.returncode == exit_code and "Traceback" not in done.stderr, done.stderr
-        assert f"prepare_data: --output {output}: {message}" in done.stderr, done.stderr
+        assert f"prepare_data: {output}" in done.stderr and message in done.stderr, done.stderr
     assert digests(tmp_path / "full") == {}
 
 

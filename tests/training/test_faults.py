@@ -1,12 +1,14 @@
-"""Processes that fail: killed, stopped, signalled, diverging. The table in docs/reliability.md names these tests.
+"""Processes that fail: killed, stopped, signalled, diverging; disks that refuse, checkpoints that are damaged.
 
-Each test waits for an event; DEADLINE_SECONDS only bounds how long a fault of ours can hold up the suite.
+The tables in docs/reliability.md name these tests. Each test waits for an event; DEADLINE_SECONDS only bounds how
+long a fault of ours can hold up the suite.
 """
 
 from __future__ import annotations
 
 import json
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -17,10 +19,11 @@ import psutil
 import pytest
 
 from dqt_dist.checkpoint.digest import digest_of
-from dqt_dist.checkpoint.folder import complete_checkpoints
+from dqt_dist.checkpoint.folder import complete_checkpoints, resolve
 from dqt_dist.checkpoint.reader import CheckpointReader
-from dqt_dist.errors import STOPPED_EXIT_CODE
-from tests.training.conftest import ROOT, Train, environment
+from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE, STOPPED_EXIT_CODE
+from tests.checkpoint.damage import flip, plant
+from tests.training.conftest import ROOT, Train, command, environment
 from tests.training.ranks import DEADLINE_SECONDS, Ranks, steps_logged
 
 ENDLESS = ("training.steps=100000", "logging.interval=1", "checkpoint.interval=0")
@@ -171,3 +174,36 @@ def test_a_run_without_finite_losses_stops_and_saves_nothing(train: Train, tmp_p
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stderr.count("error: training.max_skipped_steps: 6 steps in a row up to step") == 1
     assert "step_00000002, as before" in done.stderr
+
+
+# ---- disks and checkpoints ----
+
+
+def test_a_run_that_cannot_write_ends_with_one_message(config_file: Path, tmp_path: Path) -> None:
+    def limit_file_size() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+
+    done = subprocess.run(
+        command(config_file), env=environment(), capture_output=True, text=True, preexec_fn=limit_file_size
+    )
+    assert done.returncode == RUN_ERROR_EXIT_CODE and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("error: ") == 1 and f"{tmp_path}/run/data_index: " in done.stderr, done.stderr
+
+
+def test_a_run_passes_over_a_damaged_checkpoint_and_refuses_a_planted_one(train: Train, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    first = train("training.steps=10")
+    assert first.returncode == 0, first.stderr
+    flip(resolve(run) / "__0_0.distcp", 5000)
+    auto = train("training.steps=6")
+    assert auto.returncode == 0, auto.stderr
+    said = auto.stdout + auto.stderr
+    assert "__0_0.distcp has another content" in said and "; set aside as left_step_00000010" in said
+    assert f"resumed from {run}/checkpoints/step_00000005 at step 5" in said
+
+    plant(resolve(run), tmp_path / "executed")
+    planted = train("training.steps=12")
+    assert planted.returncode == EXIT_CODE, planted.stderr
+    assert "error: " in planted.stderr and "names 'posix' 'mkdir'" in planted.stderr
+    assert "Traceback" not in planted.stderr and not (tmp_path / "executed").exists()
+    assert sorted(path.name for path in (run / "checkpoints").iterdir())[-2:] == ["step_00000005", "step_00000006"]

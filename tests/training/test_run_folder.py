@@ -16,10 +16,13 @@ import pytest
 
 from dqt_dist.checkpoint.folder import read_manifest
 from dqt_dist.data.tokenizer import load_tokenizer
-from dqt_dist.errors import EXIT_CODE, UserError
+from dqt_dist.errors import EXIT_CODE, UserError, told
 from dqt_dist.export.convert import Request, convert
 from dqt_dist.export.import_hf import import_hf
 from dqt_dist.inference.language_model import open_model
+from dqt_dist.training.run_folder import only_writer
+from tests.distributed import run_distributed
+from tests.small import small_config
 from tests.training.conftest import ROOT, Train, command, environment
 
 COURSE = {"checkpoints", "metrics.jsonl", "tb", "summary.json", "config.json", "tokenizer.model"}
@@ -144,3 +147,19 @@ def test_an_id_outside_of_the_vocabulary_stops_a_tensor_parallel_run_before_it_t
     assert done.stderr.count(message) == 1, done.stderr
     assert re.search(rf"exitcode *: {EXIT_CODE}", done.stderr) and "UserError" not in done.stderr
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def hold(rank: int, world_size: int, folder: str) -> tuple[str, bool, int]:
+    """Message of a folder that cannot be made, whether it is this rank's alone, and the exit code."""
+    with pytest.raises(OSError) as caught, only_writer(small_config(f"checkpoint.dir={folder}")):
+        pass
+    message = told(caught.value)
+    assert message is not None
+    return str(message), message.local, message.exit_code
+
+
+def test_a_run_folder_that_cannot_be_made_is_told_of_by_all_ranks(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    of_ranks = run_distributed(hold, 2, str(tmp_path / "file" / "run"))
+    text = f"rank 0: {tmp_path}/file/run: Not a directory; give another path, or the right to use this one"
+    assert of_ranks == [(text, False, EXIT_CODE)] * 2
