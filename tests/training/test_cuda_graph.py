@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import nullcontext
 from multiprocessing import get_context
 from types import SimpleNamespace
@@ -133,7 +133,7 @@ ZERO_1 = ["deepspeed.zero_optimization.stage=1"]
 def states(rank: int, world_size: int, port: int, overrides: list[str]) -> tuple[list[float], Whole, dict[str, int]]:
     """Losses, the whole state on rank 0 and bytes sent, after some steps with a validation between two of them.
 
-    In the last step, waiting for the device is an error.
+    In the last step, waiting for the device is an error in ZeRO stages 1 and 2.
     """
     os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
@@ -152,7 +152,8 @@ def _states(run: Run) -> tuple[list[float], Whole, dict[str, int]]:
         # Pinned, like the batches of the loader.
         batches = random_batches(run.config, step, run.groups.data.rank(), run.groups.data.size())
         batches = [{name: t.pin_memory() for name, t in batch.items()} for batch in batches]
-        with waiting_is_an_error() if step == STEPS - 1 else nullcontext():
+        no_waiting = step == STEPS - 1 and run.config.zero_stage in (1, 2)
+        with waiting_is_an_error() if no_waiting else nullcontext():
             result = train_step(run.engine, run.model_chunks, batches, forward_backward)
         losses.append(run.mean_loss(result))
         if step == EAGER_STEPS:
@@ -161,25 +162,32 @@ def _states(run: Run) -> tuple[list[float], Whole, dict[str, int]]:
     return losses, whole_state(run), sent
 
 
+Pools = list[ProcessPoolExecutor]
+"""A process per rank, which keeps its GPU from test to test."""
+
+
 @pytest.fixture(scope="module")
-def processes() -> Iterator[ProcessPoolExecutor]:
-    with ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool:
-        yield pool
+def processes() -> Iterator[Pools]:
+    pools = [ProcessPoolExecutor(1, mp_context=get_context("spawn")) for _ in range(2)]
+    yield pools
+    for pool in pools:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def on_gpus(pool: ProcessPoolExecutor, world_size: int, overrides: list[str]) -> tuple[list[float], Whole, dict]:
+def on_gpus(pools: Pools, world_size: int, overrides: list[str]) -> tuple[list[float], Whole, dict]:
     """`states` on rank 0 of as many GPUs."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    runs = [pool.submit(states, rank, world_size, port, overrides) for rank in range(world_size)]
-    results = [run.result(timeout=180) for run in runs]
-    return results[0]
+    runs = [pools[rank].submit(states, rank, world_size, port, overrides) for rank in range(world_size)]
+    for run in as_completed(runs, timeout=120):
+        run.result()  # an error of any rank, at once
+    return runs[0].result()
 
 
-def assert_graph_leaves_the_bits(pool: ProcessPoolExecutor, world_size: int, overrides: list[str]) -> None:
+def assert_graph_leaves_the_bits(pools: Pools, world_size: int, overrides: list[str]) -> None:
     eager, recorded = (
-        on_gpus(pool, world_size, [*overrides, f"training.cuda_graph={graph}"]) for graph in ("false", "true")
+        on_gpus(pools, world_size, [*overrides, f"training.cuda_graph={graph}"]) for graph in ("false", "true")
     )
     assert eager[0] == recorded[0] and len(set(eager[0])) == STEPS + 1
     assert_equal(recorded[1], eager[1])
@@ -200,9 +208,7 @@ def assert_graph_leaves_the_bits(pool: ProcessPoolExecutor, world_size: int, ove
     ],
     ids=["bf16", "fp8", "latents", "one micro-batch", "recompute", "none", "bitnet"],
 )
-def test_a_step_waits_for_nothing_and_a_graph_leaves_its_bits(
-    processes: ProcessPoolExecutor, overrides: list[str]
-) -> None:
+def test_a_step_waits_for_nothing_and_a_graph_leaves_its_bits(processes: Pools, overrides: list[str]) -> None:
     """Six micro-batches per step, unless a case says otherwise.
 
     All losses differ, so a batch or an update that a graph does not see would show.
@@ -210,8 +216,8 @@ def test_a_step_waits_for_nothing_and_a_graph_leaves_its_bits(
     assert_graph_leaves_the_bits(processes, 1, overrides)
 
 
-TP_2 = ["parallel.tensor=2", "parallel.sequence=true"]
-PP_2 = ["parallel.pipeline=2", "model.num_layers=4", "training.global_batch_size=8"]
+TP_2 = [*ZERO_1, "parallel.tensor=2", "parallel.sequence=true"]
+PP_2 = [*ZERO_1, "parallel.pipeline=2", "model.num_layers=4", "training.global_batch_size=8"]
 
 
 @pytest.mark.gpu
@@ -224,22 +230,22 @@ PP_2 = ["parallel.pipeline=2", "model.num_layers=4", "training.global_batch_size
         [*BF16, "deepspeed.zero_optimization.stage=2", "quantization.latent_bits=4"],
         [*BF16, *ZERO_1, "quantization.method=none"],
         [*FP8, *TP_2],
-        [*FP8, "parallel.tensor=2", "training.global_batch_size=2"],
+        [*FP8, *ZERO_1, "parallel.tensor=2", "training.global_batch_size=2"],
         [*BF16, *TP_2, "quantization.method=none"],
         [*FP8, *PP_2],
         [*BF16, *PP_2, "parallel.virtual_pipeline=2"],
     ],
     ids=["ZeRO 1", "one micro-batch", "ZeRO 2", "none", "TP SP", "TP", "TP none", "PP", "interleaved"],
 )
-def test_a_graph_over_two_gpus_leaves_its_bits(processes: ProcessPoolExecutor, overrides: list[str]) -> None:
+def test_a_graph_over_two_gpus_leaves_its_bits(processes: Pools, overrides: list[str]) -> None:
     assert_graph_leaves_the_bits(processes, 2, overrides)
 
 
 @pytest.mark.gpu
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("compute", [BF16, FP8], ids=["bf16", "fp8"])
-def test_stages_over_nccl_have_the_same_bits(processes: ProcessPoolExecutor, compute: list[str]) -> None:
-    """Three micro-batches per rank."""
+def test_stages_over_nccl_have_the_same_bits(processes: Pools, compute: list[str]) -> None:
+    """ZeRO 0 to 3, three micro-batches per rank, without the check for waiting: DeepSpeed's stage 0 and 3 wait."""
     losses, wanted, _ = on_gpus(processes, 2, [*compute, "deepspeed.zero_optimization.stage=0"])
     for stage in (1, 2, 3):
         again, found, _ = on_gpus(processes, 2, [*compute, f"deepspeed.zero_optimization.stage={stage}"])
