@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A training step at each layout and with each method: what a second GPU, or the eighth, is worth.
 
-Every layout is a run of benchmarks/train_step.py over its processes, one after the other, on the same text. Every
+Every method at every layout is a run of benchmarks/train_step.py, one after the other, on the same text. Every
 method is compared with itself on one GPU, and with ordinary bf16 weights at the same layout.
 
     benchmarks/layouts.py --gpus 2 --json layouts.json --output docs/benchmarks/layouts.md
@@ -117,7 +117,7 @@ def main() -> int:
     add("--steps", type=int, default=10, help="timed steps (default: %(default)s)")
     add("--warmup", type=int, default=4, help="steps before them (default: %(default)s)")
     add("--no-profile", action="store_true", help="leave out the profiled step, and with it exposed and unused")
-    add("--seconds", type=float, default=240.0, help="time limit of a layout (default: %(default)s)")
+    add("--seconds", type=float, default=240.0, help="time limit of a method at a layout (default: %(default)s)")
     add("--json", metavar="FILE", help="write all figures there, after every layout")
     add("--from-json", metavar="FILE", help="measure nothing, take the figures of that file")
     add("--output", metavar="FILE", help="append the table to this file, as Markdown")
@@ -131,7 +131,7 @@ def main() -> int:
     append(args.output, table(found))
     if args.plot:
         plot(found, args.plot)
-    return 0 if all("rows" in layout for layout in found["layouts"]) else 1
+    return 0 if all("tokens_per_s" in row for layout in found["layouts"] for row in layout["rows"]) else 1
 
 
 def measure_all(args: argparse.Namespace) -> dict[str, Any]:
@@ -155,27 +155,32 @@ def measure_all(args: argparse.Namespace) -> dict[str, Any]:
             printed = run(gpus, ["benchmarks/layouts.py", "--link"], args.seconds)[1]
             found["link"] = next((json.loads(line) for line in printed.splitlines() if line.startswith("{")), None)
         for layout in wanted(layouts(gpus, config.training.micro_batch_size), args.only):
-            command = ["benchmarks/train_step.py", "--config", config_file, "--json", f"{folder}/row.json"]
-            command += ["--variants", args.methods or DEFAULTS[device][1]]
-            command += ["--steps", str(args.steps), "--warmup", str(args.warmup)]
-            command += ["--no-profile"] * args.no_profile
-            for setting in [*data, "parallel.tensor=1", "parallel.pipeline=1", *args.set, *layout.settings]:
-                command += ["--set", setting]
-            Path(folder, "row.json").unlink(missing_ok=True)
-            begin = time.perf_counter()
-            code, printed = run(layout.processes, command, args.seconds)
-            row: dict[str, Any] = vars(layout) | {"seconds": time.perf_counter() - begin}
-            if Path(folder, "row.json").is_file():
-                row["rows"] = json.loads(Path(folder, "row.json").read_text())["rows"]
-            else:
-                last = [line for line in printed.strip().splitlines() if line][-12:]
-                row["failed"] = f"exit code {code}"
-                print("\n".join(last), file=sys.stderr)
-            found["layouts"].append(row)
-            write_json(args.json, found)
-            done = ", ".join(f"{r['variant']} {r.get('tokens_per_s', 0):,.0f}" for r in row.get("rows", []))
-            print(f"{layout.name}: {done or row['failed']} ({row['seconds']:.0f} s)", file=sys.stderr, flush=True)
+            entry: dict[str, Any] = vars(layout) | {"rows": []}
+            found["layouts"].append(entry)
+            for method in (args.methods or DEFAULTS[device][1]).split(";"):
+                command = ["benchmarks/train_step.py", "--config", config_file, "--json", f"{folder}/row.json"]
+                command += ["--variants", method, "--steps", str(args.steps), "--warmup", str(args.warmup)]
+                command += ["--no-profile"] * args.no_profile
+                for setting in [*data, "parallel.tensor=1", "parallel.pipeline=1", *args.set, *layout.settings]:
+                    command += ["--set", setting]
+                entry["rows"].append(measured(layout.processes, method.strip(), command, args.seconds, folder))
+                write_json(args.json, found)
+                row = entry["rows"][-1]
+                speed = f"{row['tokens_per_s']:,.0f} tokens/s" if "tokens_per_s" in row else row["failed"]
+                print(f"{layout.name}, {row['variant']}: {speed}", file=sys.stderr, flush=True)
     return found
+
+
+def measured(processes: int, method: str, command: list[str], seconds: float, folder: str) -> dict[str, Any]:
+    """The figures of one method at one layout, or why there are none. A process group of its own, so that nothing of an
+    earlier method counts in its peak."""
+    result = Path(folder, "row.json")
+    result.unlink(missing_ok=True)
+    code, printed = run(processes, command, seconds)
+    if result.is_file():
+        return json.loads(result.read_text())["rows"][0]
+    print("\n".join([line for line in printed.strip().splitlines() if line][-12:]), file=sys.stderr)
+    return {"variant": method, "failed": f"exit code {code}"}
 
 
 def wanted(known: list[Layout], pattern: str | None) -> list[Layout]:
@@ -235,14 +240,13 @@ def measure_link() -> dict[str, float]:
 def table(found: dict[str, Any]) -> str:
     link = found["link"]
     speed = f" A GPU sends {link['bytes_per_second'] / 1e9:.1f} GB/s in an all-gather." if link else ""
-    rows = [cells(layout, row, found) for layout in found["layouts"] for row in layout.get("rows", [{}])]
+    rows = [cells(layout, row, found) for layout in found["layouts"] for row in layout["rows"]]
     return f"## {found['config']}\n\n{found['about']}{speed}\n\n{markdown(COLUMNS, rows)}"
 
 
 def cells(layout: dict[str, Any], row: dict[str, Any], found: dict[str, Any]) -> list[str]:
     if "tokens_per_s" not in row:
-        why = row.get("failed") or layout.get("failed", "")
-        return [layout["name"], row.get("variant", ""), why, *[""] * (len(COLUMNS) - 3)]
+        return [layout["name"], row["variant"], row["failed"], *[""] * (len(COLUMNS) - 3)]
     figures = compared(layout, row, found)
     processes, sent = layout["processes"], row["sent_bytes"]
     activations = sent.get("activations", 0) + sent.get("activation_maxima", 0)
@@ -265,7 +269,7 @@ def compared(layout: dict[str, Any], row: dict[str, Any], found: dict[str, Any])
     """The figures of a row that need other rows, or the bandwidth."""
 
     def speed(name: str, variant: str) -> float | None:
-        rows = [each for other in found["layouts"] if other["name"] == name for each in other.get("rows", [])]
+        rows = [each for other in found["layouts"] if other["name"] == name for each in other["rows"]]
         return next((each.get("tokens_per_s") for each in rows if each["variant"] == variant), None)
 
     single = speed(layout["single"], row["variant"])
@@ -282,7 +286,7 @@ def compared(layout: dict[str, Any], row: dict[str, Any], found: dict[str, Any])
 def plot(found: dict[str, Any], path: str) -> None:
     """Bars of tokens/s by layout and method, with the ideal of each as a line above its bar."""
     plt = drawing()
-    done = [layout for layout in found["layouts"] if any("tokens_per_s" in row for row in layout.get("rows", []))]
+    done = [layout for layout in found["layouts"] if any("tokens_per_s" in row for row in layout["rows"])]
     variants = list(dict.fromkeys(row["variant"] for layout in done for row in layout["rows"]))
     figure, axes = plt.subplots(figsize=(1.6 * len(done) + 3, 4.2), layout="constrained")
     width = 0.8 / len(variants)
