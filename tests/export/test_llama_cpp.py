@@ -214,7 +214,7 @@ def test_head_and_embedding_in_bf16(exported: Exported, windows: Tensor) -> None
     assert differences(file, tokens, reference(folder, tokens, q8_k)[0]).min() > 1e-3
 
 
-@pytest.mark.parametrize("rounding", [None, q8_0], ids=str, ids=["as they are", "q8_0"])
+@pytest.mark.parametrize("rounding", [None, q8_0], ids=["as they are", "q8_0"])
 def test_other_activations_have_other_logits(
     exported: Exported, gguf_export: Callable[..., Path], windows: Tensor, rounding: Rounding | None
 ) -> None:
