@@ -8,6 +8,8 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Many tests start processes of their own, so more than half of the cores gains little.
+TEST_PROCESSES ?= 2
 LLAMA_CPP ?= llama-cpp-python==0.3.36
 LLAMA_CPP_STAMP := $(VENV)/.llama_cpp_installed
 
@@ -30,7 +32,7 @@ demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/demo.sh
 
 test: $(STAMP)
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest $(PYTEST_ARGS)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile $(PYTEST_ARGS)
 
 test-gguf: $(LLAMA_CPP_STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m gguf $(PYTEST_ARGS)

@@ -321,11 +321,11 @@ def linears(s: Shapes, device: str) -> Iterator[Operation]:
 
         def product(operands: Any = operands) -> Callable[[], Any]:
             compute, weight, x, _ = operands()
-            return lambda: compute.epilogue(compute.product(x, weight), x.scale, weight, torch.bfloat16)
+            return lambda: compute.epilogue(compute.product(weight)(x), x.scale, weight, torch.bfloat16)
 
         def dgrad(operands: Any = operands) -> Callable[[], Any]:
             compute, weight, _, gradient = operands()
-            return lambda: compute.dgrad(gradient, weight)
+            return lambda: compute.dgrad(weight)(gradient)
 
         def wgrad(operands: Any = operands) -> Callable[[], Any]:
             compute, weight, x, gradient = operands()

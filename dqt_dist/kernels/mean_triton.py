@@ -14,22 +14,24 @@ BLOCK = 4096
 
 
 @triton.jit
-def _mean_kernel(parts, mean, numel, RANKS: tl.constexpr, BLOCK: tl.constexpr):
+def _combine_kernel(parts, result, numel, RANKS: tl.constexpr, DIVIDE: tl.constexpr, BLOCK: tl.constexpr):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = offsets < numel
     total = tl.load(parts + offsets, mask=inside).to(tl.float32)
     for _ in range(1, RANKS):
         parts += numel
         total += tl.load(parts + offsets, mask=inside).to(tl.float32)
-    # An ordinary division is an approximation on a GPU.
-    total = tl.div_rn(total, RANKS * 1.0)
-    tl.store(mean + offsets, total.to(mean.dtype.element_ty), mask=inside)
+    if DIVIDE:
+        # An ordinary division is an approximation on a GPU.
+        total = tl.div_rn(total, RANKS * 1.0)
+    tl.store(result + offsets, total.to(result.dtype.element_ty), mask=inside)
 
 
-def mean_of_parts(parts: Tensor) -> Tensor:
-    """See mean.py."""
+def combined(parts: Tensor, divide: bool) -> Tensor:
+    """`mean_of_parts` or, without `divide`, `sum_of_parts` of mean.py."""
     assert parts.is_contiguous()
     ranks, numel = parts.shape
-    mean = torch.empty(numel, dtype=parts.dtype, device=parts.device)
-    launch(_mean_kernel, (int(triton.cdiv(numel, BLOCK)),), parts, mean, numel, RANKS=ranks, BLOCK=BLOCK, num_warps=8)
-    return mean
+    result = torch.empty(numel, dtype=parts.dtype, device=parts.device)
+    grid = (int(triton.cdiv(numel, BLOCK)),)
+    launch(_combine_kernel, grid, parts, result, numel, RANKS=ranks, DIVIDE=divide, BLOCK=BLOCK, num_warps=8)
+    return result

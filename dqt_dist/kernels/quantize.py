@@ -32,6 +32,10 @@ class Operand:
     values: Tensor
     scale: Tensor | None = None
 
+    def tokens(self, start: int, stop: int) -> Operand:
+        """Some of the tokens."""
+        return Operand(self.values[start:stop], None if self.scale is None else self.scale[start:stop])
+
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """values * scale in `dtype`."""
         return self.values.to(dtype) if self.scale is None else scaled(self.values, self.scale, None, dtype)

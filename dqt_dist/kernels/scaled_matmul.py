@@ -21,12 +21,16 @@ def ones(size: int, device: torch.device) -> Tensor:
     return torch.ones(size, device=device)
 
 
-def scaled_matmul(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor | None = None) -> Tensor:
-    """On CUDA, n and k must be multiples of 16."""
+def scaled_matmul(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """On CUDA, n and k must be multiples of 16. `out`: contiguous, bf16."""
     if b_scale is None:
         b_scale = ones(b.shape[0], b.device)
     if a.is_cuda:
+        memory = {} if out is None else {"out": out}
         return torch._scaled_mm(  # pyright: ignore[reportPrivateImportUsage]
-            a, b.t(), a_scale.view(-1, 1), b_scale.view(1, -1), out_dtype=torch.bfloat16, use_fast_accum=True
+            a, b.t(), a_scale.view(-1, 1), b_scale.view(1, -1), out_dtype=torch.bfloat16, use_fast_accum=True, **memory
         )
-    return ((a.float() @ b.float().t()) * a_scale.view(-1, 1) * b_scale).to(torch.bfloat16)
+    product = ((a.float() @ b.float().t()) * a_scale.view(-1, 1) * b_scale).to(torch.bfloat16)
+    return product if out is None else out.copy_(product)

@@ -6,8 +6,9 @@
     dgrad      dx = (dy * row scale) @ C    [tokens, out] @ [out, in]
     wgrad      dW = dy^T @ x                [tokens, out]^T @ [tokens, in]   x dequantised; added to weight.gradient
 
-Codes are unpacked to the operand type of a product and dropped after the product. So unpacked codes of one layer exist
-at a time, never those of the whole model.
+`product` and `dgrad` unpack the codes of a weight to the operand type and return a function that multiplies with them,
+all tokens at once or some at a time. The unpacked codes are dropped with the function. So unpacked codes of one layer
+exist at a time, never those of the whole model.
 
     compute   product                                          dgrad and wgrad
     fp32      fp32; the reference                              fp32
@@ -25,6 +26,7 @@ All tensors are [tokens, features].
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -47,6 +49,12 @@ def _operand(
     return unpack_operand(weight.whole(), weight.grid, weight.columns, dtype, row_scale, transposed)
 
 
+class Multiply(Protocol):
+    """A product with a weight: [tokens, features] to [tokens, features], into `out` if there is one."""
+
+    def __call__(self, x: Operand, out: Tensor | None = None) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class FloatCompute:
     """Products in one floating-point type, fp32 (the reference) or bf16."""
@@ -56,8 +64,14 @@ class FloatCompute:
     """Type of a quantised input; None when inputs stay in floating point."""
     gradient_operand_dtype: torch.dtype | None = None
 
-    def product(self, x: Operand, weight: LowBitMatrix) -> Tensor:
-        return x.values.to(self.dtype) @ _operand(weight, self.dtype).t()
+    @property
+    def product_dtype(self) -> torch.dtype:
+        """Type of the partial sums that `product` gives."""
+        return self.dtype
+
+    def product(self, weight: LowBitMatrix) -> Multiply:
+        codes = _operand(weight, self.dtype).t()
+        return lambda x, out=None: torch.mm(x.values.to(self.dtype), codes, out=out)
 
     def epilogue(self, y: Tensor, x_scale: Tensor | None, weight: LowBitMatrix, dtype: torch.dtype) -> Tensor:
         return scaled(y, x_scale, weight.row_scale(), dtype)
@@ -65,8 +79,9 @@ class FloatCompute:
     def gradient(self, grad: Tensor, weight: LowBitMatrix) -> Operand:
         return Operand(grad.to(self.dtype))
 
-    def dgrad(self, grad: Operand, weight: LowBitMatrix) -> Tensor:
-        return grad.values @ _operand(weight, self.dtype, weight.row_scale())
+    def dgrad(self, weight: LowBitMatrix) -> Multiply:
+        values = _operand(weight, self.dtype, weight.row_scale())
+        return lambda x, out=None: torch.mm(x.values, values, out=out)
 
     def wgrad(self, grad: Operand, x: Operand, weight: LowBitMatrix) -> None:
         add_weight_gradient(grad.values, x.dequantized(self.dtype), weight)
@@ -75,8 +90,19 @@ class FloatCompute:
 class Int8Compute(FloatCompute):
     """The forward on integer tensor cores, the backward as in bf16."""
 
-    def product(self, x: Operand, weight: LowBitMatrix) -> Tensor:
-        return torch._int_mm(x.values, _operand(weight, torch.int8).t())  # pyright: ignore[reportPrivateImportUsage]
+    @property
+    def product_dtype(self) -> torch.dtype:
+        return torch.int32
+
+    def product(self, weight: LowBitMatrix) -> Multiply:
+        codes = _operand(weight, torch.int8).t()
+
+        def multiply(x: Operand, out: Tensor | None = None) -> Tensor:
+            if out is None:
+                return torch._int_mm(x.values, codes)  # pyright: ignore[reportPrivateImportUsage]
+            return torch._int_mm(x.values, codes, out=out)  # pyright: ignore[reportPrivateImportUsage]
+
+        return multiply
 
 
 @dataclass(frozen=True)
@@ -88,9 +114,18 @@ class Fp8Compute:
     gradient_operand_dtype: torch.dtype | None
     """e4m3; None when weight gradients are products of bf16 operands. Then the bf16 gradient is needed too."""
 
-    def product(self, x: Operand, weight: LowBitMatrix) -> Tensor:
-        assert x.scale is not None
-        return scaled_matmul(x.values, _operand(weight, E4M3), x.scale, weight.row_scale())
+    @property
+    def product_dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+    def product(self, weight: LowBitMatrix) -> Multiply:
+        codes, row_scale = _operand(weight, E4M3), weight.row_scale()
+
+        def multiply(x: Operand, out: Tensor | None = None) -> Tensor:
+            assert x.scale is not None
+            return scaled_matmul(x.values, codes, x.scale, row_scale, out=out)
+
+        return multiply
 
     def epilogue(self, y: Tensor, x_scale: Tensor | None, weight: LowBitMatrix, dtype: torch.dtype) -> Tensor:
         return y.to(dtype)
@@ -100,11 +135,16 @@ class Fp8Compute:
             return Operand(grad.to(self.dtype))
         return quantize(grad, E4M3, feature_scale=weight.row_scale())
 
-    def dgrad(self, grad: Operand, weight: LowBitMatrix) -> Tensor:
-        if grad.scale is None:
-            grad = quantize(grad.values, E4M3, feature_scale=weight.row_scale())
-        assert grad.scale is not None
-        return scaled_matmul(grad.values, _operand(weight, E4M3, transposed=True), grad.scale)
+    def dgrad(self, weight: LowBitMatrix) -> Multiply:
+        codes = _operand(weight, E4M3, transposed=True)
+
+        def multiply(x: Operand, out: Tensor | None = None) -> Tensor:
+            if x.scale is None:
+                x = quantize(x.values, E4M3, feature_scale=weight.row_scale())
+            assert x.scale is not None
+            return scaled_matmul(x.values, codes, x.scale, out=out)
+
+        return multiply
 
     def wgrad(self, grad: Operand, x: Operand, weight: LowBitMatrix) -> None:
         """dW = sum over tokens of (grad * grad scale / row scale)^T * (x * x scale), with the scales of each token.

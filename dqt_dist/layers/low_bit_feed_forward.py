@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from dqt_dist.kernels.quantize import swiglu_absmax, swiglu_backward, swiglu_quantize
 from dqt_dist.layers.low_bit_linear import (
     ColumnParallelLowBitLinear,
+    RowGradient,
     RowParallelLowBitLinear,
     apply_function,
     column_forward,
@@ -28,7 +29,6 @@ from dqt_dist.layers.low_bit_linear import (
     row_scale_of_input,
     start_column_dgrad,
     start_full_sequence,
-    start_row_gradient,
     unflat,
 )
 from dqt_dist.layers.transformer_config import LlamaTransformerConfig
@@ -58,20 +58,19 @@ class _FeedForward(torch.autograd.Function):
         fc2: RowParallelLowBitLinear = ctx.fc2
         tokens = flat(x)
 
-        full_gradient = start_row_gradient(flat(grad), fc2)
+        row_gradient = RowGradient(flat(grad), fc2)
         operand, inverse_rms = fc1.operand(tokens, norm_weight, x_scale)
         assert inverse_rms is not None
-        gradient = full_gradient.wait()
         # x travels during the products of the second linear.
         full_x = start_full_sequence(operand, fc1)
-        dh = fc2.compute.dgrad(gradient, fc2.weight)
+        dh, gradient = row_gradient.dgrad()
         quantizes_gradient = fc1.compute.gradient_operand_dtype is not None
         gradient_1, h = swiglu_backward(
             dh, gate_up, h_scale, fc2.compute.activation_dtype, fc1.weight.row_scale() if quantizes_gradient else None
         )
         del dh, gate_up
         fc2.compute.wgrad(gradient, h, fc2.weight)
-        del gradient, h
+        del gradient, h, row_gradient
 
         pending_dx = start_column_dgrad(gradient_1, fc1, x.dtype)
         # The sum over TP is under way during this product.

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dqt_dist.kernels.quantize import Operand, quantize, rms_norm_backward, rms_norm_quantize
-from dqt_dist.layers.compute import Compute, make_compute
+from dqt_dist.layers.compute import Compute, Multiply, make_compute
 from dqt_dist.layers.transformer_config import LlamaTransformerConfig
 from dqt_dist.lowbit.activation import token_absmax, token_scale
 from dqt_dist.lowbit.matrix import LowBitMatrix
@@ -36,6 +36,7 @@ from dqt_dist.parallel.collectives import (
     Group,
     Pending,
     reduce_in_place,
+    scatter_sum_of_pieces,
     start_gather_sequence,
     start_reduce,
     start_scatter_sum_sequence,
@@ -61,8 +62,11 @@ class LowBitLinear(nn.Module):
 
 def column_forward(x: Operand, linear: LowBitLinear, dtype: torch.dtype) -> Tensor:
     """y [tokens, out / tp] of a normed and quantised x, [tokens / tp, in] under sequence parallelism."""
-    x = start_full_sequence(x, linear).wait()
-    return linear.compute.epilogue(linear.compute.product(x, linear.weight), x.scale, linear.weight, dtype)
+    compute, weight = linear.compute, linear.weight
+    y, x = multiply_all_tokens(
+        x, start_full_sequence(x, linear), compute.product(weight), compute.product_dtype, weight.rows, linear
+    )
+    return compute.epilogue(y, x.scale, weight, dtype)
 
 
 @dataclass
@@ -85,9 +89,34 @@ def start_full_sequence(x: Operand, linear: LowBitLinear) -> PendingOperand:
     return PendingOperand(start_gather_sequence(x.values, linear.group), scale)
 
 
+def multiply_all_tokens(
+    own: Operand,
+    pending: PendingOperand,
+    multiply: Multiply,
+    dtype: torch.dtype,
+    features: int,
+    linear: LowBitLinear,
+) -> tuple[Tensor, Operand]:
+    """`multiply` of the operand of all tokens, [tokens, features] of type `dtype`, and this operand.
+
+    Under sequence parallelism a rank multiplies its own tokens while the tokens of the others travel.
+    """
+    if not linear.sequence_parallel:
+        return multiply(own), own
+    count, rank = own.values.shape[0], linear.group.rank()
+    start, stop, end = rank * count, (rank + 1) * count, linear.group.size() * count
+    y = torch.empty(end, features, dtype=dtype, device=own.values.device)
+    multiply(own, y[start:stop])
+    full = pending.wait()
+    for first, last in ((0, start), (stop, end)):
+        if first < last:
+            multiply(full.tokens(first, last), y[first:last])
+    return y, full
+
+
 def start_column_dgrad(grad: Operand, linear: LowBitLinear, dtype: torch.dtype) -> Pending:
     """dx summed over TP. Under sequence parallelism dx has this rank's tokens only."""
-    dx = linear.compute.dgrad(grad, linear.weight).to(dtype)
+    dx = linear.compute.dgrad(linear.weight)(grad).to(dtype)
     if linear.sequence_parallel:
         return start_scatter_sum_sequence(dx, linear.group)
     return start_reduce(dx, linear.group, "activations")
@@ -102,21 +131,39 @@ def row_scale_of_input(absmax: Tensor, linear: LowBitLinear) -> Tensor:
 
 def row_forward(x: Operand, linear: LowBitLinear, dtype: torch.dtype) -> Tensor:
     """y [tokens, out] of a quantised x [tokens, in / tp]; under sequence parallelism this rank's tokens of y."""
-    y, x_scale = linear.compute.product(x, linear.weight), x.scale
+    multiply = linear.compute.product(linear.weight)
     if linear.sequence_parallel:
-        y = start_scatter_sum_sequence(y, linear.group).wait()
-        x_scale = None if x_scale is None else x_scale.chunk(linear.group.size())[linear.group.rank()]
+        count = x.values.shape[0] // linear.group.size()
+
+        def of(rank: int) -> Operand:
+            return x.tokens(rank * count, (rank + 1) * count)
+
+        # The partial sums of a rank's tokens travel to this rank during the product of the next rank's.
+        y = scatter_sum_of_pieces(lambda rank, out: multiply(of(rank), out), linear.group)
+        x_scale = of(linear.group.rank()).scale
     else:
+        y, x_scale = multiply(x), x.scale
         reduce_in_place(y, linear.group, "activations")
     return linear.compute.epilogue(y, x_scale, linear.weight, dtype)
 
 
-def start_row_gradient(grad: Tensor, linear: LowBitLinear) -> PendingOperand:
-    """The gradient of y of all tokens, as products take it.
+class RowGradient:
+    """The gradient of y of a row-parallel linear, on its way to all tokens.
 
     Under sequence parallelism the operand is what travels, so each rank quantises its own tokens only.
     """
-    return start_full_sequence(linear.compute.gradient(grad, linear.weight), linear)
+
+    def __init__(self, grad: Tensor, linear: LowBitLinear) -> None:
+        self.linear = linear
+        self.own = linear.compute.gradient(grad, linear.weight)
+        self.pending = start_full_sequence(self.own, linear)
+
+    def dgrad(self) -> tuple[Tensor, Operand]:
+        """dx of all tokens, and the gradient of all tokens."""
+        compute, weight = self.linear.compute, self.linear.weight
+        return multiply_all_tokens(
+            self.own, self.pending, compute.dgrad(weight), compute.dtype, weight.columns, self.linear
+        )
 
 
 def flat(x: Tensor) -> Tensor:
@@ -190,12 +237,11 @@ class _RowParallel(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
         x, scale = ctx.saved_tensors
         linear: LowBitLinear = ctx.linear
-        full_gradient = start_row_gradient(flat(grad), linear)
+        row_gradient = RowGradient(flat(grad), linear)
         operand = quantize(flat(x), linear.compute.activation_dtype, scale)
-        gradient = full_gradient.wait()
-        dx = linear.compute.dgrad(gradient, linear.weight).to(x.dtype)
+        dx, gradient = row_gradient.dgrad()
         linear.compute.wgrad(gradient, operand, linear.weight)
-        return unflat(dx, x), None
+        return unflat(dx.to(x.dtype), x), None
 
 
 def apply_function(function: type[torch.autograd.Function], x: Tensor, *arguments: Any) -> Tensor:

@@ -13,6 +13,7 @@ the usual ring algorithms, whatever algorithm the backend uses. For n ranks and 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dqt_dist.kernels.mean import sum_of_parts
 from dqt_dist.parallel.groups import Group
 
 Kind = Literal["gradients", "codes", "activation_maxima", "activations"]
@@ -114,6 +116,36 @@ def start_scatter_sum_sequence(x: Tensor, group: Group) -> Pending:
     work = reduce_scatter_single(part, x.contiguous(), group=group, async_op=True)
     count_sent("activations", x, group)
     return Pending(part, work)
+
+
+def scatter_sum_of_pieces(piece: Callable[[int, Tensor | None], Tensor], group: Group) -> Tensor:
+    """Sum over ranks of piece(this rank). `piece(r)`: what this rank adds to the result of rank r, contiguous; with a
+    second argument, into that memory.
+
+    A piece travels while the next is made. The parts are added in rank order, in fp32 (integers exactly), and rounded
+    once to the type of the pieces. Sends as many bytes as a reduce-scatter. Not differentiable.
+    """
+    size, rank = group.size(), group.rank()
+    if size == 1:
+        return piece(rank, None)
+    sent = [piece((rank + 1) % size, None)]
+    parts = sent[0].new_empty(size, *sent[0].shape)
+    works = []
+    for step in range(1, size):
+        if step > 1:
+            sent.append(piece((rank + step) % size, None))
+        to, source = (dist.get_global_rank(group, (rank + s) % size) for s in (step, -step))
+        works += dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, sent[-1], to, group),
+                dist.P2POp(dist.irecv, parts[(rank - step) % size], source, group),
+            ]
+        )
+    piece(rank, parts[rank])
+    for work in works:
+        work.wait()
+    count_sent("activations", parts, group)
+    return sum_of_parts(parts.view(size, -1)).view(parts.shape[1:])
 
 
 def start_reduce(x: Tensor, group: Group, kind: Kind, op: Any = dist.ReduceOp.SUM) -> Pending:

@@ -58,14 +58,14 @@ def test_forward_and_dgrad(compute: str, device: str) -> None:
     """
     products, weight, (x, dy) = compute_of(compute), made_weight(device), inputs(device)
     operand = quantize(x, products.activation_dtype)
-    y = products.epilogue(products.product(operand, weight), operand.scale, weight, torch.bfloat16)
+    y = products.epilogue(products.product(weight)(operand), operand.scale, weight, torch.bfloat16)
     exact = (operand.values.double() * operand.scale.double()) @ weight.dequantize().double().t()
     assert relative(y, exact) < 2.0**-8
     if compute in ("fp32", "int8"):
         # The sum is an integer, which fp32 and int32 hold.
         codes = operand.values.double() @ weight.unpack().double().t()
-        assert torch.equal(products.product(operand, weight).double(), codes)
-    dx = products.dgrad(products.gradient(dy, weight), weight)
+        assert torch.equal(products.product(weight)(operand).double(), codes)
+    dx = products.dgrad(weight)(products.gradient(dy, weight))
     wanted = dy.double() @ weight.dequantize().double()
     assert relative(dx, wanted) < (2.0**-4 if compute == "fp8" else 2.0**-8)
 
@@ -104,7 +104,7 @@ def test_fp8_gradient_is_e4m3_and_keeps_every_tokens_digits() -> None:
     products, weight, (_, dy) = compute_of("fp8"), made_weight("cpu"), inputs("cpu")
     gradient = products.gradient(dy, weight)
     assert gradient.values.dtype == E4M3
-    smallest = (products.dgrad(gradient, weight)[0], dy[0].double() @ weight.dequantize().double())
+    smallest = (products.dgrad(weight)(gradient)[0], dy[0].double() @ weight.dequantize().double())
     assert relative(*smallest) < 2.0**-4
     one_scale = (dy.float() / dy.abs().max() * 448).to(E4M3)
     assert not one_scale[0].float().any()
