@@ -203,12 +203,16 @@ class Watchdog:
 
     def _look(self) -> None:
         _, step, _, limit, since = self._now
-        name = "step_timeout_seconds" if limit == self.step_timeout else "startup_timeout_seconds"
         if self._clock - since > limit:
-            self._ask(f"no progress in step {step} for {limit:g} s, training.{name}")
+            self._ask(f"no progress in step {step} for {self._named(limit)}")
         beat, came = self._next
         if beat is not None and self._clock - came > beat.limit:
-            self._ask(f"no word of rank {(self.launch.rank + 1) % self.launch.world_size} for {beat.limit:g} s")
+            next_rank = (self.launch.rank + 1) % self.launch.world_size
+            self._ask(f"no word of rank {next_rank} for {self._named(beat.limit)}")
+
+    def _named(self, limit: float) -> str:
+        name = "step_timeout_seconds" if limit == self.step_timeout else "startup_timeout_seconds"
+        return f"{limit:g} s, training.{name}"
 
     def _write_stacks(self) -> None:
         if self.verdict is not None and self.verdict.with_stacks:

@@ -74,13 +74,12 @@ def test_a_reducer_hears_of_each_micro_batch_and_is_not_kept_alive() -> None:
 def test_what_a_graph_writes_stays_where_it_is() -> None:
     buffer = GradientBuffer("w", 1, 2)
     buffer.add(torch.ones(1, 2))
-    written = buffer.local
+    written = buffer.send()
+    buffer.receive(written)
     buffer.record()
-    assert buffer.local is None and buffer.micro_batches == 0 and buffer.recorded is written
+    assert buffer.mean is None and buffer.micro_batches == 0 and buffer.recorded is written
     for _ in range(2):
         buffer.replayed(4)
         assert buffer.micro_batches == 4
-        assert buffer.send() is written
-        buffer.receive(torch.zeros(1, 2))
-        buffer.take()
+        assert buffer.take() is written and buffer.mean is None
     assert buffer.recorded is written

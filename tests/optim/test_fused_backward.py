@@ -125,13 +125,13 @@ def test_gradients_of_a_few_matrices_are_alive_at_once(ranks: int, stage: int) -
     """There are 16 matrices in four layers. The largest, gate|up, is a third of a layer.
 
     On one rank only the gradient that was just made is alive. With exchanges three more are in flight, each twice.
-    Control: updated at the end of the step, all gradients are alive.
+    Control: updated at the end of the step, all gradients of the owned rows are alive.
     """
     weights, most = run_distributed(most_gradients, ranks, zero(stage), *STATE_8[:1], FUSED)[0]
     largest = 2 * 64 * 64
-    assert most <= (largest if ranks == 1 else 7 * largest) < weights
-    weights, most = run_distributed(most_gradients, ranks, zero(0), *STATE_8[:1])[0]
-    assert most >= weights
+    assert most <= (largest if ranks == 1 else 7 * largest)
+    weights, at_the_end = run_distributed(most_gradients, ranks, zero(0), *STATE_8[:1])[0]
+    assert most < weights / ranks <= at_the_end
 
 
 # ---- gradients that are not finite ----
