@@ -29,6 +29,7 @@ from dqt_dist.launch import Launch
 from dqt_dist.layers.build import build_model
 from dqt_dist.optim.engine import build_engine
 from dqt_dist.parallel.groups import Groups, finalize, initialize
+from dqt_dist.plan.arithmetic import flops_per_token
 from dqt_dist.training import cost
 from dqt_dist.training.cuda_graph import choose_forward_backward
 from dqt_dist.training.low_bit_metrics import LowBitMetricsCollector
@@ -262,7 +263,7 @@ class Trainer:
         tokens_per_second = self.tokens_per_step / seconds
         skipped_steps = int(self.optimizer.skipped_steps)
         code_metrics = self.low_bit_metrics.collect().overall if self.optimizer.low_bit.enabled else {}
-        flops = cost.flops_per_token(self.config.model) * tokens_per_second
+        flops = flops_per_token(self.config.model) * tokens_per_second
         self.recorder.log(
             {
                 "step": self.step,
