@@ -70,6 +70,11 @@ class Speed:
     notes: tuple[str, ...]
     """Where the numbers come from, and what was not measured; one line each."""
 
+    @property
+    def measured(self) -> bool:
+        """Whether this method was measured at this size and layout, if on another GPU."""
+        return not any("unmeasured" in note for note in self.notes)
+
 
 def expected_speed(config: Config, grid: ProcessGrid, device: Device) -> Speed | None:
     """The expected speed on `device`s. None for fp32, which was not measured on a GPU."""

@@ -27,7 +27,7 @@ from dqt_dist.plan.footprint import largest_footprint
 from dqt_dist.plan.report import fits
 from dqt_dist.plan.speed import expected_speed
 
-LARGEST_TENSOR = 8
+TENSOR_SIZES = (1, 2, 4, 8)
 MEASURED_TOKENS = 4096
 """Tokens of the smallest micro-batch that was measured on one GPU or more: 2 * 2048, at PP 2 (docs/planning.md)."""
 TYPICAL_TOKENS = 16_384
@@ -37,11 +37,16 @@ LINES = 5
 
 @dataclass(frozen=True)
 class Suggestion:
-    """One layout. `settings` are the arguments of --set that choose it."""
+    """One layout."""
 
+    tensor: int
+    pipeline: int
     settings: tuple[str, ...]
+    """The arguments of --set that choose it: those that say something else than the config."""
     seconds: float
     tokens_per_second: float
+    measured: bool
+    """Whether the speed comes from a measurement of this layout."""
     memory_bytes: int
     tokens: int
     """Of a micro-batch."""
@@ -65,9 +70,12 @@ def suggestions(path: str | Path, overrides: Sequence[str], world_size: int, dev
             f'{path}: quantization.compute: "fp32" was not measured on a GPU, so layouts have no order; use "bf16"'
         )
     best: dict[tuple[int, int], Suggestion] = {}
-    for axes, settings in _candidates(config, world_size):
+    for settings in _candidates(config, world_size):
         found = _evaluate(path, overrides, settings, world_size, device)
-        if found is not None and (axes not in best or found.rank < best[axes].rank):
+        if found is None:
+            continue
+        axes = (found.tensor, found.pipeline)
+        if axes not in best or found.rank < best[axes].rank:
             best[axes] = found
     return sorted(best.values(), key=lambda suggestion: suggestion.rank)[:LINES]
 
@@ -78,33 +86,40 @@ def show_suggestions(path: str | Path, overrides: Sequence[str], world_size: int
     if not found:
         return f"nothing fits {world_size} {device.name} of {device.memory_gib} - {RESERVED_GIB} GiB"
     lines = [
-        f"{suggestion.tokens_per_second:>12,.0f} tokens/s {suggestion.memory_bytes / 2**30:6.1f} GiB  "
-        + " ".join(f"--set {setting}" for setting in suggestion.settings)
+        f"{suggestion.tokens_per_second:>12,.0f} tokens/s{'' if suggestion.measured else '?'}"
+        f" {suggestion.memory_bytes / 2**30:6.1f} GiB  "
+        + (" ".join(f"--set {setting}" for setting in suggestion.settings) or "as configured")
         for suggestion in found
     ]
-    return "\n".join([f"layouts for {world_size} {device.name}, best first (--plan with one of them explains)", *lines])
+    return "\n".join(
+        [f"layouts for {world_size} {device.name}, best first; tokens/s? is unmeasured, and --plan says why", *lines]
+    )
 
 
-def _candidates(config: Config, world_size: int) -> Iterator[tuple[tuple[int, int], tuple[str, ...]]]:
-    tensors = [size for size in (1, 2, 4, 8) if size <= LARGEST_TENSOR and world_size % size == 0]
-    for tensor in tensors:
+def _settings(tensor: int, sequence: bool, pipeline: int, stage: int, micro_batch: int, recompute: str) -> list[str]:
+    return [
+        f"parallel.tensor={tensor}",
+        f"parallel.sequence={'true' if sequence else 'false'}",
+        f"parallel.pipeline={pipeline}",
+        f"deepspeed.zero_optimization.stage={stage}",
+        f"training.micro_batch_size={micro_batch}",
+        f"training.recompute={recompute}",
+    ]
+
+
+def _candidates(config: Config, world_size: int) -> Iterator[tuple[str, ...]]:
+    """The settings of each layout that divides GPUs, layers and batch."""
+    parallel, training, stage = config.parallel, config.training, config.zero_stage
+    layout = (parallel.tensor, parallel.sequence, parallel.pipeline)
+    present = _settings(*layout, stage, training.micro_batch_size, training.recompute)
+    for tensor in (size for size in TENSOR_SIZES if world_size % size == 0):
         rest = world_size // tensor
         pipelines = [size for size in range(1, rest + 1) if rest % size == 0 and config.model.num_layers % size == 0]
         for pipeline, stage, recompute in itertools.product(pipelines, range(4), ("none", "mlp", "full")):
             for micro_batch in (2**power for power in range(10)):
-                samples = micro_batch * rest // pipeline
-                if config.training.global_batch_size % samples == 0:
-                    yield (
-                        (tensor, pipeline),
-                        (
-                            f"parallel.tensor={tensor}",
-                            f"parallel.sequence={'true' if tensor > 1 else 'false'}",
-                            f"parallel.pipeline={pipeline}",
-                            f"deepspeed.zero_optimization.stage={stage}",
-                            f"training.micro_batch_size={micro_batch}",
-                            f"training.recompute={recompute}",
-                        ),
-                    )
+                if training.global_batch_size % (micro_batch * rest // pipeline) == 0:
+                    settings = _settings(tensor, tensor > 1, pipeline, stage, micro_batch, recompute)
+                    yield tuple(setting for setting in settings if setting not in present)
 
 
 def _evaluate(
@@ -122,4 +137,5 @@ def _evaluate(
     speed = expected_speed(config, grid, device)
     assert speed is not None, "the precision was measured"
     tokens = config.training.micro_batch_size * config.model.seq_length
-    return Suggestion(settings, speed.seconds, speed.tokens_per_second, memory.total, tokens)
+    axes = (grid.tensor, grid.pipeline)
+    return Suggestion(*axes, settings, speed.seconds, speed.tokens_per_second, speed.measured, memory.total, tokens)

@@ -43,8 +43,8 @@ TENSOR, PIPELINE, SEQUENCE = "parallel.tensor=2", "parallel.pipeline=2", "parall
 UNEVEN = ("model.ffn_hidden_size=40", "training.global_batch_size=6")
 FP8 = ("quantization.compute=fp8", "model.ffn_hidden_size=64", "model.hidden_size=64")
 CASES = [
-    *((2, stage(number), "training.global_batch_size=8") for number in range(4)),
-    *((3, stage(number), *UNEVEN) for number in range(4)),
+    *((2, stage(number), "training.global_batch_size=8") for number in (2, 3)),
+    *((3, stage(number), *UNEVEN) for number in (0, 1, 3)),
     (2, stage(3), "quantization.embeddings=true", "training.recompute=full"),
     (2, stage(3), "training.recompute=mlp", "training.recompute_layers=1"),
     (2, stage(1), "optimizer.gradient_reduction=micro_batch", "optimizer.gradient_dtype=bf16"),
@@ -59,10 +59,8 @@ CASES = [
     (2, TENSOR, "quantization.method=bitnet", "training.recompute=full", "training.recompute_layers=1"),
     (2, TENSOR, SEQUENCE, *FP8),
     (2, TENSOR, SEQUENCE, *FP8, "quantization.weight_gradient=bf16"),
-    (2, PIPELINE, "training.recompute=full"),
     (4, TENSOR, SEQUENCE, PIPELINE, "parallel.virtual_pipeline=2", "model.num_layers=4"),
-    (4, TENSOR, stage(1), "quantization.bits=4"),
-    (4, TENSOR, SEQUENCE, PIPELINE, "model.num_layers=4", "quantization.compute=bf16"),
+    (4, TENSOR, stage(1), "quantization.bits=4", "quantization.compute=bf16"),
 ]  # fmt: skip
 
 
