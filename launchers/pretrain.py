@@ -123,7 +123,7 @@ def look(args: argparse.Namespace, config: Config, world_size: int) -> None:
     if args.check_files:
         from dqt_dist.data.indexed import check_files
 
-        check_files(config.data, config.model.vocab_size)
+        check_files(config.data, config.model.vocab_size, Path(config.data_index_folder))
     device = device_named(args.gpu or DEFAULT_GPU)
     check_device(config, device)
     if args.look == "suggest":

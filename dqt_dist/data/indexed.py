@@ -329,15 +329,18 @@ class IndexedWriter:
 # ---------------------------------------------------------------- checking
 
 
-def check_files(data: DataConfig, vocab_size: int) -> None:
-    """Check the tokenizer and all data of a run, as far as can be done without torch; UserError as `check_indexed`.
+def check_files(data: DataConfig, vocab_size: int, cache_folder: Path) -> None:
+    """Check the tokenizer and all data of a run, as far as can be done without torch; UserError as `check_indexed` and
+    `check_ids`.
 
     That a source is large enough for one sample shows only when a run opens it.
     """
     tokenizer = check_tokenizer(data.tokenizer, vocab_size)
     for field, sources in (("data.train", data.train), ("data.valid", data.valid or ())):
         for index, source in enumerate(sources):
-            check_indexed(source.path, where=f"{field}[{index}].path", vocab_size=vocab_size, tokenizer=tokenizer)
+            where = f"{field}[{index}].path"
+            check_indexed(source.path, where=where, vocab_size=vocab_size, tokenizer=tokenizer)
+            check_ids(source.path, where=where, vocab_size=vocab_size, cache_folder=cache_folder)
 
 
 def check_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:

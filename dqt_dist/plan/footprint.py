@@ -54,7 +54,7 @@ class Footprint:
             "scales": self.low_bit.scales,
             "other weights": self.other.weights,
             "masters": masters,
-            "moments": moments,
+            "moments": moments + self.low_bit.means,
             "gradients": self.gradients,
             "activations": self.activations,
             "scratch": self.scratch,

@@ -43,6 +43,8 @@ class Matrix:
     columns: int
     logical: int = 1
     """Logical matrices in the shard, each with its own scale."""
+    splits_columns: bool = False
+    """Whether tensor parallelism splits the columns; else it splits the rows, or nothing."""
     in_block: bool = True
     """Whether the weight is a linear of a block, not an embedding, a head or a norm."""
 
@@ -66,9 +68,9 @@ def block_linears(config: Config) -> list[Matrix]:
     hidden, ffn = model.hidden_size, model.ffn_hidden_size
     return [
         Matrix((hidden + 2 * model.kv_hidden_size) // tensor, hidden, 3),
-        Matrix(hidden, hidden // tensor),
+        Matrix(hidden, hidden // tensor, splits_columns=True),
         Matrix(2 * ffn // tensor, hidden, 2),
-        Matrix(hidden, ffn // tensor),
+        Matrix(hidden, ffn // tensor, splits_columns=True),
     ]
 
 
@@ -121,6 +123,10 @@ class RankBytes:
     masters: int
     latents: int
     moments: int
+    """A number per weight, without `means`."""
+    means: int
+    """Of a factored second moment: per owned row, and per column and per matrix, which owners do not divide. They stay
+    on the device."""
     on_host: bool
     """Whether masters, latents and moments lie in the host's memory (offload_optimizer)."""
 
@@ -132,7 +138,8 @@ class RankBytes:
     @property
     def on_device(self) -> int:
         """What the device holds between steps, without gradients."""
-        return self.weights + self.scales + (0 if self.on_host else self.masters + self.latents + self.moments)
+        offloaded = 0 if self.on_host else self.masters + self.latents + self.moments
+        return self.weights + self.scales + self.means + offloaded
 
 
 def rank_bytes(config: Config, data_parallel_size: int, stage: int | None = None) -> tuple[RankBytes, RankBytes]:
@@ -173,18 +180,26 @@ def _low_bit_bytes(config: Config, weights: list[Matrix], num_owners: int) -> Ra
         gradients_after=0 if optimizer.fused_backward else after,
         masters=0,
         latents=latents,
-        moments=sum(_low_bit_moments(rows, columns, optimizer) for rows, columns in owned),
+        moments=sum(_low_bit_moments(rows * columns, optimizer) for rows, columns in owned),
+        means=sum(_means(weight, rows, optimizer) for weight, (rows, _) in zip(weights, owned, strict=True)),
         on_host=config.offloads_optimizer,
     )
 
 
-def _low_bit_moments(rows: int, columns: int, optimizer: OptimizerConfig) -> int:
-    """Bytes of the moments of `rows` owned rows. Adafactor's sums over rows and columns are left out."""
-    weights = rows * columns
-    if optimizer.name == "adafactor":
-        return 4 * weights if optimizer.beta1 else 0
-    # Two moments per weight. With 8 bits each moment also has one exponent per block.
-    return 8 * weights if optimizer.state_bits == 32 else 2 * weights + 2 * weights // STATE_BLOCK
+def _low_bit_moments(weights: int, optimizer: OptimizerConfig) -> int:
+    """Bytes of the moments of so many owned weights."""
+    # Adafactor goes without a first moment where it has no decay.
+    has_first = optimizer.name == "adamw" or bool(optimizer.beta1)
+    num_moments = has_first + (optimizer.second_moment == "full")
+    # With 8 bits a moment also has one exponent per block.
+    return num_moments * (4 * weights if optimizer.state_bits == 32 else weights + weights // STATE_BLOCK)
+
+
+def _means(weight: Matrix, owned_rows: int, optimizer: OptimizerConfig) -> int:
+    """Bytes of the fp32 means of a factored second moment (optim/factored.py)."""
+    if optimizer.second_moment == "full":
+        return 0
+    return 4 * (owned_rows + weight.logical * (weight.columns + 1))
 
 
 def _other_bytes(config: Config, weights: list[Matrix], data_parallel_size: int) -> RankBytes:
@@ -220,6 +235,7 @@ def _other_bytes(config: Config, weights: list[Matrix], data_parallel_size: int)
         masters=0 if own_masters else 4 * in_memory,
         latents=0,
         moments=8 * in_memory,
+        means=0,
         on_host=config.offloads_optimizer,
     )
 

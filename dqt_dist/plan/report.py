@@ -14,7 +14,7 @@ from dqt_dist.plan.arithmetic import RESERVED_GIB, Device, flops_per_token
 from dqt_dist.plan.footprint import Footprint, largest_footprint
 from dqt_dist.plan.memory import largest_rank
 from dqt_dist.plan.speed import Speed, expected_speed
-from dqt_dist.plan.traffic import COUNTED, OF_LIBRARIES, bytes_sent
+from dqt_dist.plan.traffic import COUNTED, UNCOUNTED, bytes_sent
 
 LABEL_WIDTH, COLUMN_WIDTH = 26, 16
 SECONDS_PER_DAY = 86_400
@@ -48,7 +48,8 @@ def plan(config: Config, world_size: int, device: Device) -> str:
 def without_codes(config: Config) -> Config:
     """The same run with ordinary weights: method none, in bf16 unless the run is in fp32."""
     quantization = QuantizationConfig(method="none", compute=config.quantization.dtype)
-    ordinary = {"name": "adamw", "beta1": config.optimizer.beta1 or 0.9, "state_bits": 32, "fused_backward": False}
+    ordinary = {"name": "adamw", "beta1": config.optimizer.beta1 or 0.9, "second_moment": "full", "state_bits": 32}
+    ordinary["fused_backward"] = False
     optimizer = OptimizerConfig(**(config.optimizer.model_dump(exclude_none=True) | ordinary))
     return config.model_copy(update={"quantization": quantization, "optimizer": optimizer})
 
@@ -148,7 +149,7 @@ def fits(footprint: Footprint, device: Device) -> bool:
 
 def _traffic(columns: list[_Column]) -> list[str]:
     lines = [_row("MB a rank sends in a step", [column.title for column in columns])]
-    for kinds, counted in ((COUNTED, ""), (OF_LIBRARIES, " (uncounted)")):
+    for kinds, counted in ((COUNTED, ""), (UNCOUNTED, " (uncounted)")):
         for kind in kinds:
             if any(column.sent[kind] for column in columns):
                 name = f"  {kind.replace('_', ' ')}{counted}"

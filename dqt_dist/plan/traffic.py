@@ -9,8 +9,9 @@ a ring would: one pass for a gather, a scatter or an all-to-all, two for an all-
     activation_maxima   tensor parallel: the largest magnitude of each token of a row-parallel input
     activations         tensor parallel: 8-bit inputs and gradients (sequence parallel), sums of products, the loss
 
-Three more kinds are not counted by a run, because libraries send them. They are computed with the same formulas:
+Four more kinds are not counted by a run. They are computed with the same formulas:
 
+    means               factored second moment: sums of squares over owners and tensor-parallel ranks (optim/factored.py)
     pipeline            between stages: outputs forward, gradients backward (tests/plan/test_traffic.py counts them too)
     megatron            tensor parallel: megatron-core's linears, embedding and head
     weights             ZeRO: DeepSpeed's gathers of ordinary weights
@@ -26,7 +27,7 @@ from dqt_dist.plan.memory import Matrix, block_linears, last_stage, stage_weight
 
 COUNTED = ("gradients", "codes", "activation_maxima", "activations")
 """Kinds that a run counts and logs."""
-OF_LIBRARIES = ("pipeline", "megatron", "weights")
+UNCOUNTED = ("means", "pipeline", "megatron", "weights")
 
 Call = tuple[str, int, int]
 """(kind, bytes of the full tensor, passes)."""
@@ -38,12 +39,14 @@ def bytes_sent(config: Config, grid: ProcessGrid, stage: int | None = None) -> d
     The step is one after which ZeRO 3 knows the order of the layers: any but the first.
     """
     stage = last_stage(config) if stage is None else stage
-    sent: dict[str, int] = dict.fromkeys((*COUNTED, *OF_LIBRARIES), 0)
+    sent: dict[str, int] = dict.fromkeys((*COUNTED, *UNCOUNTED), 0)
     for kind, full, passes in _data_calls(config, grid, stage):
         sent[kind] += _ring(full, grid.data, passes)
     for times, calls in _tensor_calls(config, stage):
         for kind, full, passes in calls:
             sent[kind] += grid.num_microbatches * times * _ring(full, grid.tensor, passes)
+    over_owners, over_tensor_ranks = _sums_of_squares(config, grid, stage)
+    sent["means"] = _ring(over_owners, grid.data, 2) + _ring(over_tensor_ranks, grid.tensor, 2)
     sent["pipeline"] = _pipeline_bytes(config, grid, stage)
     return sent
 
@@ -135,6 +138,25 @@ def _deepspeed_calls(config: Config, grid: ProcessGrid, stage: int) -> Iterator[
     # Stage 3 gathers in the forward and in the backward of each micro-batch. The small weights that it keeps whole are
     # gathered once a step; they are counted like the others.
     yield "weights", full, 1 if config.zero_stage < 3 else 2 * grid.num_microbatches
+
+
+# ---- of a factored second moment ----
+
+
+def _sums_of_squares(config: Config, grid: ProcessGrid, stage: int) -> tuple[int, int]:
+    """Bytes of the int64 sums that owners of rows add up, and of those that tensor-parallel ranks add up."""
+    optimizer, (low_bit, _) = config.optimizer, stage_weights(config, stage)
+    if optimizer.second_moment == "full":
+        return 0, 0
+    owners = grid.data if config.zero_stage else 1
+    over_owners = over_tensor_ranks = 0
+    for matrix in low_bit:
+        columns = matrix.logical * matrix.columns
+        # Adafactor also sums the squares of each matrix's direction.
+        rms = matrix.logical if optimizer.name == "adafactor" else 0
+        over_owners += (columns + rms) if config.zero_stage else 0
+        over_tensor_ranks += matrix.logical + rms + (matrix.owned_rows(owners) if matrix.splits_columns else columns)
+    return 8 * over_owners, 8 * over_tensor_ranks
 
 
 # ---- over tensor-parallel ranks, for one micro-batch ----

@@ -421,7 +421,7 @@ def build_loaders(config: Config, groups: Groups, start: store.Progress) -> tupl
         # Samples before a resume may have been consumed in global batches of another size.
         num_train_samples=start.samples + max(0, training.steps - start.step) * training.global_batch_size,
         num_valid_samples=training.eval_batches * training.global_batch_size,
-        cache_dir=f"{config.checkpoint.dir}/data_index",
+        cache_dir=config.data_index_folder,
         build_here=groups.local_rank == 0,
         barrier=dist.barrier,
     )
