@@ -11,7 +11,7 @@ a ring would: one pass for a gather, a scatter or an all-to-all, two for an all-
 
 Four more kinds are not counted by a run. They are computed with the same formulas:
 
-    means               factored second moment: sums of squares over owners and tensor-parallel ranks (optim/factored.py)
+    means               factored second moment: sums of squares over owners and over tensor-parallel ranks
     pipeline            between stages: outputs forward, gradients backward (tests/plan/test_traffic.py counts them too)
     megatron            tensor parallel: megatron-core's linears, embedding and head
     weights             ZeRO: DeepSpeed's gathers of ordinary weights

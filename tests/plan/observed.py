@@ -129,16 +129,18 @@ def _gradients_of_a_step(run: Run) -> tuple[int, int]:
     """Makes the first step. Bytes of gradients when its last backward pass makes the first one, and at their norm."""
     reducer = run.optimizer.reducer
     before, after = [0], [0]
+    # Where gradients leave with each micro-batch, `local` is the one that has just been made.
+    earlier = "mean" if run.config.optimizer.gradient_reduction == "micro_batch" else "local"
 
-    def of_buffers(*names: str) -> int:
-        tensors = (getattr(buffer, name) for buffer in reducer.buffers for name in names)
+    def of_buffers(name: str) -> int:
+        tensors = (getattr(buffer, name) for buffer in reducer.buffers)
         return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
     reduced, square_norm = reducer.micro_batch_added, reducer.square_norm
 
     def at_last_backward(buffer: Any) -> None:
         if not before[0] and buffer.micro_batches == reducer.num_micro_batches > 1:
-            before[0] = of_buffers("local", "mean")
+            before[0] = of_buffers(earlier)
         reduced(buffer)
 
     def at_norm(buffers: Any) -> torch.Tensor:
