@@ -118,8 +118,8 @@ class RankBytes:
     gradients_before: int
     """Gradients that exist when the last backward pass of a step begins: the sums over earlier micro-batches."""
     gradients_after: int
-    """Gradients that wait for the update: the owned part from ZeRO 1 on, with a CUDA graph also the memory that it
-    writes to. With fused_backward none of the low-bit weights."""
+    """Gradients that wait for the update: from ZeRO 1 on the owned part; in stage 0 all, and with a CUDA graph beside
+    them the rank's own part, which it writes. With fused_backward none of the low-bit weights."""
     masters: int
     latents: int
     moments: int
@@ -226,7 +226,8 @@ def _other_bytes(config: Config, weights: list[Matrix], data_parallel_size: int)
     # In stage 0 fp32 parameters are their own masters. DeepSpeed's stages 1 and 2 copy fp32 parameters, stage 3 does
     # not.
     own_masters = compute_bytes == 4 and stage in (0, 3)
-    before, after = _gradients(config, total, owned, owned, data_parallel_size)
+    summed = sum(-(-weight.numel // data_parallel_size) for weight in weights) if stage == 0 else owned
+    before, after = _gradients(config, total, owned, summed, data_parallel_size)
     return RankBytes(
         weights=compute_bytes * computed_with,
         scales=0,
@@ -240,22 +241,19 @@ def _other_bytes(config: Config, weights: list[Matrix], data_parallel_size: int)
     )
 
 
-def _gradients(config: Config, total: int, updated: int, owned: int, data_parallel_size: int) -> tuple[int, int]:
+def _gradients(config: Config, total: int, updated: int, summed: int, data_parallel_size: int) -> tuple[int, int]:
     """Bytes of gradients before the last backward pass and after it.
 
-    Of `total` weights this rank updates `updated`; it sums `owned` of them over the ranks.
+    Of `total` weights this rank updates `updated`; it sums `summed` of them over the ranks.
     """
     gradient_bytes = DTYPE_BYTES[config.optimizer.gradient_dtype]
-    one_micro_batch = num_micro_batches(config, data_parallel_size) == 1
-    if uses_cuda_graph(config):
-        # A graph of one micro-batch writes gradients to memory that activations have left.
-        before, after = 0 if one_micro_batch else total, total + (updated if data_parallel_size > 1 else 0)
-    elif one_micro_batch:
-        before, after = 0, updated
-    elif config.optimizer.gradient_reduction == "micro_batch":
-        before, after = owned, updated
+    if num_micro_batches(config, data_parallel_size) == 1:
+        before = 0
     else:
-        before, after = total, updated
+        before = summed if config.optimizer.gradient_reduction == "micro_batch" else total
+    # A CUDA graph keeps the sums that it has written while the gradients of all rows are gathered from them.
+    gathers = config.zero_stage == 0 and data_parallel_size > 1
+    after = updated + (summed if gathers and uses_cuda_graph(config) else 0)
     return gradient_bytes * before, gradient_bytes * after
 
 

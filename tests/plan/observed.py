@@ -40,7 +40,10 @@ CASES: list[tuple] = [
     (1, "quantization.embeddings=true", "quantization.bits=4"),
     (2, stage(3), "quantization.embeddings=true", "training.recompute=full"),
     (2, stage(3), "training.recompute=mlp", "training.recompute_layers=1"),
-    (2, stage(1), "optimizer.gradient_reduction=micro_batch", "optimizer.gradient_dtype=bf16"),
+    *(
+        (2, stage(number), "optimizer.gradient_reduction=micro_batch", "optimizer.gradient_dtype=bf16")
+        for number in (0, 1)
+    ),
     (2, stage(0), "optimizer.fused_backward=true", "optimizer.max_grad_norm=0", "training.global_batch_size=4"),
     (2, stage(1), "quantization.method=none"),
     (2, stage(1), "quantization.method=bitnet"),
