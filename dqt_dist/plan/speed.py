@@ -90,6 +90,10 @@ def expected_speed(config: Config, grid: ProcessGrid, device: Device) -> Speed |
     factors = LAYOUT_FACTORS["dqt-fp8" if quantization.method == "dqt" else "none"]
     if quantization.method == "dqt" and quantization.compute != "fp8" and grid.tensor * grid.pipeline > 1:
         notes.append(f"tensor and pipeline parallel with {quantization.compute}: unmeasured, as fp8")
+    if uses_cuda_graph(config) and grid.tensor * grid.pipeline > 1:
+        notes.append("tensor and pipeline parallel with CUDA graphs: unmeasured, as without")
+    if quantization.method == "dqt" and config.optimizer.second_moment == "factored":
+        notes.append("factored second moment: unmeasured, as a full one")
     for name, size in (("tensor", grid.tensor), ("pipeline", grid.pipeline)):
         if size > 1:
             factor = factors[name] ** math.log2(size)

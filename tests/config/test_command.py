@@ -11,6 +11,7 @@ import pytest
 
 from dqt_dist.errors import EXIT_CODE
 from tests.config.files import ROOT
+from tests.config.test_shipped import WORLD_SIZES
 
 
 def run_pretrain(tmp_path: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -86,6 +87,18 @@ def test_wrong_questions_end_with_one_message(tmp_path: Path, arguments: tuple[s
     done = run_pretrain(tmp_path, "--config", str(ROOT / "configs" / "1b_ternary_fp8.json"), *arguments)
     assert (done.returncode, done.stdout) == (EXIT_CODE, "")
     assert words in done.stderr and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", WORLD_SIZES)
+def test_every_shipped_config_dry_runs_and_plans(name: str, tmp_path: Path) -> None:
+    """At the largest of its world sizes, without its data."""
+    processes = str(max(WORLD_SIZES[name]))
+    for look in ("--dry-run", "--plan"):
+        config = str(ROOT / "configs" / f"{name}.json")
+        done = run_pretrain(tmp_path, "--config", config, look, "--gpus", processes)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith(f"processes       {processes} = ")
+        assert ("tokens/s" in done.stdout or "speed: unmeasured" in done.stdout) == (look == "--plan")
 
 
 def test_plan_and_suggest_answer_without_torch(tmp_path: Path) -> None:
