@@ -21,6 +21,7 @@ from dqt_dist.plan.traffic import COUNTED
 from dqt_dist.training.cost import storage_bytes
 from tests.distributed import run_distributed
 from tests.parallel.runs import Run, start
+from tests.small import small_config
 
 
 def stage(number: int) -> str:
@@ -31,12 +32,13 @@ TENSOR, PIPELINE, SEQUENCE = "parallel.tensor=2", "parallel.pipeline=2", "parall
 BF16 = "quantization.compute=bf16"
 FACTORED, EIGHT_BITS = "optimizer.second_moment=factored", ("optimizer.state_bits=8", "model.ffn_hidden_size=64")
 # Heads of width 8 and 40 features make rows that 3 ranks divide unevenly.
-UNEVEN = ("model.ffn_hidden_size=40", "training.global_batch_size=6")
+UNEVEN = "model.ffn_hidden_size=40"
+ONE_MICRO_BATCH = "training.global_batch_size=4"
 FP8 = ("quantization.compute=fp8", "model.ffn_hidden_size=64", "model.hidden_size=64")
-CASES: list[tuple] = [
+_RUNS: list[tuple] = [
     *((2, stage(number), compute) for number in (0, 1, 2, 3) for compute in ("quantization.compute=fp32", BF16)),
-    *((3, stage(number), *UNEVEN) for number in (0, 1, 3)),
-    (3, stage(2), *UNEVEN, FACTORED),
+    *((3, stage(number), UNEVEN) for number in (0, 1, 3)),
+    (3, stage(2), UNEVEN, FACTORED),
     (1, "quantization.embeddings=true", "quantization.bits=4"),
     (2, stage(3), "quantization.embeddings=true", "training.recompute=full"),
     (2, stage(3), "training.recompute=mlp", "training.recompute_layers=1"),
@@ -44,7 +46,7 @@ CASES: list[tuple] = [
         (2, stage(number), "optimizer.gradient_reduction=micro_batch", "optimizer.gradient_dtype=bf16")
         for number in (0, 1)
     ),
-    (2, stage(0), "optimizer.fused_backward=true", "optimizer.max_grad_norm=0", "training.global_batch_size=4"),
+    (2, stage(0), "optimizer.fused_backward=true", "optimizer.max_grad_norm=0", ONE_MICRO_BATCH),
     (2, stage(1), "quantization.method=none"),
     (2, stage(1), "quantization.method=bitnet"),
     (2, stage(1), "quantization.latent_bits=4", "optimizer.gradient_dtype=bf16"),
@@ -67,6 +69,18 @@ CASES: list[tuple] = [
     (4, TENSOR, stage(1), "quantization.bits=4", BF16),
     (4, PIPELINE, stage(1), "quantization.bits=8"),
 ]
+
+
+def _with_two_micro_batches(world_size: int, *overrides: str) -> tuple:
+    """The smallest step that has an earlier micro-batch and a last one, unless the run asks for one."""
+    if any(override.startswith("training.global_batch_size") for override in overrides):
+        return (world_size, *overrides)
+    model_parallel = (2 if TENSOR in overrides else 1) * (2 if PIPELINE in overrides else 1)
+    samples = 2 * small_config().training.micro_batch_size * world_size // model_parallel
+    return (world_size, *overrides, f"training.global_batch_size={samples}")
+
+
+CASES = [_with_two_micro_batches(*run) for run in _RUNS]
 """(world size, overrides of the small configuration) of each run."""
 
 
