@@ -34,6 +34,10 @@ FACTORED, EIGHT_BITS = "optimizer.second_moment=factored", ("optimizer.state_bit
 # Heads of width 8 and 40 features make rows that 3 ranks divide unevenly.
 UNEVEN = "model.ffn_hidden_size=40"
 ONE_MICRO_BATCH = "training.global_batch_size=4"
+# With two, sums of the first are still in flight when the last backward pass begins, or an interleaved schedule has not
+# come to its other chunk.
+MORE_MICRO_BATCHES = "training.global_batch_size=12"
+EVERY_BACKWARD = "optimizer.gradient_reduction=micro_batch"
 FP8 = ("quantization.compute=fp8", "model.ffn_hidden_size=64", "model.hidden_size=64")
 _RUNS: list[tuple] = [
     *((2, stage(number), compute) for number in (0, 1, 2, 3) for compute in ("quantization.compute=fp32", BF16)),
@@ -42,10 +46,7 @@ _RUNS: list[tuple] = [
     (1, "quantization.embeddings=true", "quantization.bits=4"),
     (2, stage(3), "quantization.embeddings=true", "training.recompute=full"),
     (2, stage(3), "training.recompute=mlp", "training.recompute_layers=1"),
-    *(
-        (2, stage(number), "optimizer.gradient_reduction=micro_batch", "optimizer.gradient_dtype=bf16")
-        for number in (0, 1)
-    ),
+    *((2, stage(number), EVERY_BACKWARD, "optimizer.gradient_dtype=bf16", MORE_MICRO_BATCHES) for number in (0, 1)),
     (2, stage(0), "optimizer.fused_backward=true", "optimizer.max_grad_norm=0", ONE_MICRO_BATCH),
     (2, stage(1), "quantization.method=none"),
     (2, stage(1), "quantization.method=bitnet"),
@@ -65,7 +66,7 @@ _RUNS: list[tuple] = [
     (2, TENSOR, SEQUENCE, *FP8),
     (2, TENSOR, SEQUENCE, *FP8, "quantization.weight_gradient=bf16"),
     (2, PIPELINE, "model.sub_norm=true"),
-    (4, TENSOR, SEQUENCE, PIPELINE, "parallel.virtual_pipeline=2", "model.num_layers=4"),
+    (4, TENSOR, SEQUENCE, PIPELINE, "parallel.virtual_pipeline=2", "model.num_layers=4", MORE_MICRO_BATCHES),
     (4, TENSOR, stage(1), "quantization.bits=4", BF16),
     (4, PIPELINE, stage(1), "quantization.bits=8"),
 ]
