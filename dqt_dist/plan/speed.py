@@ -5,7 +5,8 @@
     MFU        of one GPU, by method, precision and recomputation: docs/benchmarks/train_step.md, one H200, 1.36 B
                weights, ternary also 134 M. The size nearest to the model's is taken, on a logarithmic scale.
     factors    what is left of the speed of single GPUs at TP 2 with sequence parallelism and at PP 2:
-               docs/planning.md. Each doubling of the size loses the same again, which is a guess.
+               docs/planning.md, with CUDA graphs docs/benchmarks/layouts.md. Each doubling of the size loses the same
+               again, which is a guess.
     bubble     M / (M + (p - 1) / v), for M micro-batches, p stages, v chunks per rank (arXiv 2104.04473, section 2.2)
     exchange   seconds per byte that data-parallel ranks send, measured at DP 2 in one machine. Between machines nothing
                was measured.
@@ -23,9 +24,10 @@ from dqt_dist.config import Config, ProcessGrid, uses_cuda_graph
 from dqt_dist.plan.arithmetic import Device, flops_per_token
 from dqt_dist.plan.traffic import bytes_sent
 
-TRAIN_STEP, PLANNING, ZERO_STAGES = (
+TRAIN_STEP, PLANNING, LAYOUTS, ZERO_STAGES = (
     "docs/benchmarks/train_step.md",
     "docs/planning.md",
+    "docs/benchmarks/layouts.md",
     "docs/benchmarks/zero_stages.md",
 )
 LARGE, SMALL = 1_364_297_728, 134_105_856
@@ -49,8 +51,11 @@ RECOMPUTE_MFU = {"none": 0.794, "mlp": 0.698, "full": 0.623}
 LAYOUT_FACTORS = {
     "none": {"tensor": 91_129 / (2 * 58_272), "pipeline": 76_940 / (2 * 58_272) / (8 / 9)},
     "dqt-fp8": {"tensor": 56_590 / (2 * 88_139), "pipeline": 43_682 / (2 * 88_139) / (8 / 9)},
+    "none, CUDA graph": {"tensor": 90_324 / (2 * 58_048), "pipeline": 101_734 / (2 * 58_048) / (8 / 9)},
+    "dqt-fp8, CUDA graph": {"tensor": 126_332 / (2 * 88_122), "pipeline": 133_390 / (2 * 88_122) / (8 / 9)},
 }
-"""Tokens/s on two H100 over those of two single ones; of a pipeline without its bubble."""
+"""Tokens/s on two H100 over those of two single ones; of a pipeline without its bubble. Those with CUDA graphs are of
+LAYOUTS, ordinary weights over single GPUs without a graph."""
 SECONDS_PER_BYTE = {
     "none": (2 * 16_384 / 112_312 - 16_384 / 58_272) / 2.73e9,
     "dqt-bf16": (2 * 16_384 / 112_884 - 16_384 / 60_042) / 1.65e9,
@@ -87,18 +92,18 @@ def expected_speed(config: Config, grid: ProcessGrid, device: Device) -> Speed |
     if device.name != "H200":
         notes.append(f"one {device.name} is taken to be as efficient as the H200 of that page, by its bf16 peak")
     seconds = flops / (grid.world_size * device.bf16_tflops * 1e12 * mfu)
-    factors = LAYOUT_FACTORS["dqt-fp8" if quantization.method == "dqt" else "none"]
+    layout_page = LAYOUTS if uses_cuda_graph(config) else PLANNING
+    method = "dqt-fp8" if quantization.method == "dqt" else "none"
+    factors = LAYOUT_FACTORS[f"{method}, CUDA graph" if uses_cuda_graph(config) else method]
     if quantization.method == "dqt" and quantization.compute != "fp8" and grid.tensor * grid.pipeline > 1:
         notes.append(f"tensor and pipeline parallel with {quantization.compute}: unmeasured, as fp8")
-    if uses_cuda_graph(config) and grid.tensor * grid.pipeline > 1:
-        notes.append("tensor and pipeline parallel with CUDA graphs: unmeasured, as without")
     if quantization.method == "dqt" and config.optimizer.second_moment == "factored":
         notes.append("factored second moment: unmeasured, as a full one")
     for name, size in (("tensor", grid.tensor), ("pipeline", grid.pipeline)):
         if size > 1:
             factor = factors[name] ** math.log2(size)
             seconds /= factor
-            notes.append(f"{name} {size}: {factor:.2f} of single GPUs; {_measured(name, size, config)}")
+            notes.append(f"{name} {size}: {factor:.2f} of single GPUs; {_measured(name, size, config, layout_page)}")
     if grid.pipeline > 1:
         chunks = parallel.virtual_pipeline or 1
         bubble = grid.num_microbatches / (grid.num_microbatches + (grid.pipeline - 1) / chunks)
@@ -113,7 +118,9 @@ def expected_speed(config: Config, grid: ProcessGrid, device: Device) -> Speed |
     if grid.data > 1:
         exchange = _exchange_seconds(config, grid)
         seconds += exchange
-        notes.append(f"data {grid.data}: {1000 * exchange:.0f} ms a step; {_measured('data', grid.data, config)}")
+        notes.append(
+            f"data {grid.data}: {1000 * exchange:.0f} ms a step; {_measured('data', grid.data, config, PLANNING)}"
+        )
     if grid.world_size > 8:
         notes.append("more than 8 GPUs: the network between machines is unmeasured, and taken to be as fast as NVLink")
     mfu = flops / seconds / (grid.world_size * device.bf16_tflops * 1e12)
@@ -143,14 +150,14 @@ def _single_gpu(config: Config) -> tuple[float, list[str]]:
     return mfu, notes
 
 
-def _measured(name: str, size: int, config: Config) -> str:
-    """Whether a parallel size was measured, and where."""
+def _measured(name: str, size: int, config: Config, page: str) -> str:
+    """Whether a parallel size was measured, and where: on `page`, if at all."""
     parallel = config.parallel
     others = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
     alone = all(other == 1 for axis, other in others.items() if axis != name)
     if size == 2 and alone:
-        return f"{PLANNING}, two H100"
-    return f"unmeasured, from size 2 alone of {PLANNING}"
+        return f"{page}, two H100"
+    return f"unmeasured, from size 2 alone of {page}"
 
 
 def _exchange_seconds(config: Config, grid: ProcessGrid) -> float:

@@ -139,6 +139,22 @@ def test_layouts_scale_as_they_were_measured() -> None:
         assert speed.PLANNING in "".join(found.notes)
 
 
+def test_layouts_with_graphs_scale_as_they_were_measured() -> None:
+    """As shares of two single GPUs, of the page's last table of speeds. Ordinary weights have a single GPU without a
+    graph only, where the plan has one with a graph."""
+    page = (ROOT / speed.LAYOUTS).read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    speeds = {
+        (row[0], row[1]): float(row[2].replace(",", "")) for row in lines if len(row) == 14 and row[2][-1:].isdigit()
+    }
+    single = "one GPU, micro-batch 8"
+    for method, of_single in (("none-bf16", "none-bf16"), ("dqt-fp8", "dqt-fp8, CUDA graph")):
+        factors = speed.LAYOUT_FACTORS[f"{'none' if method == 'none-bf16' else method}, CUDA graph"]
+        for layout, axis, bubble in (("TP 2, SP", "tensor", 1), ("PP 2", "pipeline", 8 / 9)):
+            share = speeds[layout, f"{method}, CUDA graph"] / (2 * speeds[single, of_single])
+            assert factors[axis] * bubble == pytest.approx(share, rel=1e-6)
+
+
 @pytest.mark.parametrize("name", WORLD_SIZES)
 def test_every_shipped_config_is_planned(name: str) -> None:
     """At each of its world sizes. The kinds add up; codes take less memory than ordinary weights."""
