@@ -265,6 +265,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
     from dqt_dist.optim.engine import build_engine
     from dqt_dist.parallel.collectives import BYTES_SENT
     from dqt_dist.parallel.groups import select_stream
+    from dqt_dist.plan.arithmetic import flops_per_token
     from dqt_dist.training import cost
     from dqt_dist.training.cuda_graph import choose_forward_backward
     from dqt_dist.training.loop import build_loaders
@@ -323,8 +324,8 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
             "step_ms": seconds * 1e3,
             "step_ms_each": [1e3 * s for s in each],
             "loader_wait_ms": 1e3 * sum(waited) / len(waited),
-            "mfu": cost.flops_per_token(config.model) * tokens / seconds / peak_flops,
-            "tflops": cost.flops_per_token(config.model) * tokens / seconds / groups.world.size() / 1e12,
+            "mfu": flops_per_token(config.model) * tokens / seconds / peak_flops,
+            "tflops": flops_per_token(config.model) * tokens / seconds / groups.world.size() / 1e12,
             # A CPU's resident memory never shrinks, so variants could not be compared.
             "peak_memory_gib": cost.peak_memory_bytes(groups) / 2**30 if on_cuda else None,
             "between_steps_gib": torch.cuda.memory_allocated() / 2**30 if on_cuda else None,

@@ -58,8 +58,8 @@ class Launch:
 def discover() -> Launch:
     """Finds the place of this process. Under mpirun this is a collective call that every rank must make.
 
-    Raises `UserError` when the environment names a launcher and one of the launcher's variables is missing or
-    malformed.
+    Raises `UserError` when the environment names a launcher, or a number of processes, and a variable that belongs to
+    it is missing or malformed.
     """
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
@@ -70,6 +70,11 @@ def discover() -> Launch:
         return _from_srun(env)
     if "PMIX_RANK" in env or "PMI_RANK" in env:
         return _from_mpi(env)
+    if env.get("WORLD_SIZE", "1") != "1":
+        raise UserError(
+            f"environment: RANK is not set, though WORLD_SIZE = {env['WORLD_SIZE']} is; start through a launcher, or "
+            f"unset WORLD_SIZE (--dry-run --world-size plans for a number of processes)"
+        )
     return Launch(0, 1, 0, 1, "none", LOOPBACK, _free_port())
 
 

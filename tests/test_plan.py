@@ -1,61 +1,105 @@
-"""The plan of --dry-run against the tensors that a rank really holds."""
+"""The plan's bytes of memory against the tensors that a rank really holds."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
-from dqt_dist.layers.parameters import low_bit_matrices
+from dqt_dist.config import Config
 from dqt_dist.plan import RankBytes, rank_bytes
+from dqt_dist.plan.activations import activation_bytes
 from dqt_dist.training.cost import storage_bytes
 from tests.distributed import run_distributed
 from tests.parallel.runs import start
+from tests.plan.observed import BF16, CASES, SEQUENCE, TENSOR, observed
+from tests.small import small_config
 
-# DeepSpeed pads each of its flat partitions to a multiple of a few elements.
-PADDING_BYTES = 512
+# ---- between steps ----
 
 
-def held(rank: int, world_size: int, *overrides: str) -> tuple[RankBytes, RankBytes, dict[str, int]]:
-    """The plan, and the bytes of the tensors that are alive after a step."""
-    run = start(*overrides)
-    run.step(1)
-    optimizer = run.optimizer
-    masters = list({id(s.master): s.master for s in optimizer.shards if s.master is not None}.values())
-    parameters = {id(s.parameter.tensor) for s in optimizer.shards}
-    states = [optimizer.high_precision.torch_optimizer.state[master] for master in masters]
-    tensors = {
-        "codes": [weight.codes for weight in low_bit_matrices(run.model_chunks)],
-        "low-bit moments": [t for rows in optimizer.low_bit.rows for name, t in rows.state.items() if name != "latent"],
-        "latents": [t for rows in optimizer.low_bit.rows for name, t in rows.state.items() if name == "latent"],
-        "masters": [master for master in masters if id(master) not in parameters],
-        "moments": [state[name] for state in states for name in ("exp_avg", "exp_avg_sq")],
+def planned(low_bit: RankBytes, other: RankBytes) -> dict[str, int]:
+    """The same kinds, from the plan."""
+    return {
+        "codes": low_bit.weights,
+        "scales": low_bit.scales,
+        "low-bit moments": low_bit.moments + low_bit.means,
+        "latents": low_bit.latents,
+        "other weights": other.weights,
+        "masters": other.masters,
+        "moments": other.moments,
+        "gradients before": low_bit.gradients_before + other.gradients_before,
+        "gradients after": low_bit.gradients_after + other.gradients_after,
     }
-    plan = rank_bytes(run.config, run.groups.data.size())
-    return *plan, {name: storage_bytes(some) for name, some in tensors.items()}
-
-
-CASES = [
-    *((2, f"deepspeed.zero_optimization.stage={stage}", f"quantization.compute={compute}")
-      for stage in range(4) for compute in ("fp32", "bf16")),
-    (4, "parallel.tensor=2", "deepspeed.zero_optimization.stage=1", "quantization.bits=8"),
-    (1, "quantization.embeddings=true", "quantization.bits=4"),
-    (2, "quantization.latent_bits=4", "deepspeed.zero_optimization.stage=1"),
-    (2, "optimizer.state_bits=8", "model.ffn_hidden_size=64", "deepspeed.zero_optimization.stage=2"),
-    (2, "optimizer.second_moment=factored", "optimizer.state_bits=8", "model.ffn_hidden_size=64",
-     "deepspeed.zero_optimization.stage=2"),
-    (2, "optimizer.second_moment=factored", "parallel.tensor=2"),
-    (2, "optimizer.name=adafactor", "parallel.tensor=2", "quantization.embeddings=true"),
-    (2, "optimizer.name=adafactor", "optimizer.beta1=0.9", "deepspeed.zero_optimization.stage=1"),
-    (2, "quantization.method=bitnet", "deepspeed.zero_optimization.stage=1"),
-]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_plan_is_what_a_rank_holds(case: tuple) -> None:
+    """Every kind, to the byte, on the first rank of the last pipeline stage."""
     world_size, *overrides = case
-    low_bit, others, found = run_distributed(held, world_size, *overrides)[0]
-    assert (found["codes"], found["low-bit moments"]) == (low_bit.weights, low_bit.moments)
-    assert found["latents"] == low_bit.latents
-    in_stage_3 = "deepspeed.zero_optimization.stage=3" in overrides and "quantization.compute=fp32" in overrides
-    if not in_stage_3:  # the parameters are their own masters
-        assert others.masters <= found["masters"] <= others.masters + PADDING_BYTES
-    assert others.moments <= found["moments"] <= others.moments + PADDING_BYTES
+    found = [rank.held_bytes for rank in observed(*case)]
+    config = small_config(*overrides)
+    ranks_per_stage = world_size // config.parallel.pipeline
+    data = ranks_per_stage // config.parallel.tensor
+    assert planned(*rank_bytes(config, data)) == found[world_size - ranks_per_stage]
+
+
+# ---- what is kept for the backward ----
+
+
+def saved_for_backward(rank: int, world_size: int, *overrides: str) -> int:
+    """Bytes of the tensors, but for weights, that the forward of one micro-batch keeps."""
+    run = start(*overrides)
+    weights = {t.untyped_storage().data_ptr() for t in (*run.model_chunks.parameters(), *run.model_chunks.buffers())}
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        in_backward = torch._C._current_graph_task_id() != -1  # a block that is computed again
+        if not in_backward and tensor.untyped_storage().data_ptr() not in weights:
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run.step(1)
+    return storage_bytes(list(kept.values()))
+
+
+MLP, FULL = "training.recompute=mlp", "training.recompute=full"
+ACTIVATIONS = [
+    *((1, recompute) for recompute in ("training.recompute=none", MLP, FULL)),
+    *((1, BF16, "quantization.method=none", *recompute) for recompute in ((), (MLP,), (FULL,))),
+    (1, BF16, "model.num_query_groups=4"),
+    (1, MLP, "training.recompute_layers=1"),
+    (1, "quantization.method=none"),
+    *((1, BF16, "quantization.method=bitnet", *recompute) for recompute in ((), (MLP,))),
+    *((1, BF16, "model.sub_norm=true", *recompute) for recompute in ((), (MLP,))),
+    (1, "quantization.embeddings=true", "quantization.activation=none"),
+    (2, TENSOR),
+    (2, TENSOR, SEQUENCE, MLP),
+    (2, TENSOR, SEQUENCE, BF16, "quantization.method=none"),
+]
+
+
+@pytest.mark.parametrize("case", ACTIVATIONS, ids=str)
+def test_activations_are_those_that_a_step_saves(case: tuple) -> None:
+    """Within 5 %: a few scalars, and angles of the rotary embedding that a block computed again does not save."""
+    world_size, *overrides = case
+    more = [*overrides, "training.global_batch_size=2"]
+    found = run_distributed(saved_for_backward, world_size, *more)[0]
+    estimate = activation_bytes(small_config(*more), 1, on_gpu=False)
+    assert estimate.kept + estimate.head == pytest.approx(found, rel=0.05)
+
+
+def test_activations_of_blocks_that_are_not_computed_again() -> None:
+    """`recompute_layers` of the blocks are; a pipeline's first stage holds those of two micro-batches."""
+
+    def kept(*overrides: str, data: int = 1, stage: int | None = None) -> int:
+        config: Config = small_config("training.global_batch_size=8", *overrides)
+        return activation_bytes(config, data, stage).kept
+
+    none, one, both = (
+        kept(*overrides)
+        for overrides in ((), ("training.recompute=full", "training.recompute_layers=1"), ("training.recompute=full",))
+    )
+    assert none - one == one - both > 0
+    first, last = (kept("parallel.pipeline=2", stage=stage) for stage in (0, 1))
+    assert first > 2 * last * 0.9

@@ -411,6 +411,11 @@ class Config(Section):
         return self.zero.offloads_optimizer
 
     @property
+    def data_index_folder(self) -> str:
+        """Where the run keeps what it has found out about its data: the order of samples, smallest and largest ids."""
+        return f"{self.checkpoint.dir}/data_index"
+
+    @property
     def layers_per_chunk(self) -> int:
         """Blocks of a model chunk."""
         return self.model.num_layers // self.parallel.num_model_chunks

@@ -41,8 +41,8 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from dqt_dist.data.indexed import check_ids, check_indexed, quiet_megatron_import
-from dqt_dist.data.tokenizer import Tokenizer, load_tokenizer
+from dqt_dist.data.indexed import check_ids, check_indexed, check_tokenizer, quiet_megatron_import
+from dqt_dist.data.tokenizer import Tokenizer
 from dqt_dist.errors import UserError, naming
 
 with quiet_megatron_import():
@@ -92,12 +92,7 @@ def build_datasets(
     Raises UserError: missing, truncated or mismatched files (indexed.check_indexed), ids outside of the model's
     vocabulary (indexed.check_ids), a source too small for one sample.
     """
-    tokenizer = None if tokenizer_path is None else load_tokenizer(tokenizer_path)
-    if tokenizer is not None and tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"data.tokenizer: {tokenizer.path} has {tokenizer.vocab_size} pieces, but model.vocab_size is {vocab_size};"
-            f" set model.vocab_size to {tokenizer.vocab_size} or more"
-        )
+    tokenizer = None if tokenizer_path is None else check_tokenizer(tokenizer_path, vocab_size)
     held_out = valid_fraction if valid is None else 0.0
     config = _megatron_config(sequence_length, vocab_size, tokenizer, seed, Path(cache_dir), build_here)
     open_blend = functools.partial(_open_blend, held_out=held_out, vocab_size=vocab_size, tokenizer=tokenizer)

@@ -35,6 +35,7 @@ import numpy as np
 from tqdm import tqdm
 
 from dqt_dist import MEGATRON_NOTES
+from dqt_dist.config import DataConfig
 from dqt_dist.data.tokenizer import Tokenizer, document_hash, load_tokenizer
 from dqt_dist.errors import RunError, UserError
 
@@ -326,6 +327,31 @@ class IndexedWriter:
 
 
 # ---------------------------------------------------------------- checking
+
+
+def check_files(data: DataConfig, vocab_size: int, cache_folder: Path) -> None:
+    """Check the tokenizer and all data of a run, as far as can be done without torch; UserError as `check_indexed` and
+    `check_ids`.
+
+    That a source is large enough for one sample shows only when a run opens it.
+    """
+    tokenizer = check_tokenizer(data.tokenizer, vocab_size)
+    for field, sources in (("data.train", data.train), ("data.valid", data.valid or ())):
+        for index, source in enumerate(sources):
+            where = f"{field}[{index}].path"
+            check_indexed(source.path, where=where, vocab_size=vocab_size, tokenizer=tokenizer)
+            check_ids(source.path, where=where, vocab_size=vocab_size, cache_folder=cache_folder)
+
+
+def check_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a run. Raises UserError: no such file, or more pieces than the model's vocabulary."""
+    tokenizer = load_tokenizer(path)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"data.tokenizer: {tokenizer.path} has {tokenizer.vocab_size} pieces, but"
+            f" {_too_small(vocab_size, tokenizer.vocab_size)}"
+        )
+    return tokenizer
 
 
 def check_indexed(

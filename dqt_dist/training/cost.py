@@ -1,13 +1,6 @@
 """What a step costs: arithmetic, memory, and the bytes that a low-bit weight really takes.
 
-Model FLOPs follow the PaLM paper (arXiv 2204.02311, appendix B), with causal attention counted once:
-
-    matrix products       6 FLOPs per weight and token, forward and backward together
-    scores and values     6 * layers * hidden * sequence FLOPs per token
-    recomputation         not counted
-    embedding look-up     not counted
-
-MFU = model FLOP/s over the peak of all devices.
+MFU = model FLOP/s (plan/arithmetic.py) over the peak of all devices.
 """
 
 from __future__ import annotations
@@ -21,25 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dqt_dist.config import Config, ModelConfig
+from dqt_dist.config import Config
 from dqt_dist.optim.low_bit_optimizer import LowBitOptimizer
 from dqt_dist.parallel.collectives import BYTES_SENT, Kind
 from dqt_dist.parallel.groups import Groups
+from dqt_dist.plan.arithmetic import DEVICES
 
-# Dense bf16 peak in TFLOP/s by device name, from the vendor's datasheets (NVIDIA, SXM parts, without sparsity).
-PEAK_BF16_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
 MATMUL_SIZE, MATMUL_SECONDS = 512, 0.3
-
-
-def linear_weights(model: ModelConfig) -> int:
-    """Weights of all block linears."""
-    return model.num_layers * model.linear_weights_per_block
-
-
-def flops_per_token(model: ModelConfig) -> int:
-    """Model FLOPs of one training token, forward and backward."""
-    products = linear_weights(model) + model.vocab_size * model.hidden_size
-    return 6 * products + 6 * model.num_layers * model.hidden_size * model.seq_length
 
 
 @dataclass(frozen=True)
@@ -60,9 +41,9 @@ def peak_flops(config: Config, groups: Groups) -> Peak:
         return Peak(config.logging.peak_tflops * 1e12 * world, "logging.peak_tflops")
     if groups.device.type == "cuda":
         name = torch.cuda.get_device_name(groups.device)
-        for model, tflops in PEAK_BF16_TFLOPS.items():
-            if model in name:
-                return Peak(tflops * 1e12 * world, f"datasheet, {model} bf16")
+        for device in DEVICES:
+            if device.name in name:
+                return Peak(device.bf16_tflops * 1e12 * world, f"datasheet, {device.name} bf16")
     measured = torch.tensor(_measure_matmul(groups), dtype=torch.float64)
     dist.all_reduce(measured)
     return Peak(float(measured), f"measured, fp32 product of {MATMUL_SIZE} x {MATMUL_SIZE} on every rank at once")

@@ -29,6 +29,7 @@ from dqt_dist.launch import Launch
 from dqt_dist.layers.build import build_model
 from dqt_dist.optim.engine import build_engine
 from dqt_dist.parallel.groups import Groups, finalize, initialize
+from dqt_dist.plan.arithmetic import flops_per_token
 from dqt_dist.training import cost
 from dqt_dist.training.cuda_graph import choose_forward_backward
 from dqt_dist.training.low_bit_metrics import LowBitMetricsCollector
@@ -262,7 +263,7 @@ class Trainer:
         tokens_per_second = self.tokens_per_step / seconds
         skipped_steps = int(self.optimizer.skipped_steps)
         code_metrics = self.low_bit_metrics.collect().overall if self.optimizer.low_bit.enabled else {}
-        flops = cost.flops_per_token(self.config.model) * tokens_per_second
+        flops = flops_per_token(self.config.model) * tokens_per_second
         self.recorder.log(
             {
                 "step": self.step,
@@ -420,7 +421,7 @@ def build_loaders(config: Config, groups: Groups, start: store.Progress) -> tupl
         # Samples before a resume may have been consumed in global batches of another size.
         num_train_samples=start.samples + max(0, training.steps - start.step) * training.global_batch_size,
         num_valid_samples=training.eval_batches * training.global_batch_size,
-        cache_dir=f"{config.checkpoint.dir}/data_index",
+        cache_dir=config.data_index_folder,
         build_here=groups.local_rank == 0,
         barrier=dist.barrier,
     )

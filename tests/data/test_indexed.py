@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from dqt_dist.config import DataConfig, DataSource
 from dqt_dist.data.indexed import (
     IndexedWriter,
     Manifest,
     belongs_to_valid,
+    check_files,
     check_ids,
     check_indexed,
     encode_documents,
@@ -214,3 +216,18 @@ def test_data_without_documents_are_refused(tmp_path: Path, prepared):
     IndexedWriter(tmp_path / "empty", prepared.tokenizer, request="").finish()
     with pytest.raises(UserError, match=r"empty\.bin holds no tokens"):
         check(tmp_path / "empty")
+
+
+def test_check_files_takes_a_run_whose_files_go_together_and_names_the_one_that_does_not(prepared, copied, tmp_path):
+    def data(*prefixes: str) -> DataConfig:
+        sources = tuple(DataSource(path=prefix) for prefix in prefixes)
+        return DataConfig(train=sources, tokenizer=str(prepared.tokenizer.path))
+
+    check_files(data(prepared.train, prepared.other), VOCAB_SIZE, tmp_path)
+    with pytest.raises(UserError, match=r"data\.train\[1\]\.path: neither .*nowhere\.bin"):
+        check_files(data(prepared.train, "nowhere"), VOCAB_SIZE, tmp_path)
+    with pytest.raises(UserError, match=r"data\.tokenizer: .* set model\.vocab_size to 600 or more"):
+        check_files(data(prepared.train), VOCAB_SIZE - 1, tmp_path)
+    np.memmap(f"{copied}.bin", np.uint16)[5] = VOCAB_SIZE
+    with pytest.raises(UserError, match=rf"data\.train\[1\]\.path: .* token id {VOCAB_SIZE}, but model\.vocab_size"):
+        check_files(data(prepared.train, str(copied)), VOCAB_SIZE, tmp_path)

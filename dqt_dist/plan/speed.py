@@ -1,0 +1,170 @@
+"""Expected time of a step, from measured efficiencies. A layout that was not measured is said to be unmeasured.
+
+    seconds = FLOPs / (GPUs * bf16 peak * MFU) / tensor factor / pipeline factor / bubble + exchange
+
+    MFU        of one GPU, by method, precision and recomputation: docs/benchmarks/train_step.md, one H200, 1.36 B
+               weights, ternary also 134 M. The size nearest to the model's is taken, on a logarithmic scale.
+    factors    what is left of the speed of single GPUs at TP 2 with sequence parallelism and at PP 2:
+               docs/planning.md, with CUDA graphs docs/benchmarks/layouts.md. Each doubling of the size loses the same
+               again, which is a guess.
+    bubble     M / (M + (p - 1) / v), for M micro-batches, p stages, v chunks per rank (arXiv 2104.04473, section 2.2)
+    exchange   seconds per byte that data-parallel ranks send, measured at DP 2 in one machine. Between machines nothing
+               was measured.
+    stage 3, offload   97,803 and 73,003 tokens/s where stage 1 has 99,955: docs/benchmarks/zero_stages.md
+
+tests/plan/test_measured.py holds the tables against the pages.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from dqt_dist.config import Config, ProcessGrid, uses_cuda_graph
+from dqt_dist.plan.arithmetic import Device, flops_per_token
+from dqt_dist.plan.traffic import bytes_sent
+
+TRAIN_STEP, PLANNING, LAYOUTS, ZERO_STAGES = (
+    "docs/benchmarks/train_step.md",
+    "docs/planning.md",
+    "docs/benchmarks/layouts.md",
+    "docs/benchmarks/zero_stages.md",
+)
+LARGE, SMALL = 1_364_297_728, 134_105_856
+"""Weights of the two measured models, configs/1b_ternary.json and configs/130m_ternary.json."""
+
+MFU: dict[str, dict[int, float]] = {
+    "none-bf16": {LARGE: 0.510},
+    "bitnet-bf16": {LARGE: 0.373},
+    "dqt-bf16": {LARGE: 0.534, SMALL: 0.156},
+    "dqt-int8": {LARGE: 0.525},
+    "dqt-fp8": {LARGE: 0.794, SMALL: 0.134},
+    "dqt-fp8, dW in bf16": {LARGE: 0.681},
+    "dqt-bf16, CUDA graph": {LARGE: 0.529, SMALL: 0.351},
+    "dqt-fp8, CUDA graph": {LARGE: 0.785, SMALL: 0.432},
+    "none-bf16, CUDA graph": {LARGE: 0.504},
+}
+"""Model FLOPs over the bf16 peak of one GPU, by the page's variant and the model's weights."""
+RECOMPUTE_MFU = {"none": 0.794, "mlp": 0.698, "full": 0.623}
+"""Of dqt-fp8 at LARGE. Their ratios hold for the other methods too, as far as is known."""
+
+LAYOUT_FACTORS = {
+    "none": {"tensor": 91_129 / (2 * 58_272), "pipeline": 76_940 / (2 * 58_272) / (8 / 9)},
+    "dqt-fp8": {"tensor": 56_590 / (2 * 88_139), "pipeline": 43_682 / (2 * 88_139) / (8 / 9)},
+    "none, CUDA graph": {"tensor": 90_324 / (2 * 58_048), "pipeline": 101_734 / (2 * 58_048) / (8 / 9)},
+    "dqt-fp8, CUDA graph": {"tensor": 126_332 / (2 * 88_122), "pipeline": 133_390 / (2 * 88_122) / (8 / 9)},
+}
+"""Tokens/s on two H100 over those of two single ones; of a pipeline without its bubble. Those with CUDA graphs are of
+LAYOUTS, ordinary weights over single GPUs without a graph."""
+SECONDS_PER_BYTE = {
+    "none": (2 * 16_384 / 112_312 - 16_384 / 58_272) / 2.73e9,
+    "dqt-bf16": (2 * 16_384 / 112_884 - 16_384 / 60_042) / 1.65e9,
+    "dqt-fp8": (2 * 16_384 / 136_206 - 16_384 / 88_139) / 1.65e9,
+}
+"""What a step at DP 2 takes longer than on one GPU, over the bytes that a rank sends in it."""
+STAGE_3_FACTOR, OFFLOAD_FACTOR = 97_803 / 99_955, 73_003 / 99_955
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What is expected of a step."""
+
+    seconds: float
+    tokens_per_second: float
+    mfu: float
+    notes: tuple[str, ...]
+    """Where the numbers come from, and what was not measured; one line each."""
+
+    @property
+    def measured(self) -> bool:
+        """Whether this method was measured at this size and layout, if on another GPU."""
+        return not any("unmeasured" in note for note in self.notes)
+
+
+def expected_speed(config: Config, grid: ProcessGrid, device: Device) -> Speed | None:
+    """The expected speed on `device`s. None for fp32, which was not measured on a GPU."""
+    quantization, parallel = config.quantization, config.parallel
+    if quantization.compute == "fp32":
+        return None
+    tokens = config.training.global_batch_size * config.model.seq_length
+    flops = tokens * flops_per_token(config.model)
+    mfu, notes = _single_gpu(config)
+    if device.name != "H200":
+        notes.append(f"one {device.name} is taken to be as efficient as the H200 of that page, by its bf16 peak")
+    seconds = flops / (grid.world_size * device.bf16_tflops * 1e12 * mfu)
+    layout_page = LAYOUTS if uses_cuda_graph(config) else PLANNING
+    method = "dqt-fp8" if quantization.method == "dqt" else "none"
+    factors = LAYOUT_FACTORS[f"{method}, CUDA graph" if uses_cuda_graph(config) else method]
+    if quantization.method == "dqt" and quantization.compute != "fp8" and grid.tensor * grid.pipeline > 1:
+        notes.append(f"tensor and pipeline parallel with {quantization.compute}: unmeasured, as fp8")
+    if quantization.method == "dqt" and config.optimizer.second_moment == "factored":
+        notes.append("factored second moment: unmeasured, as a full one")
+    for name, size in (("tensor", grid.tensor), ("pipeline", grid.pipeline)):
+        if size > 1:
+            factor = factors[name] ** math.log2(size)
+            seconds /= factor
+            notes.append(f"{name} {size}: {factor:.2f} of single GPUs; {_measured(name, size, config, layout_page)}")
+    if grid.pipeline > 1:
+        chunks = parallel.virtual_pipeline or 1
+        bubble = grid.num_microbatches / (grid.num_microbatches + (grid.pipeline - 1) / chunks)
+        seconds /= bubble
+        notes.append(f"pipeline bubble: {bubble:.2f} of the time is left")
+    if config.zero_stage == 3 and grid.data > 1:
+        seconds /= STAGE_3_FACTOR
+        notes.append(f"ZeRO 3: {STAGE_3_FACTOR:.2f}, {ZERO_STAGES}, 4 GPUs")
+    if config.offloads_optimizer:
+        seconds /= OFFLOAD_FACTOR
+        notes.append(f"offloaded optimizer: {OFFLOAD_FACTOR:.2f}, {ZERO_STAGES}, 4 GPUs")
+    if grid.data > 1:
+        exchange = _exchange_seconds(config, grid)
+        seconds += exchange
+        notes.append(
+            f"data {grid.data}: {1000 * exchange:.0f} ms a step; {_measured('data', grid.data, config, PLANNING)}"
+        )
+    if grid.world_size > 8:
+        notes.append("more than 8 GPUs: the network between machines is unmeasured, and taken to be as fast as NVLink")
+    mfu = flops / seconds / (grid.world_size * device.bf16_tflops * 1e12)
+    return Speed(seconds, tokens / seconds, mfu, tuple(notes))
+
+
+def _single_gpu(config: Config) -> tuple[float, list[str]]:
+    quantization, training = config.quantization, config.training
+    variant = f"{quantization.method}-{quantization.compute}"
+    if quantization.compute == "fp8" and quantization.weight_gradient == "bf16":
+        variant += ", dW in bf16"
+    with_graph = f"{variant}, CUDA graph"
+    if uses_cuda_graph(config) and with_graph in MFU:
+        variant = with_graph
+    weights = config.model.num_layers * config.model.linear_weights_per_block
+    weights += 2 * config.model.vocab_size * config.model.hidden_size
+    size = min(MFU[variant], key=lambda measured: abs(math.log(measured / weights)))
+    share = training.recompute != "none" and config.recompute_layers / config.layers_per_chunk
+    slower = RECOMPUTE_MFU["none"] / RECOMPUTE_MFU[training.recompute] - 1
+    mfu = MFU[variant][size] / (1 + share * slower)
+    name = variant + ("" if training.recompute == "none" else f", recompute {training.recompute}")
+    notes = [f"{name}: MFU {mfu:.3f} of one GPU, {TRAIN_STEP}, {size / 1e9:.3g} B weights, one H200"]
+    if not 0.5 < weights / size < 2:
+        notes.append(f"a model of {weights / 1e9:.3g} B weights: unmeasured")
+    if share and variant != "dqt-fp8":
+        notes.append(f"recompute {training.recompute} with {variant}: unmeasured, slower by the ratio of dqt-fp8")
+    return mfu, notes
+
+
+def _measured(name: str, size: int, config: Config, page: str) -> str:
+    """Whether a parallel size was measured, and where: on `page`, if at all."""
+    parallel = config.parallel
+    others = {"tensor": parallel.tensor, "pipeline": parallel.pipeline}
+    alone = all(other == 1 for axis, other in others.items() if axis != name)
+    if size == 2 and alone:
+        return f"{page}, two H100"
+    return f"unmeasured, from size 2 alone of {page}"
+
+
+def _exchange_seconds(config: Config, grid: ProcessGrid) -> float:
+    if config.zero_stage == 3:
+        # What stage 3 sends beyond stage 1 is in STAGE_3_FACTOR.
+        config = config.model_copy(update={"deepspeed": {"zero_optimization": {"stage": 1}}})
+    sent = bytes_sent(config, grid)
+    quantization = config.quantization
+    key = "none" if quantization.method != "dqt" else "dqt-fp8" if quantization.compute == "fp8" else "dqt-bf16"
+    return (sent["gradients"] + sent["codes"] + sent["weights"]) * SECONDS_PER_BYTE[key]
