@@ -1,13 +1,14 @@
-"""The plan's bytes of memory against the tensors that a rank really holds."""
+"""The plan's bytes against the tensors that a rank really holds, and against what a real step counts as sent."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dqt_dist.config import Config
+from dqt_dist.config import Config, process_grid
 from dqt_dist.plan import RankBytes, rank_bytes
 from dqt_dist.plan.activations import activation_bytes
+from dqt_dist.plan.traffic import bytes_sent
 from dqt_dist.training.cost import storage_bytes
 from tests.distributed import run_distributed
 from tests.parallel.runs import start
@@ -41,6 +42,23 @@ def test_the_plan_is_what_a_rank_holds(case: tuple) -> None:
     ranks_per_stage = world_size // config.parallel.pipeline
     data = ranks_per_stage // config.parallel.tensor
     assert planned(*rank_bytes(config, data)) == found[world_size - ranks_per_stage]
+
+
+# ---- what a rank sends ----
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_bytes_planned_are_the_bytes_counted(case: tuple) -> None:
+    """Equal for the first and the last pipeline stage. Ranks count along the tensor axis first."""
+    world_size, *overrides = case
+    found = [rank.sent_bytes for rank in observed(*case)]
+    config = small_config(*overrides)
+    grid = process_grid(config, world_size)
+    for number in {0, grid.pipeline - 1}:
+        planned = bytes_sent(config, grid, number)
+        rank = number * grid.tensor * grid.data
+        assert {kind: planned[kind] for kind in found[rank]} == found[rank]
+    assert any(found[0].values()) == (world_size > 1)
 
 
 # ---- what is kept for the backward ----
