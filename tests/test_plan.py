@@ -15,7 +15,7 @@ from tests.parallel.runs import start
 from tests.plan.observed import BF16, CASES, SEQUENCE, TENSOR, observed
 from tests.small import small_config
 
-# ---- between steps ----
+# ---- between steps, and on the wire ----
 
 
 def planned(low_bit: RankBytes, other: RankBytes) -> dict[str, int]:
@@ -34,31 +34,19 @@ def planned(low_bit: RankBytes, other: RankBytes) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_plan_is_what_a_rank_holds(case: tuple) -> None:
-    """Every kind, to the byte, on the first rank of the last pipeline stage."""
+def test_the_plan_is_what_a_rank_holds_and_sends(case: tuple) -> None:
+    """Every kind, to the byte: held on the first rank of the last pipeline stage, sent also on that of the first. Ranks
+    count along the tensor axis first."""
     world_size, *overrides = case
-    found = [rank.held_bytes for rank in observed(*case)]
-    config = small_config(*overrides)
-    ranks_per_stage = world_size // config.parallel.pipeline
-    data = ranks_per_stage // config.parallel.tensor
-    assert planned(*rank_bytes(config, data)) == found[world_size - ranks_per_stage]
-
-
-# ---- what a rank sends ----
-
-
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_bytes_planned_are_the_bytes_counted(case: tuple) -> None:
-    """Equal for the first and the last pipeline stage. Ranks count along the tensor axis first."""
-    world_size, *overrides = case
-    found = [rank.sent_bytes for rank in observed(*case)]
+    found = observed(*case)
     config = small_config(*overrides)
     grid = process_grid(config, world_size)
-    for number in {0, grid.pipeline - 1}:
-        planned = bytes_sent(config, grid, number)
-        rank = number * grid.tensor * grid.data
-        assert {kind: planned[kind] for kind in found[rank]} == found[rank]
-    assert any(found[0].values()) == (world_size > 1)
+    last = world_size - grid.tensor * grid.data
+    assert planned(*rank_bytes(config, grid.data)) == found[last].held_bytes
+    for stage, rank in ((0, 0), (grid.pipeline - 1, last)):
+        sent = bytes_sent(config, grid, stage)
+        assert {kind: sent[kind] for kind in found[rank].sent_bytes} == found[rank].sent_bytes
+    assert any(found[0].sent_bytes.values()) == (world_size > 1)
 
 
 # ---- what is kept for the backward ----

@@ -1,13 +1,12 @@
 """What a rank of a real run holds and sends, for the tests that compare a plan with it.
 
-    observed(2, "parallel.tensor=2")      # one Observed per rank; the run is made once, whoever asks
+    observed(2, "parallel.tensor=2")      # one Observed per rank
 
 A run makes two steps: what it holds is looked at after the first, what it sends is counted in the second.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +94,6 @@ class Observed:
     """By the kinds of dqt_dist/plan/traffic.py, in a step, as far as they can be counted."""
 
 
-@functools.cache
 def observed(world_size: int, *overrides: str) -> list[Observed]:
     """One per rank, in rank order."""
     return run_distributed(_observe, world_size, *overrides)
