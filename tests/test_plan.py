@@ -1,20 +1,21 @@
-"""The plan's bytes of memory against the tensors that a rank really holds."""
+"""The plan's bytes against the tensors that a rank really holds, and against what a real step counts as sent."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from dqt_dist.config import Config
+from dqt_dist.config import Config, process_grid
 from dqt_dist.plan import RankBytes, rank_bytes
 from dqt_dist.plan.activations import activation_bytes
+from dqt_dist.plan.traffic import bytes_sent
 from dqt_dist.training.cost import storage_bytes
 from tests.distributed import run_distributed
 from tests.parallel.runs import start
 from tests.plan.observed import BF16, CASES, SEQUENCE, TENSOR, observed
 from tests.small import small_config
 
-# ---- between steps ----
+# ---- between steps, and on the wire ----
 
 
 def planned(low_bit: RankBytes, other: RankBytes) -> dict[str, int]:
@@ -33,14 +34,19 @@ def planned(low_bit: RankBytes, other: RankBytes) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_plan_is_what_a_rank_holds(case: tuple) -> None:
-    """Every kind, to the byte, on the first rank of the last pipeline stage."""
+def test_the_plan_is_what_a_rank_holds_and_sends(case: tuple) -> None:
+    """Every kind, to the byte: held on the first rank of the last pipeline stage, sent also on that of the first. Ranks
+    count along the tensor axis first."""
     world_size, *overrides = case
-    found = [rank.held_bytes for rank in observed(*case)]
+    found = observed(*case)
     config = small_config(*overrides)
-    ranks_per_stage = world_size // config.parallel.pipeline
-    data = ranks_per_stage // config.parallel.tensor
-    assert planned(*rank_bytes(config, data)) == found[world_size - ranks_per_stage]
+    grid = process_grid(config, world_size)
+    last = world_size - grid.tensor * grid.data
+    assert planned(*rank_bytes(config, grid.data)) == found[last].held_bytes
+    for stage, rank in ((0, 0), (grid.pipeline - 1, last)):
+        sent = bytes_sent(config, grid, stage)
+        assert {kind: sent[kind] for kind in found[rank].sent_bytes} == found[rank].sent_bytes
+    assert any(found[0].sent_bytes.values()) == (world_size > 1)
 
 
 # ---- what is kept for the backward ----

@@ -1,6 +1,6 @@
 """Bytes that one rank sends in a step, by kind.
 
-The kinds of parallel/collectives.py are exact: a rank counts the same in BYTES_SENT (tests/plan/test_traffic.py). Each
+The kinds of parallel/collectives.py are exact: a rank counts the same in BYTES_SENT (tests/test_plan.py). Each
 call is listed here as (kind, bytes of the full tensor, passes). Of n ranks each sends passes * bytes * (n - 1) / n, as
 a ring would: one pass for a gather, a scatter or an all-to-all, two for an all-reduce.
 
@@ -12,7 +12,7 @@ a ring would: one pass for a gather, a scatter or an all-to-all, two for an all-
 Four more kinds are not counted by a run. They are computed with the same formulas:
 
     means               factored second moment: sums of squares over owners and over tensor-parallel ranks
-    pipeline            between stages: outputs forward, gradients backward (tests/plan/test_traffic.py counts them too)
+    pipeline            between stages: outputs forward, gradients backward (tests/test_plan.py counts them too)
     megatron            tensor parallel: megatron-core's linears, embedding and head
     weights             ZeRO: DeepSpeed's gathers of ordinary weights
 """

@@ -1,19 +1,18 @@
 """What a rank of a real run holds and sends, for the tests that compare a plan with it.
 
-    observed(2, "parallel.tensor=2")      # one Observed per rank; the run is made once, whoever asks
+    observed(2, "parallel.tensor=2")      # one Observed per rank
 
 A run makes two steps: what it holds is looked at after the first, what it sends is counted in the second.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
 from dqt_dist.layers.parameters import low_bit_matrices, parameters
 from dqt_dist.parallel.collectives import BYTES_SENT
@@ -95,7 +94,6 @@ class Observed:
     """By the kinds of dqt_dist/plan/traffic.py, in a step, as far as they can be counted."""
 
 
-@functools.cache
 def observed(world_size: int, *overrides: str) -> list[Observed]:
     """One per rank, in rank order."""
     return run_distributed(_observe, world_size, *overrides)
@@ -179,11 +177,12 @@ def _sent(run: Run) -> dict[str, int]:
     """`pipeline` are Megatron's messages between stages, `means` all-reduces of int64."""
     BYTES_SENT.clear()
     messages, means = [0], [0]
-    isend, all_reduce = dist.isend, dist.all_reduce
+    communicate, all_reduce = P2PCommunicator._communicate, dist.all_reduce
 
-    def counting_isend(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        messages[0] += tensor.nbytes
-        return isend(tensor, *args, **kwargs)
+    def counting_communicate(self: P2PCommunicator, **arguments: Any) -> Any:
+        sent = (arguments["tensor_send_next"], arguments["tensor_send_prev"])
+        messages[0] += sum(tensor.nbytes for tensor in sent if tensor is not None)
+        return communicate(self, **arguments)
 
     def counting_all_reduce(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if tensor.dtype == torch.int64:
@@ -191,14 +190,9 @@ def _sent(run: Run) -> dict[str, int]:
             means[0] += 2 * tensor.nbytes * (size - 1) // size
         return all_reduce(tensor, *args, **kwargs)
 
-    _put_in_place(counting_isend, counting_all_reduce)
+    P2PCommunicator._communicate, dist.all_reduce = counting_communicate, counting_all_reduce
     try:
         run.step(2)
     finally:
-        _put_in_place(isend, all_reduce)
+        P2PCommunicator._communicate, dist.all_reduce = communicate, all_reduce
     return {kind: BYTES_SENT[kind] for kind in COUNTED} | {"pipeline": messages[0], "means": means[0]}
-
-
-def _put_in_place(isend: Callable[..., Any], all_reduce: Callable[..., Any]) -> None:
-    dist.isend = isend
-    dist.all_reduce = all_reduce
