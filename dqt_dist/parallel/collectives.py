@@ -20,7 +20,6 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import irecv, isend
 
 from dqt_dist.kernels.mean import sum_of_parts
 from dqt_dist.parallel.groups import Group
@@ -138,8 +137,8 @@ def scatter_sum_of_pieces(piece: Callable[[int, Tensor | None], Tensor], group: 
         to, source = (dist.get_global_rank(group, (rank + s) % size) for s in (step, -step))
         works += dist.batch_isend_irecv(
             [
-                dist.P2POp(isend, sent[-1], to, group),
-                dist.P2POp(irecv, parts[(rank - step) % size], source, group),
+                dist.P2POp(dist.isend, sent[-1], to, group),
+                dist.P2POp(dist.irecv, parts[(rank - step) % size], source, group),
             ]
         )
     piece(rank, parts[rank])
