@@ -227,6 +227,8 @@ def study(size: str = "S") -> list[Run]:
         "decay_0.1": ("optimizer.low_bit_weight_decay=0.1",),
         "ends_at_80_percent": (f"optimizer.low_bit_schedule_steps={steps * 4 // 5}",),
         "two_stages": ("optimizer.schedule=two_stage",),
+        "beta1_0.95": ("optimizer.low_bit_beta1=0.95",),
+        "beta1_0.98": ("optimizer.low_bit_beta1=0.98",),
     }
     runs += [Run(size, "dqt_ternary", 5e-4, label=label, settings=settings) for label, settings in of_ternary.items()]
     # 4-bit codes are clamped often (saturation 0.08 at half the run): a wider range, or decay.

@@ -173,8 +173,11 @@ class OptimizerConfig(Section):
     """Decoupled weight decay of the low-bit weights."""
     weight_decay_steps: NonNegativeInt | None = None
     """Both weight decays hold up to this step and are 0 after it. Default: they hold in every step."""
-    beta1: Beta | None = Field(default_factory=lambda data: 0.9 if data["name"] == "adamw" else None)
-    """Decay of the first moment. Default: 0.9 for adamw; none for adafactor, which then keeps no first moment."""
+    beta1: Beta = 0.9
+    """Decay of AdamW's first moment."""
+    low_bit_beta1: Beta | None = Field(default_factory=lambda data: data["beta1"] if data["name"] == "adamw" else None)
+    """The same of the linears of the blocks. Default: beta1 for adamw; none for adafactor, which then keeps no first
+    moment of the low-bit weights."""
     beta2: Beta = 0.95
     """Decay of AdamW's second moment."""
     epsilon: PositiveFloat = 1e-8

@@ -54,14 +54,14 @@ def clip_by_rms(direction: Tensor, rms: Tensor, row_matrix: Tensor, clip_thresho
 
 
 class AdafactorRule:
-    """Keeps row and column means of the second moment, and a first moment when beta1 is given."""
+    """Keeps row and column means of the second moment, and a first moment when low_bit_beta1 is given."""
 
     def __init__(self, config: OptimizerConfig, groups: Groups, rows_sharded: bool) -> None:
         self.config, self.groups, self.rows_sharded = config, groups, rows_sharded
 
     def new_state(self, rows: OwnedRows) -> dict[str, Tensor]:
         state = new_means(rows)
-        if self.config.beta1:
+        if self.config.low_bit_beta1:
             shape, device = (rows.stop - rows.start, rows.weight.columns), rows.weight.codes.device
             state["exp_avg"] = torch.zeros(shape, device=device)
         return state
@@ -123,6 +123,6 @@ class AdafactorRule:
             direction = clip_by_rms(
                 unclipped_direction(block), rms, row_matrix[block], self.config.adafactor_clip_threshold
             )
-            if self.config.beta1:
-                direction = state["exp_avg"][block].lerp_(direction, 1 - self.config.beta1)
+            if self.config.low_bit_beta1:
+                direction = state["exp_avg"][block].lerp_(direction, 1 - self.config.low_bit_beta1)
             yield block, direction

@@ -177,7 +177,8 @@ class AdamWRule:
     def update(self, rows: OwnedRows, mean: Tensor, settings: UpdateSettings) -> Iterator[Tensor]:
         """Updates moments and codes of the owned rows; yields the counts of each block's rows."""
         device, config = rows.weight.codes.device, self.config
-        adamw = AdamW(config.beta1 or 0.0, config.beta2, config.epsilon, settings.weight_decay)
+        assert config.low_bit_beta1 is not None
+        adamw = AdamW(config.low_bit_beta1, config.beta2, config.epsilon, settings.weight_decay)
         factors = row_factors(rows) if self.factored else None
         for block in rows.row_blocks(whole=device.type == "cuda" and not self.offload):
             kept = {name: tensor[block] for name, tensor in rows.state.items() if name not in MEANS}

@@ -34,9 +34,6 @@ from dqt_dist.optim.schedule import StepRates, step_rates
 from dqt_dist.parallel.groups import Groups
 from dqt_dist.parallel.row_sharding import row_bounds
 
-# AdamW's default. Adafactor may have no beta1; the high-precision parameters keep AdamW also when Adafactor updates the
-# codes.
-DEFAULT_BETA1 = 0.9
 # Megatron-LM's clip_grad_norm_fp32 divides by the norm plus this.
 NORM_EPSILON = 1e-6
 
@@ -44,8 +41,8 @@ NORM_EPSILON = 1e-6
 def high_precision_adamw(model_chunks: nn.Module, config: Config) -> torch.optim.AdamW:
     """AdamW over the parameters that DeepSpeed manages. Vectors (norms) have no weight decay.
 
-    The block linears of a baseline have the learning rate of the low-bit linears of method dqt, so methods are compared
-    with the same two rates. Each group keeps its own peak rate.
+    The block linears of a baseline have the learning rate and beta1 of the low-bit linears of method dqt, so methods
+    are compared with the same settings. Each group keeps its own peak rate.
     """
     optimizer = config.optimizer
     all_parameters = parameters(model_chunks)
@@ -56,7 +53,12 @@ def high_precision_adamw(model_chunks: nn.Module, config: Config) -> torch.optim
     param_groups = [
         {"params": others, "decays": True, "rate_name": "learning_rate"},
         {"params": vectors, "decays": False, "rate_name": "learning_rate"},
-        {"params": linears, "decays": True, "rate_name": "low_bit_learning_rate"},
+        {
+            "params": linears,
+            "decays": True,
+            "rate_name": "low_bit_learning_rate",
+            "betas": (optimizer.beta1 if optimizer.low_bit_beta1 is None else optimizer.low_bit_beta1, optimizer.beta2),
+        },
     ]
     return torch.optim.AdamW(
         [group for group in param_groups if group["params"]],
@@ -64,7 +66,7 @@ def high_precision_adamw(model_chunks: nn.Module, config: Config) -> torch.optim
         # gradients when it is built. This step changes nothing.
         lr=0.0,
         weight_decay=0.0,
-        betas=(DEFAULT_BETA1 if optimizer.beta1 is None else optimizer.beta1, optimizer.beta2),
+        betas=(optimizer.beta1, optimizer.beta2),
         eps=optimizer.epsilon,
         # Masters that are offloaded to the host are updated on the host.
         fused=vectors[0].is_cuda and not config.offloads_optimizer,

@@ -189,7 +189,7 @@ def _low_bit_bytes(config: Config, weights: list[Matrix], num_owners: int) -> Ra
 def _low_bit_moments(weights: int, optimizer: OptimizerConfig) -> int:
     """Bytes of the moments of so many owned weights."""
     # Adafactor goes without a first moment where it has no decay.
-    has_first = optimizer.name == "adamw" or bool(optimizer.beta1)
+    has_first = optimizer.name == "adamw" or bool(optimizer.low_bit_beta1)
     num_moments = has_first + (optimizer.second_moment == "full")
     # With 8 bits a moment also has one exponent per block.
     return num_moments * (4 * weights if optimizer.state_bits == 32 else weights + weights // STATE_BLOCK)

@@ -48,7 +48,7 @@ def plan(config: Config, world_size: int, device: Device) -> str:
 def without_codes(config: Config) -> Config:
     """The same run with ordinary weights: method none, in bf16 unless the run is in fp32."""
     quantization = QuantizationConfig(method="none", compute=config.quantization.dtype)
-    ordinary = {"name": "adamw", "beta1": config.optimizer.beta1 or 0.9, "second_moment": "full", "state_bits": 32}
+    ordinary = {"name": "adamw", "second_moment": "full", "state_bits": 32}
     ordinary["fused_backward"] = False
     optimizer = OptimizerConfig(**(config.optimizer.model_dump(exclude_none=True) | ordinary))
     return config.model_copy(update={"quantization": quantization, "optimizer": optimizer})

@@ -109,7 +109,7 @@ SCHEDULE = ("optimizer.schedule=linear", "optimizer.warmup_steps=2")  # the rate
 INTERLEAVED = (PP, "parallel.virtual_pipeline=2")
 FOUR_LAYERS = ("model.num_layers=4", "training.global_batch_size=8")
 BITNET, NONE = "quantization.method=bitnet", "quantization.method=none"
-ADAFACTOR, MOMENT = "optimizer.name=adafactor", "optimizer.beta1=0.9"
+ADAFACTOR, MOMENT = "optimizer.name=adafactor", "optimizer.low_bit_beta1=0.9"
 STATE_8 = ("optimizer.state_bits=8", "model.hidden_size=64", "model.ffn_hidden_size=64")
 LATENTS = ("quantization.latent_bits=8", "quantization.scale_refit_interval=3")
 EXTRAS = ("quantization.embeddings=true", "model.sub_norm=true")

@@ -264,8 +264,8 @@ def _update(config: Config, rows: int, columns: int) -> None:
         direction = torch.empty(rows, columns, device=CUDA)
         update_rows(weight, direction, 0, 1e-3, optimizer.low_bit_weight_decay, key, latents)
         return
-    assert optimizer.beta1 is not None
-    rule = AdamW(optimizer.beta1, optimizer.beta2, optimizer.epsilon, optimizer.low_bit_weight_decay)
+    assert optimizer.low_bit_beta1 is not None
+    rule = AdamW(optimizer.low_bit_beta1, optimizer.beta2, optimizer.epsilon, optimizer.low_bit_weight_decay)
     gradient = torch.empty(rows, columns, dtype=TORCH_DTYPES[optimizer.gradient_dtype], device=CUDA)
     factored = optimizer.second_moment == "factored"
     moments = new_moments(rows, columns, optimizer.state_bits, CUDA, second=not factored)

@@ -162,7 +162,7 @@ def poisoned(rank: int, world_size: int, bad_step: int, *overrides: str) -> tupl
 @pytest.mark.parametrize("bad_step", [1, 3])
 @pytest.mark.parametrize(
     "layout",
-    [(1,), (2, ZERO_1), (1, BF16), (2, ZERO_1, BF16), (1, "optimizer.name=adafactor", "optimizer.beta1=0.9")],
+    [(1,), (2, ZERO_1), (1, BF16), (2, ZERO_1, BF16), (1, "optimizer.name=adafactor", "optimizer.low_bit_beta1=0.9")],
     ids=str,
 )
 def test_a_gradient_that_is_not_finite_moves_nothing(layout: tuple[Any, ...], bad_step: int) -> None:
@@ -217,11 +217,11 @@ def reference_adamw(record: Record) -> Whole:
             "params": [tensor],
             "decay": float(tensor.shape[1] > 1),
             "rate": "low_bit_learning_rate" if name.endswith("_proj") else "learning_rate",
+            "betas": (optimizer.low_bit_beta1 if name.endswith("_proj") else optimizer.beta1, optimizer.beta2),
         }
         for name, tensor in whole.items()
     ]
-    assert optimizer.beta1 is not None
-    adamw = torch.optim.AdamW(groups, betas=(optimizer.beta1, optimizer.beta2), eps=optimizer.epsilon)
+    adamw = torch.optim.AdamW(groups, eps=optimizer.epsilon)
     for step, (gradients, grad_norm) in enumerate(zip(record.gradients, record.grad_norms, strict=True), start=1):
         rates = step_rates(step, record.config)
         for group in adamw.param_groups:
@@ -234,7 +234,7 @@ def reference_adamw(record: Record) -> Whole:
 
 
 SCHEDULE = ("optimizer.schedule=linear", "optimizer.warmup_steps=2", "optimizer.max_grad_norm=0.3")
-SCHEDULE += ("optimizer.weight_decay_steps=3",)
+SCHEDULE += ("optimizer.weight_decay_steps=3", "optimizer.low_bit_beta1=0.7")
 
 
 @pytest.mark.parametrize("method", ["dqt", "none"])
@@ -331,7 +331,7 @@ def test_adafactor_sharded_equals_one_process(beta1: str) -> None:
 
     Rows are divided over data-parallel ranks, rows or columns over tensor-parallel ranks.
     """
-    overrides = ("optimizer.name=adafactor", f"optimizer.beta1={beta1}")
+    overrides = ("optimizer.name=adafactor", f"optimizer.low_bit_beta1={beta1}")
     found, wanted = recorded(4, STEPS, *overrides, TP, ZERO_1), recorded(1, STEPS, *overrides)
     first_found, first_wanted = recorded(4, 1, *overrides, TP, ZERO_1), recorded(1, 1, *overrides)
     moments = [name for name in wanted.final if name.startswith("low_bit.")]

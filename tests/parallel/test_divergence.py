@@ -39,7 +39,7 @@ def directions(record: Record) -> list[Whole]:
     steps = []
     for step, (gradients, norm) in enumerate(zip(record.gradients, record.grad_norms, strict=True), start=1):
         clip = clip_factor(torch.tensor(norm), optimizer.max_grad_norm)
-        betas = {"beta1": optimizer.beta1, "beta2": optimizer.beta2, "epsilon": optimizer.epsilon}
+        betas = {"beta1": optimizer.low_bit_beta1, "beta2": optimizer.beta2, "epsilon": optimizer.epsilon}
         steps.append(
             {name: adamw_direction(gradients[name] * clip, *moments[name], step=step, **betas) for name in names}
         )

@@ -100,7 +100,7 @@ STAGE_CASES: dict[str, tuple[Any, ...]] = {
     "each micro-batch": (3, 5, "optimizer.gradient_reduction=micro_batch", "quantization.embeddings=true"),
     "8-bit moments": (3, 5, CLIPPED, "optimizer.state_bits=8", "model.ffn_hidden_size=64"),
     "factored second moment": (3, 5, CLIPPED, *FACTORED, *LATENTS),
-    "adafactor": (3, 5, CLIPPED, "optimizer.name=adafactor", "optimizer.beta1=0.9"),
+    "adafactor": (3, 5, CLIPPED, "optimizer.name=adafactor", "optimizer.low_bit_beta1=0.9"),
     "latents": (3, 5, CLIPPED, *LATENTS),
     "8-bit latents": (
         2,

@@ -53,7 +53,7 @@ _RUNS: list[tuple] = [
     (2, stage(2), *EIGHT_BITS),
     (2, stage(2), *EIGHT_BITS, FACTORED),
     (2, stage(3), "quantization.latent_bits=4", FACTORED),
-    (2, stage(1), "optimizer.name=adafactor", "optimizer.beta1=0.9"),
+    (2, stage(1), "optimizer.name=adafactor", "optimizer.low_bit_beta1=0.9"),
     (2, stage(0), TENSOR, "optimizer.name=adafactor", "quantization.embeddings=true"),
     (2, TENSOR, FACTORED),
     (2, TENSOR, SEQUENCE, "training.recompute=mlp"),
