@@ -1,5 +1,7 @@
 # make setup   build .venv with the pinned versions          make test   the test suite
 # make demo    prepare text, train over 4 processes, report   make lint   ruff and pyright
+# make fuzz    10,000 damaged configs and some thousand other files; FUZZ_EXAMPLES=N for more or fewer
+# make soak    three courses of 2,000 steps, stopped, killed and moved to other layouts; SOAK="--steps N" for others
 # make test-gguf   exports run by llama.cpp, which it builds first (C++ compiler; 20 minutes on two cores)
 # A GPU node that brings its own torch: make setup TORCH= PYTHON=python3.12 (and see README.md).
 
@@ -13,11 +15,13 @@ TEST_PROCESSES ?= 2
 LLAMA_CPP ?= llama-cpp-python==0.3.36
 LLAMA_CPP_STAMP := $(VENV)/.llama_cpp_installed
 
-.PHONY: setup demo test test-gguf lint clean
+FUZZ_EXAMPLES ?= 10000
+
+.PHONY: setup demo test test-gguf fuzz soak lint clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,4p' Makefile | cut -c3-
+	@sed -n '1,6p' Makefile | cut -c3-
 
 setup: $(STAMP)
 
@@ -36,6 +40,12 @@ test: $(STAMP)
 
 test-gguf: $(LLAMA_CPP_STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m gguf $(PYTEST_ARGS)
+
+fuzz: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)
+
+soak: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/soak.py $(SOAK)
 
 # llama-cpp-python comes as source only: pip compiles llama.cpp for the processor at hand.
 $(LLAMA_CPP_STAMP): $(STAMP)

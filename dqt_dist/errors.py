@@ -24,8 +24,17 @@ STOPPED_EXIT_CODE = 75
 """A signal stopped the run, and the run saved a checkpoint. The same command continues from it (EX_TEMPFAIL)."""
 
 
+def _printable(message: str) -> str:
+    """`message` with escapes such as \\x1b for what cannot be printed; lines stay lines."""
+    if message.isprintable():
+        return message
+    shown = (c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode("ascii") for c in message)
+    return "".join(shown)
+
+
 class SpokenError(Exception):
-    """The text is shown as it is.
+    """The text is shown as it is, but for characters that are not printable: what a message quotes of a file must not
+    act on a terminal.
 
     Normally all ranks raise the same error, and rank 0 prints it. `local` marks an error that one rank may meet alone
     (a file missing on one node). The rank that raises a local error prints it too, with the rank's number.
@@ -34,7 +43,7 @@ class SpokenError(Exception):
     exit_code: int
 
     def __init__(self, message: str, *, local: bool = False) -> None:
-        super().__init__(message)
+        super().__init__(_printable(message))
         self.local = local
 
 

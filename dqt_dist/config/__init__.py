@@ -13,8 +13,8 @@ Import from here: `from dqt_dist.config import Config, load_config`. Nothing her
 a run before the seconds that torch takes.
 """
 
-from dqt_dist.config.checks import ProcessGrid, check_world, process_grid, uses_cuda_graph
-from dqt_dist.config.load import load_config, to_json
+from dqt_dist.config.checks import ProcessGrid, check_world, process_grid, shown, uses_cuda_graph
+from dqt_dist.config.load import load_config, parse_json, to_json
 from dqt_dist.config.schema import (
     CODES_PER_GROUP,
     DTYPE_BYTES,
@@ -58,7 +58,9 @@ __all__ = [
     "ZeroOptimization",
     "check_world",
     "load_config",
+    "parse_json",
     "process_grid",
+    "shown",
     "to_json",
     "uses_cuda_graph",
 ]

@@ -53,7 +53,7 @@ def process_grid(config: Config, world_size: int) -> ProcessGrid:
 def raise_if(problems: Iterable[str], source: object) -> None:
     """Raise one `UserError` that lists `problems`, or return when there are none. `source` is the file or command at
     fault."""
-    lines = list(problems)
+    lines = [line.replace("\n", "\\n") for line in problems]
     if len(lines) == 1:
         raise UserError(f"{source}: {lines[0]}")
     if lines:
@@ -509,4 +509,5 @@ def _nearest(value: int, unit: int) -> str:
 
 
 def _divisors(value: int) -> str:
-    return ", ".join(str(candidate) for candidate in range(1, value + 1) if value % candidate == 0)
+    """Those up to 4096, which is all of them for any number of heads that there is."""
+    return ", ".join(str(candidate) for candidate in range(1, min(value, 4096) + 1) if value % candidate == 0)

@@ -2,7 +2,8 @@
 
     file          -> values    JSON; a key that stands twice stops the run
     --set         -> values    each `section.key=value` is written over what the file says
-    values        -> fields    each value against its type and range (schema.py); an unknown key stops the run
+    values        -> fields    each value against its type and range (schema.py); an unknown key stops the run. First
+                               what no field takes: numbers beyond 64 bits, text that is not printable, deep nesting
     left out      -> defaults  a field that is left out or null gets its value, also where another field decides it
     fields        -> checks    what fields say about each other (checks.py)
 
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -24,6 +27,11 @@ from dqt_dist.config.checks import config_problems, raise_if, shown
 from dqt_dist.config.schema import Config, Section
 from dqt_dist.errors import UserError
 
+MOST_LEVELS = 32
+"""Objects and lists inside one another; a config has 4."""
+
+_UNUSABLE_TEXT = re.compile("[\\0\ud800-\udfff]")
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read, override, validate and complete the JSON file at `path`; `overrides` are `section.key=value` texts.
@@ -32,6 +40,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     values = _read_json(Path(path))
     raise_if(_apply_overrides(values, overrides), "--set")
+    raise_if(_impossible_values(values), path)
     try:
         # Through JSON, where strict mode takes an array for a tuple.
         config = Config.model_validate_json(json.dumps(_without_nulls(values)))
@@ -51,6 +60,25 @@ def to_json(config: Config) -> str:
 # ---- file and overrides ----
 
 
+def parse_json(text: str, **options: Any) -> Any:
+    """json.loads, which raises RecursionError for what is nested too deep; here this is a ValueError as all the rest,
+    and it does not depend on the caller's own depth: more than MOST_LEVELS are refused."""
+    try:
+        value = json.loads(text, **options)
+    except RecursionError:
+        raise ValueError(f"nested more than {MOST_LEVELS} levels deep") from None
+    level, depth = [value], 0
+    while level := [part for whole in level if isinstance(whole, (dict, list)) for part in _parts(whole)]:
+        depth += 1
+        if depth > MOST_LEVELS:
+            raise ValueError(f"nested more than {MOST_LEVELS} levels deep")
+    return value
+
+
+def _parts(whole: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return whole.values() if isinstance(whole, dict) else whole
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -60,13 +88,15 @@ def _read_json(path: Path) -> dict[str, Any]:
         return dict(pairs)
 
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
+        values = parse_json(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
     except OSError as error:
         raise UserError(f"{path}: the config file cannot be read: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not a text file in UTF-8: {error.reason} at byte {error.start}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON that can be read: {error}") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: holds a JSON {type(values).__name__}; a config is an object, {{...}}")
     return values
@@ -85,8 +115,8 @@ def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[s
             problems.append(f"{override!r} is not of the form section.key=value, as in training.steps=100")
             continue
         try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
+            value = parse_json(text)
+        except ValueError:
             value = text
         problem = _write(values, keys, value)
         if problem:
@@ -100,11 +130,11 @@ def _write(values: dict[str, Any], keys: Sequence[str], value: Any) -> str | Non
     for depth, name in enumerate(keys):
         key: Any = name
         if isinstance(place, list):
-            if not name.isdecimal() or int(name) >= len(place):
+            if name not in map(str, range(len(place))):
                 return f"{'.'.join(keys[:depth])} is a list of {len(place)} and has no element {name!r}"
             key = int(name)
         elif not isinstance(place, dict):
-            return f"{'.'.join(keys[:depth])} is {place!r} and has no key {name!r}"
+            return f"{'.'.join(keys[:depth])} is {shown(place)} and has no key {name!r}"
         elif depth < len(keys) - 1 and place.get(name) is None:
             place[name] = {}
         if depth == len(keys) - 1:
@@ -125,6 +155,26 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
+def _impossible_values(value: Any, name: str = "", level: int = 0) -> Iterator[str]:
+    """A line per value that no field takes, also below `deepspeed`, where types are not known."""
+    if level > MOST_LEVELS:
+        yield f"{name}: is nested more than {MOST_LEVELS} levels deep; no field is"
+    elif isinstance(value, (dict, list)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, part in items:
+            shown_key = '""' if key == "" else str(key)
+            inside = f"{name}.{shown_key}" if name else shown_key
+            if isinstance(key, str) and not key.isprintable():
+                yield f"{inside}: is not the name of a field: it has characters that cannot be printed"
+            yield from _impossible_values(part, inside, level + 1)
+    elif isinstance(value, str) and _UNUSABLE_TEXT.search(value):
+        yield f"{name}: {shown(value)} is not valid; should be text without NUL and without half surrogate pairs"
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        yield f"{name}: {shown(value)} is not valid; should be a number of at most 64 bits"
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{name}: {shown(value)} is not valid; should be a finite number"
+
+
 # ---- field errors in our words ----
 
 
@@ -132,7 +182,7 @@ def _field_problems(error: ValidationError) -> list[str]:
     lines = []
     for detail in error.errors(include_url=False):
         location = detail["loc"]
-        name = ".".join(str(part) for part in location) or "the file"
+        name = ".".join(str(part) or '""' for part in location) or "the file"
         if detail["type"] == "default_factory_not_called":
             continue  # follows from a problem with another field, which has its own line
         elif detail["type"] == "extra_forbidden":

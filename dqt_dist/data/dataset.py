@@ -155,7 +155,8 @@ def _open_blend(
         check_indexed(prefix, where=where, vocab_size=vocab_size, tokenizer=tokenizer)
         indexed = IndexedDataset(prefix)
         documents = split_documents(len(indexed), held_out, split)
-        _require_one_sample(where, prefix, indexed, documents, held_out, split, config.sequence_length)
+        tokens = _require_one_sample(where, prefix, indexed, documents, held_out, split, config.sequence_length)
+        _require_memory_for_index(where, count, tokens, len(documents), config.sequence_length)
         sources.append(functools.partial(EpochDataset, indexed, prefix, documents, count, split, config))
     if len(sources) == 1:
         return sources[0]
@@ -170,13 +171,28 @@ def _require_one_sample(
     held_out: float,
     split: Split,
     sequence_length: int,
-) -> None:
+) -> int:
+    """The tokens of `documents`."""
     tokens = int(indexed.sequence_lengths[documents].sum(dtype=np.int64))
     if tokens < sequence_length + 1:
         part = f" in its {split.name} part (data.valid_fraction {held_out})" if held_out else ""
         raise UserError(
             f"{where}: {prefix} has {tokens} tokens{part}, but one sample takes model.seq_length + 1 ="
             f" {sequence_length + 1}; prepare more text or lower model.seq_length"
+        )
+    return tokens
+
+
+def _require_memory_for_index(where: str, num_samples: int, tokens: int, documents: int, sequence_length: int) -> None:
+    """An index is made in memory, and has a few numbers for each sample and each document of each epoch."""
+    epochs = num_samples * sequence_length // tokens + 1
+    needed = 12 * num_samples + 4 * documents * epochs
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > memory:
+        raise UserError(
+            f"training.steps: {num_samples} samples of {where} (training.steps * training.global_batch_size, or those"
+            f" of the validation) are {epochs} epochs of it, whose index takes {needed / 2**30:,.0f} GiB; this machine"
+            f" has {memory / 2**30:,.0f} GiB; use fewer steps"
         )
 
 

@@ -29,13 +29,13 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
 
 from dqt_dist import MEGATRON_NOTES
-from dqt_dist.config import DataConfig
+from dqt_dist.config import DataConfig, parse_json, shown
 from dqt_dist.data.tokenizer import Tokenizer, document_hash, load_tokenizer
 from dqt_dist.errors import RunError, UserError
 
@@ -94,14 +94,27 @@ class Manifest:
         if not path.is_file():
             return None
         try:
-            fields = json.loads(path.read_text())
+            fields = parse_json(path.read_text())
             if fields.get("format") != MANIFEST_FORMAT:
-                raise ValueError(f"format is {fields.get('format')}, expected {MANIFEST_FORMAT}")
-            return Manifest(**fields)
+                raise ValueError(f"format is {shown(fields.get('format'))}, expected {MANIFEST_FORMAT}")
+            return _of_its_types(Manifest(**fields))
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(
                 f"{path}: not a manifest of tools/prepare_data.py ({error}); prepare the data again with --force"
             ) from error
+
+
+Record = TypeVar("Record")
+
+
+def _of_its_types(record: Record) -> Record:
+    """`record`, a dataclass of numbers and texts that came from a file. Raises ValueError for a value of another type
+    and for numbers beyond 64 bits."""
+    for field in dataclasses.fields(record):  # type: ignore[arg-type]
+        value = getattr(record, field.name)
+        if type(value).__name__ != field.type or (type(value) is int and not -(2**63) <= value < 2**63):
+            raise ValueError(f"{field.name} is {shown(value)}, should be {field.type}")
+    return record
 
 
 # ---------------------------------------------------------------- writing
@@ -421,7 +434,7 @@ def _ids_of(prefix: str, where: str, cache_folder: Path) -> _Ids:
     places = [Path(f"{prefix}.ids.json"), cache_folder / f"{named}.ids.json"]
     for place in places:
         with contextlib.suppress(OSError, ValueError, TypeError):  # missing, or not such a file: it is made anew
-            known = _Ids(**json.loads(place.read_text()))
+            known = _of_its_types(_Ids(**parse_json(place.read_text())))
             if dataclasses.astuple(known)[:4] == identity:
                 return known
     tokens = np.memmap(f"{prefix}.bin", dtype, mode="r")

@@ -52,6 +52,13 @@ class Tokenizer:
             raise UserError(f"tokenizer {path}: not a SentencePiece model file ({len(model)} bytes)") from error
         if self.vocab_size == 0:  # what SentencePiece makes of an empty file, without an error
             raise UserError(f"tokenizer {path}: not a SentencePiece model file ({len(model)} bytes)")
+        try:
+            for token_id in range(self.vocab_size):
+                self.piece(token_id)
+        except UnicodeDecodeError as error:
+            raise UserError(f"tokenizer {path}: piece {token_id} is no text in UTF-8; copy the file again") from error
+        if self.unknown_id < 0:
+            raise UserError(f"tokenizer {path}: has no piece for what is unknown (unk_id is {self.unknown_id})")
         if self.eod_id < 0:
             raise UserError(
                 f"tokenizer {path}: has no end-of-sentence piece (eos_id is {self.eod_id}), which has to mark the end"

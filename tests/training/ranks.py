@@ -24,9 +24,19 @@ DEADLINE_SECONDS = 90.0
 
 
 class Ranks:
-    """The processes of one run. Use it in a `with` statement, which kills what is left."""
+    """The processes of one run. Use it in a `with` statement, which kills what is left.
 
-    def __init__(self, config_file: Path, log_folder: Path, *overrides: str, num: int = 2) -> None:
+    Each calls `prepare`, which can be pickled, before it starts the trainer.
+    """
+
+    def __init__(
+        self,
+        config_file: Path,
+        log_folder: Path,
+        *overrides: str,
+        num: int = 2,
+        prepare: Callable[[], object] | None = None,
+    ) -> None:
         log_folder.mkdir(parents=True, exist_ok=True)
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -41,7 +51,7 @@ class Ranks:
             environment = {name: str(value) for name, value in variables.items()}
             environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
             argv = [str(ROOT / "launchers/pretrain.py"), "--config", str(config_file), *arguments]
-            self.processes.append(context.Process(target=_rank, args=(argv, environment, str(log))))
+            self.processes.append(context.Process(target=_rank, args=(argv, environment, str(log), prepare)))
             self.processes[-1].start()
 
     def __enter__(self) -> Ranks:
@@ -77,7 +87,7 @@ class Ranks:
         return "\n".join(log.read_text() for log in self.logs if log.exists())
 
 
-def _rank(argv: list[str], environment: dict[str, str], log: str) -> None:
+def _rank(argv: list[str], environment: dict[str, str], log: str, prepare: Callable[[], object] | None) -> None:
     import torch
 
     with open(log, "wb") as file:
@@ -86,6 +96,8 @@ def _rank(argv: list[str], environment: dict[str, str], log: str) -> None:
     os.environ.update(environment)
     torch.set_num_threads(1)
     sys.argv = argv
+    if prepare is not None:
+        prepare()
     runpy.run_path(argv[0], run_name="__main__")
 
 
