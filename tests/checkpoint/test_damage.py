@@ -24,17 +24,9 @@ from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.checkpoint.store import shares
 from dqt_dist.errors import UserError
 from tests.checkpoint.damage import ACCIDENTS, Payload, plant, rewrite_manifest
-from tests.checkpoint.states import MATRIX, write
+from tests.checkpoint.states import MATRIX
 from tests.distributed import run_distributed
 from tests.small import small_config
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with checkpoints of steps 5 and 10 by two ranks."""
-    folder = tmp_path_factory.mktemp("run")
-    run_distributed(write, 2, str(folder), [5, 10])
-    return folder
 
 
 @pytest.fixture

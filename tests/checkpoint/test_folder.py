@@ -12,16 +12,6 @@ from dqt_dist.checkpoint.folder import MANIFEST, DamagedCheckpoint, read_manifes
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.errors import UserError
 from tests.checkpoint.damage import flip, rewrite_manifest
-from tests.checkpoint.states import write
-from tests.distributed import run_distributed
-
-
-@pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder with checkpoints of steps 5 and 10 by two ranks."""
-    folder = tmp_path_factory.mktemp("run")
-    run_distributed(write, 2, str(folder), [5, 10])
-    return folder
 
 
 @pytest.fixture
