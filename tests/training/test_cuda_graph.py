@@ -56,7 +56,7 @@ class RecordOnCpu:
     """
 
     def __init__(self, optimizer: CombinedOptimizer) -> None:
-        self.buffers = optimizer.reducer.buffers
+        self.reducer = optimizer.reducer
 
     def __call__(self, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], None]]:
         result = function()
@@ -66,17 +66,13 @@ class RecordOnCpu:
             result.copy_(function())
             BYTES_SENT.clear()
             BYTES_SENT.update(before)  # a graph's collectives run without Python
-            for buffer in self.buffers:
+            for buffer in self.reducer.buffers:
                 # After the last part of a step.
-                if buffer.state is GradientState.TAKE and buffer.micro_batches == self.num_micro_batches(buffer):
+                if buffer.state is GradientState.TAKE and buffer.micro_batches == self.reducer.num_micro_batches:
                     assert buffer.recorded is not None
                     buffer.recorded.copy_(buffer.take())
 
         return result, replay
-
-    @staticmethod
-    def num_micro_batches(buffer: Any) -> int:
-        return buffer._reducer().num_micro_batches
 
 
 def stepped(rank: int, world_size: int, recorded: bool, *overrides: str) -> tuple[Whole, list[float], dict, float]:
