@@ -279,6 +279,12 @@ def _fused_backward_problems(config: Config) -> Iterable[str]:
             f'optimizer.fused_backward: true does not go with quantization.method = "{config.quantization.method}", '
             f"which has no low-bit weights; use false"
         )
+    if config.training.spike_deviations is not None:
+        yield (
+            f"training.spike_deviations: {config.training.spike_deviations:g} skips a step when its loss is known, but "
+            f"optimizer.fused_backward = true has updated the low-bit weights by then; leave spike_deviations out, or "
+            f"use fused_backward = false"
+        )
 
 
 def _recompute_problems(config: Config) -> Iterable[str]:

@@ -301,8 +301,14 @@ class TrainingConfig(Section):
     tensor and pipeline parallel size 1 and ZeRO stage 0 or 1. Gradients then stay allocated between steps. auto: on a
     GPU, when no other field of the config stands against a graph."""
     max_skipped_steps: PositiveInt = 10
-    """Steps in a row with a loss or gradients that are not finite, after which the run stops. Such a step changes no
-    weight."""
+    """Skipped steps in a row after which the run stops: with a loss or gradients that are not finite, or with a spike.
+    Such a step changes no weight."""
+    spike_deviations: PositiveFloat | None = None
+    """A step is skipped when its loss lies more than this number of standard deviations above the mean of the last
+    spike_window losses. Default: none, a finite loss is never a spike."""
+    spike_window: Annotated[int, Field(ge=2)] = 128
+    """Losses that a spike is measured against, of the last steps that were not skipped. No step is skipped until there
+    are that many."""
     startup_timeout_seconds: PositiveFloat = 1800.0
     """Longest time without progress until the first step is done, and in a save, after which the run ends and names
     the ranks that it waited for."""

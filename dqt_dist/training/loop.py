@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dqt_dist.checkpoint import store
-from dqt_dist.checkpoint.folder import complete_checkpoints
+from dqt_dist.checkpoint.folder import RECENT_LOSSES, complete_checkpoints
 from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_SHA256
 from dqt_dist.config import Config, ProcessGrid, process_grid
 from dqt_dist.data.dataset import build_datasets
@@ -28,6 +28,7 @@ from dqt_dist.errors import RUN_ERROR_EXIT_CODE, RunError, told
 from dqt_dist.launch import Launch
 from dqt_dist.layers.build import build_model
 from dqt_dist.optim.engine import build_engine
+from dqt_dist.optim.loss_spikes import losses_of, new_window
 from dqt_dist.parallel.groups import Groups, finalize, initialize
 from dqt_dist.training import cost
 from dqt_dist.training.cuda_graph import choose_forward_backward
@@ -140,6 +141,9 @@ class Trainer:
         self._start_up_phase("loading the checkpoint")
         if checkpoint is not None:
             store.load(checkpoint, self.model_chunks, self.optimizer, config)
+            if config.training.spike_deviations is not None:
+                losses = checkpoint.manifest.get(RECENT_LOSSES, [])
+                self.optimizer.loss_window = new_window(config.training.spike_window, losses, groups.device)
         self._start_up_phase("opening the run folder")
         self.checkpoint_writer = store.open_writer(config)
         left = set_aside_other_course(config, checkpoint)
@@ -236,10 +240,12 @@ class Trainer:
         self._record_saves()
 
     def _why_too_many_are_skipped(self, skipped: int, result: StepResult) -> str:
+        deviations = self.config.training.spike_deviations
+        spike = "" if deviations is None else f", or a loss {deviations:g} deviations above those before"
         newest = complete_checkpoints(store.checkpoints_folder(self.config))
         return (
             f"training.max_skipped_steps: {skipped} steps in a row up to step {self.step} had a loss or gradients that "
-            f"are not finite (loss {float(mean_over_data(result.loss, self.groups)):.4g}, gradient norm "
+            f"are not finite{spike} (loss {float(mean_over_data(result.loss, self.groups)):.4g}, gradient norm "
             f"{float(result.grad_norm):.4g}, optimizer.learning_rate {result.rates.learning_rate:.4g}); the newest "
             f"checkpoint is {newest[-1].name if newest else 'none'}, as before"
         )
@@ -334,6 +340,7 @@ class Trainer:
             "layout": asdict(self.process_grid),
             "versions": cost.versions(),
             TOKENIZER_SHA256: self.tokenizer.sha256,
+            RECENT_LOSSES: losses_of(self.optimizer.loss_window),
         }
         store.save(self.checkpoint_writer, self.model_chunks, self.optimizer, self.config, self.progress, provenance)
         self.saved_step = self.step

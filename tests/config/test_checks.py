@@ -157,6 +157,10 @@ from tests.config.files import refusal, world_refusal
             "optimizer.max_grad_norm is 1; use 0, or fused_backward = false",
         ),
         (
+            ["optimizer.fused_backward=true", "optimizer.max_grad_norm=0", "training.spike_deviations=4"],
+            "training.spike_deviations: 4 skips a step when its loss is known, but optimizer.fused_backward = true",
+        ),
+        (
             ["training.recompute_layers=2"],
             'training.recompute_layers: 2 blocks are to compute again, but training.recompute = "none"',
         ),
