@@ -32,6 +32,7 @@ from dqt_dist.optim.loss_spikes import losses_of, new_window
 from dqt_dist.parallel.groups import Groups, finalize, initialize
 from dqt_dist.training import cost
 from dqt_dist.training.cuda_graph import choose_forward_backward
+from dqt_dist.training.health import unhealthy
 from dqt_dist.training.low_bit_metrics import LowBitMetricsCollector
 from dqt_dist.training.recorder import Recorder
 from dqt_dist.training.replica_check import check_replicas
@@ -158,6 +159,7 @@ class Trainer:
         self.valid_loss = math.nan
         self.saved_step = self.step
         self.logged_skipped_steps = 0
+        self.said_unhealthy = False
         self.clock, self.clock_step, self.training_seconds = time.perf_counter(), self.step, 0.0
 
     def _start_up_phase(self, name: str) -> None:
@@ -286,6 +288,10 @@ class Trainer:
             }
         )
         self.logged_skipped_steps = skipped_steps
+        if code_metrics and not self.said_unhealthy:
+            for line in unhealthy(code_metrics, result.rates, self.config):
+                self.recorder.say(f"warning: step {self.step}: {line} (docs/tuning.md)")
+                self.said_unhealthy = True
         self._start_clock()
 
     def _log_codes(self) -> None:
