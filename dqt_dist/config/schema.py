@@ -309,6 +309,11 @@ class TrainingConfig(Section):
     spike_window: Annotated[int, Field(ge=2)] = 128
     """Losses that a spike is measured against, of the last steps that were not skipped. No step is skipped until there
     are that many."""
+    replay_suspicious_steps: bool = False
+    """Execute a skipped step again, and compare all gradients bit for bit: equal means that the data or the weights are
+    the reason; a difference ends the run and names the rank. The last batch is also executed twice after a failed
+    replica check. Needs deterministic = true. Costs a pass over the gradients and a wait for the device in each
+    step."""
     startup_timeout_seconds: PositiveFloat = 1800.0
     """Longest time without progress until the first step is done, and in a save, after which the run ends and names
     the ranks that it waited for."""

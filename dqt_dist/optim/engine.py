@@ -11,6 +11,7 @@ loss by the number of micro-batches, and the reduction divides by the data-paral
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -90,6 +91,8 @@ class CombinedOptimizer:
         self.loss = torch.zeros((), device=groups.device)
         """Loss of the step on this rank, from whoever runs the backward passes. One that is not finite, on any rank,
         makes the step change no weight, as a norm that is not finite does."""
+        self.before_update: Callable[[Tensor], None] | None = None
+        """Called with the clip factor, 0 for a step that is skipped, when the mean gradients wait for the update."""
         self.mean_loss = torch.zeros((), dtype=torch.float64, device=groups.device)
         """Loss of the global batch in the last step, the same on all ranks."""
         self.loss_window = new_window(config.training.spike_window, [], groups.device)
@@ -140,6 +143,8 @@ class CombinedOptimizer:
         self.grad_norm, self.mean_loss = self._global_norm_and_loss()
         clip = self._skip_spike(clip_factor(self.grad_norm, optimizer.max_grad_norm))
         self._count_skipped(clip)
+        if self.before_update is not None:
+            self.before_update(clip)
         # Phase 3 update. With fused_backward the backward pass has already updated the low-bit matrices.
         self._update_high_precision(rates, clip)
         if not optimizer.fused_backward:

@@ -35,6 +35,7 @@ from dqt_dist.training.cuda_graph import choose_forward_backward
 from dqt_dist.training.health import unhealthy
 from dqt_dist.training.low_bit_metrics import LowBitMetricsCollector
 from dqt_dist.training.recorder import Recorder
+from dqt_dist.training.replay import Replay
 from dqt_dist.training.replica_check import check_replicas
 from dqt_dist.training.run_folder import only_writer, set_aside_other_course
 from dqt_dist.training.step import Batch, StepResult, evaluate, mean_over_data, train_step
@@ -138,6 +139,10 @@ class Trainer:
         self.engine = build_engine(self.model_chunks, config, groups)
         self.optimizer = self.engine.optimizer
         self.forward_backward = choose_forward_backward(self.model_chunks, self.optimizer, config, groups)
+        self.replay = None
+        if config.training.replay_suspicious_steps:
+            self.replay = Replay(self.forward_backward, self.model_chunks, self.optimizer, groups)
+            self.forward_backward = self.replay.run
         self.low_bit_metrics = LowBitMetricsCollector(self.optimizer.low_bit, config, groups)
         self._start_up_phase("loading the checkpoint")
         if checkpoint is not None:
@@ -223,6 +228,8 @@ class Trainer:
         logging, training, checkpoint = self.config.logging, self.config.training, self.config.checkpoint
         self.watchdog.mark("between steps", self.step)
         self.recorder.step_done()
+        if self.replay is not None and self.replay.repeated:
+            self.recorder.say(self._why_it_was_skipped(result))
         asked_to_stop, skipped = agree(self.stop.received, int(self.optimizer.skipped_in_a_row_on_host))
         if training.replica_check_interval and self.step % training.replica_check_interval == 0:
             self._check_replicas()
@@ -240,6 +247,15 @@ class Trainer:
         if checkpoint.interval and self.step % checkpoint.interval == 0 and self.step < training.steps:
             self._save_if_trained()
         self._record_saves()
+
+    def _why_it_was_skipped(self, result: StepResult) -> str:
+        last = self.progress.samples - 1
+        return (
+            f"step {self.step}: skipped (loss {float(self.optimizer.mean_loss):.4g}, gradient norm "
+            f"{float(result.grad_norm):.4g}); executed again it gave the same bits on every rank, so the reason is the "
+            f"data, samples {last + 1 - self.config.training.global_batch_size} to {last}, or the weights, and not the "
+            f"hardware"
+        )
 
     def _why_too_many_are_skipped(self, skipped: int, result: StepResult) -> str:
         deviations = self.config.training.spike_deviations
@@ -354,7 +370,12 @@ class Trainer:
         self._start_clock()
 
     def _check_replicas(self) -> None:
-        check_replicas(self.model_chunks, self.optimizer, self.groups, self.step)
+        try:
+            check_replicas(self.model_chunks, self.optimizer, self.groups, self.step)
+        except RunError as error:
+            if self.replay is None:
+                raise
+            raise RunError(f"{error}\n{self.replay.after_failed_replica_check()}") from None
 
     def _wait_for_save(self) -> None:
         self.watchdog.mark("saving", self.step, slow=True)
