@@ -9,6 +9,7 @@ A folder named `step_...` with a manifest is complete: writer.py renames it last
 
     format     2                                   step, tokens, samples   progress; samples is the position in the data
     config     the complete config of the run      layout, versions        of the run that wrote it, for people
+    recent_losses      what the next loss is compared with (optim/loss_spikes.py); empty without spike_deviations
     tokenizer_sha256   of the tokenizer that the model was trained with (run_tokenizer.py)
     files      {name: {"bytes": size, "sha256": hexadecimal digest}}
     sha256     of everything above, so that a flipped bit of a number here is found too
@@ -36,6 +37,7 @@ from dqt_dist.errors import UserError
 
 MANIFEST = "manifest.json"
 METADATA = ".metadata"
+RECENT_LOSSES = "recent_losses"
 FORMAT_VERSION = 2
 STEP_FOLDER = re.compile(r"step_(\d{8})")
 # Of a file in the folder itself: no separators, nothing that a terminal would act on.
@@ -146,6 +148,9 @@ def _manifest_problems(manifest: dict[str, Any]) -> list[str]:
     wrong += [name for name in ("config", "files") if not isinstance(manifest.get(name), dict)]
     if wrong:
         return [f"{', '.join(wrong)} missing or of the wrong type"]
+    losses = manifest.get(RECENT_LOSSES, [])
+    if type(losses) is not list or any(type(loss) is not float for loss in losses):
+        return [f"{RECENT_LOSSES} is no list of numbers"]
     problems = [f"config.{name} is no section" for name, part in manifest["config"].items() if type(part) is not dict]
     for name, entry in manifest["files"].items():
         if not FILE_NAME.fullmatch(name) or name == MANIFEST:

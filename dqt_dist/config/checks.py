@@ -76,6 +76,7 @@ def config_problems(config: Config) -> Iterable[str]:
     yield from _fused_backward_problems(config)
     yield from _recompute_problems(config)
     yield from _cuda_graph_problems(config)
+    yield from _replay_problems(config)
     yield from _moment_problems(config)
     yield from _schedule_problems(config)
     yield from _checkpoint_problems(config)
@@ -279,6 +280,12 @@ def _fused_backward_problems(config: Config) -> Iterable[str]:
             f'optimizer.fused_backward: true does not go with quantization.method = "{config.quantization.method}", '
             f"which has no low-bit weights; use false"
         )
+    if config.training.spike_deviations is not None:
+        yield (
+            f"training.spike_deviations: {config.training.spike_deviations:g} skips a step when its loss is known, but "
+            f"optimizer.fused_backward = true has updated the low-bit weights by then; leave spike_deviations out, or "
+            f"use fused_backward = false"
+        )
 
 
 def _recompute_problems(config: Config) -> Iterable[str]:
@@ -294,6 +301,22 @@ def _recompute_problems(config: Config) -> Iterable[str]:
         yield (
             f"training.recompute_layers: {layers} is more than the {config.layers_per_chunk} blocks of a pipeline "
             f"stage; use at most {config.layers_per_chunk}"
+        )
+
+
+def _replay_problems(config: Config) -> Iterable[str]:
+    what = "training.replay_suspicious_steps: true"
+    if not config.training.replay_suspicious_steps:
+        return
+    if not config.training.deterministic:
+        yield (
+            f"{what} compares two executions of a step bit for bit, but training.deterministic is false; use "
+            f"deterministic = true, or replay_suspicious_steps = false"
+        )
+    if config.optimizer.fused_backward:
+        yield (
+            f"{what} executes a step again from the same weights, but optimizer.fused_backward = true updates them in "
+            f"the backward pass; use one of the two"
         )
 
 

@@ -304,8 +304,19 @@ class TrainingConfig(Section):
     tensor and pipeline parallel size 1 and ZeRO stage 0 or 1. Gradients then stay allocated between steps. auto: on a
     GPU, when no other field of the config stands against a graph."""
     max_skipped_steps: PositiveInt = 10
-    """Steps in a row with a loss or gradients that are not finite, after which the run stops. Such a step changes no
-    weight."""
+    """Skipped steps in a row after which the run stops: with a loss or gradients that are not finite, or with a spike.
+    Such a step changes no weight."""
+    spike_deviations: PositiveFloat | None = None
+    """A step is skipped when its loss lies more than this number of standard deviations above the mean of the last
+    spike_window losses. Default: none, a finite loss is never a spike."""
+    spike_window: Annotated[int, Field(ge=2)] = 128
+    """Losses that a spike is measured against, of the last steps that were not skipped. No step is skipped until there
+    are that many."""
+    replay_suspicious_steps: bool = False
+    """Execute a skipped step again, and compare all gradients bit for bit: equal means that the data or the weights are
+    the reason; a difference ends the run and names the rank. The last batch is also executed twice after a failed
+    replica check. Needs deterministic = true. Costs a pass over the gradients and a wait for the device in each
+    step."""
     startup_timeout_seconds: PositiveFloat = 1800.0
     """Longest time without progress until the first step is done, and in a save, after which the run ends and names
     the ranks that it waited for."""

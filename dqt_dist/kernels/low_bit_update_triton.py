@@ -485,7 +485,8 @@ def _adamw_kernel(
         9. pack u', store it over C, count flips, zeros and clamped weights
 
     A clip factor of 0 says that the step is not to be taken. Then the kernel reads no gradients and sets R = 0 and
-    E = infinity: moments decay, and only weight decay moves codes. A learning rate of 0 sets R and E in the same way.
+    E = infinity, and decays no code: moments decay, and no code changes. A learning rate of 0 sets R and E in the same
+    way.
 
     argument               shape                        dtype          meaning
     codes                  [rows, packed_columns]       uint8 or int8  packed codes; rewritten
@@ -544,6 +545,7 @@ def _adamw_kernel(
     scale = tl.load(stored_scale + row)
     root_factor = tl.where(is_taken, root_factor * scale, 0.0)
     epsilon = tl.where(is_taken, epsilon * scale, float("inf"))
+    decay_factor = tl.where(is_taken, decay_factor, 1.0)
     codes_row = codes + row * packed_columns
     latents_row = latents + row * packed_latents
     ratio = tl.load(codes_per_latent + row)

@@ -26,6 +26,18 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+# Of Knuth's MMIX generator: earlier gradients of a step count with another weight than the last.
+_ODD = 6364136223846793005
+
+
+def checksum(tensor: Tensor) -> Tensor:
+    """The sum of the words of a tensor of 2, 4 or 8 bytes per element, mod 2^64: an int64 scalar on its device.
+
+    A change of one word always shows. The tensor is read once, without temporaries.
+    """
+    words = {2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().view(words).sum(dtype=torch.int64)
+
 
 class GradientState(Enum):
     """The state of a buffer; see the table above."""
@@ -76,6 +88,8 @@ class GradientBuffer:
         """Called with the mean as soon as the mean has arrived."""
         self.square_sum: Tensor | None = None
         """Sum of squares of the mean that was consumed last, in parts to be added up, fp64."""
+        self.digest: Tensor | None = None
+        """Checksum of the sums that were handed over since whoever has set it has set it to 0; an int64 scalar."""
         self._reducer: weakref.ref[Reducer] | None = None
 
     def attach(self, reducer: Reducer) -> None:
@@ -120,6 +134,8 @@ class GradientBuffer:
         """Hands over this rank's sum."""
         assert self.local is not None and self.state is not GradientState.REDUCE, (self.name, self.state)
         local, self.local, self.state = self.local, None, GradientState.REDUCE
+        if self.digest is not None:
+            self.digest.mul_(_ODD).add_(checksum(local))
         return local
 
     def receive(self, mean: Tensor) -> None:

@@ -76,7 +76,7 @@ class LowBitMatrix(nn.Module):
             raise ValueError(f"layout {layout.rows} x {layout.columns} for a shard of {self.rows} x {self.columns}")
         device = self.codes.device
         self.layout = layout
-        self.gradient.name = layout.matrices[0].name
+        self.gradient.name = " ".join(matrix.name for matrix in layout.matrices)
         self.scale = torch.ones(len(layout.matrices), device=device)
         if self.latent_grid is not None:
             self.latent_scale = torch.ones_like(self.scale)

@@ -11,6 +11,7 @@ integers, so all ZeRO stages give the same bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -90,13 +91,14 @@ class AdafactorRule:
             # clip is 0 for a step whose norm is not finite. 0 * inf is nan, which becomes 0.
             return (mean[block].float() * clip).nan_to_num_(nan=0.0)
 
-        # A step with clip 0 must not move codes by the first moment either.
+        # A step with clip 0 must not move codes by the first moment or by weight decay either: a code without direction
+        # is kept.
         step_enabled = clip > 0
         for block, direction in self.directions(rows, clipped_gradient):
             start, latents = rows.start + block.start, rows.state.get("latent")
             yield update_rows(
                 rows.weight,
-                direction * step_enabled,
+                torch.where(step_enabled, direction, math.nan),
                 start,
                 settings.learning_rate,
                 settings.weight_decay,

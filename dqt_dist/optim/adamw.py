@@ -22,6 +22,7 @@ With second_moment factored the means of `factored.py` stand for exp_avg_sq, and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -94,8 +95,8 @@ def adamw_update_rows(
     """One AdamW step of rows [start, start + len(gradient)): moments and codes change in place.
 
     `gradient` [n, columns] is fp32 or bf16 and is multiplied by `clip`, an fp32 scalar on the same device. A clip of
-    0 says that some elements may not be finite, or may be above GRADIENT_LIMIT. Then no gradient is read, moments
-    decay, and only weight decay moves codes. A clip of None says that nobody has checked the elements. Then each
+    0 skips the step: elements may not be finite, or may be above GRADIENT_LIMIT. Then no gradient is read, moments
+    decay, and no code changes. A clip of None says that nobody has checked the elements. Then each
     element that is not finite, or is above GRADIENT_LIMIT, counts as zero. `moments` are those of the n rows;
     `key.step` is Adam's t.
 
@@ -144,8 +145,8 @@ def adamw_update_rows_reference(
             moments[name].copy_(codes)
             moments[f"{name}_scale"].copy_(exponents)
     if clip is not None:
-        # With a clip of 0 the first moment must not move codes either.
-        direction *= clip > 0
+        # With a clip of 0 neither the first moment nor weight decay may move codes: a code without direction is kept.
+        direction = torch.where(clip > 0, direction, math.nan)
     latents = moments.get("latent")
     return update_rows_reference(weight, direction, start, learning_rate, adamw.weight_decay, key, words, latents)
 

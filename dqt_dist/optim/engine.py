@@ -11,6 +11,7 @@ loss by the number of micro-batches, and the reduction divides by the data-paral
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from dqt_dist.optim.deepspeed_adapter import (
     initialize_engine,
 )
 from dqt_dist.optim.gradient_reducer import GradientReducer, reduce_when
+from dqt_dist.optim.loss_spikes import is_spike, new_window, pushed
 from dqt_dist.optim.low_bit_optimizer import LowBitOptimizer
 from dqt_dist.optim.schedule import StepRates, step_rates
 from dqt_dist.parallel.groups import Groups
@@ -91,8 +93,14 @@ class CombinedOptimizer:
         self.loss = torch.zeros((), device=groups.device)
         """Loss of the step on this rank, from whoever runs the backward passes. One that is not finite, on any rank,
         makes the step change no weight, as a norm that is not finite does."""
+        self.before_update: Callable[[Tensor], None] | None = None
+        """Called with the clip factor, 0 for a step that is skipped, when the mean gradients wait for the update."""
+        self.mean_loss = torch.zeros((), dtype=torch.float64, device=groups.device)
+        """Loss of the global batch in the last step, the same on all ranks."""
+        self.loss_window = new_window(config.training.spike_window, [], groups.device)
+        """What a loss spike is measured against (loss_spikes.py); all nan without training.spike_deviations."""
         self.skipped_steps = torch.zeros((), dtype=torch.int64, device=groups.device)
-        """Steps of this process that changed no weight for such a reason; the same on all ranks."""
+        """Steps of this process that changed no weight for such a reason or for a spike; the same on all ranks."""
         self.skipped_in_a_row = torch.zeros_like(self.skipped_steps)
         """Of these, the ones since the last step that changed weights."""
         self.skipped_in_a_row_on_host = torch.zeros((), dtype=torch.int64, pin_memory=groups.device.type == "cuda")
@@ -133,10 +141,12 @@ class CombinedOptimizer:
         assert rates is not None and rates.step == self.steps_done + 1, "begin_step comes before the backward passes"
         # Phase 1 reduce: the gradients that the backward passes have not reduced.
         self.reducer.finish()
-        # Phase 2 norm and clip: one norm over the gradients of all weights.
-        self.grad_norm = self._global_norm()
-        clip = clip_factor(self.grad_norm, optimizer.max_grad_norm)
+        # Phase 2 norm and clip: one norm over the gradients of all weights. A clip of 0 skips the step.
+        self.grad_norm, self.mean_loss = self._global_norm_and_loss()
+        clip = self._skip_spike(clip_factor(self.grad_norm, optimizer.max_grad_norm))
         self._count_skipped(clip)
+        if self.before_update is not None:
+            self.before_update(clip)
         # Phase 3 update. With fused_backward the backward pass has already updated the low-bit matrices.
         self._update_high_precision(rates, clip)
         if not optimizer.fused_backward:
@@ -152,16 +162,32 @@ class CombinedOptimizer:
         self.high_precision.put_gradients([gradient.take().view(-1) for gradient in self.gradients], clip)
         self.high_precision.step()
 
-    def _global_norm(self) -> Tensor:
-        """L2 norm of all gradients, fp32 scalar. Exactly one rank of the world counts each element."""
+    def _global_norm_and_loss(self) -> tuple[Tensor, Tensor]:
+        """L2 norm of all gradients, fp32 scalar, and the mean loss of the global batch, fp64 scalar.
+
+        Exactly one rank of the world counts each element of the gradients. The norm is not finite when the loss is not.
+        """
         counted_here = list(self.low_bit.gradients)
         for shard, gradient in zip(self.shards, self.gradients, strict=True):
             if not (shard.parameter.replicated and self.groups.tensor.rank() > 0):
                 counted_here.append(gradient)
-        total = self.reducer.square_norm(counted_here).to(self.groups.device)
-        total += 0.0 * self.loss  # nan when the loss is not finite
-        dist.all_reduce(total, group=self.groups.world)
-        return total.sqrt().float()
+        square_norm = self.reducer.square_norm(counted_here).to(self.groups.device)
+        totals = torch.stack([square_norm, self.loss.double()])
+        dist.all_reduce(totals, group=self.groups.world)
+        square_norm, loss = totals.unbind()
+        # Ranks that are not in the last pipeline stage have loss 0.
+        mean_loss = loss / (self.groups.data.size() * self.groups.tensor.size())
+        return (square_norm + 0.0 * loss).sqrt().float(), mean_loss
+
+    def _skip_spike(self, clip: Tensor) -> Tensor:
+        """`clip`, or 0 where the loss is a spike. A loss of a step that is not skipped enters the window."""
+        deviations = self.config.training.spike_deviations
+        if deviations is None:
+            return clip
+        spike = is_spike(self.mean_loss, self.loss_window, deviations)
+        clip = torch.where(spike, torch.zeros_like(clip), clip)
+        self.loss_window = pushed(self.loss_window, self.mean_loss, clip > 0)
+        return clip
 
     def _count_skipped(self, clip: Tensor) -> None:
         skipped = clip == 0

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from dqt_dist.checkpoint import store
-from dqt_dist.checkpoint.folder import complete_checkpoints
+from dqt_dist.checkpoint.folder import RECENT_LOSSES, complete_checkpoints
 from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_SHA256
 from dqt_dist.config import Config, ProcessGrid, process_grid
 from dqt_dist.data.dataset import build_datasets
@@ -28,12 +28,15 @@ from dqt_dist.errors import RUN_ERROR_EXIT_CODE, RunError, told
 from dqt_dist.launch import Launch
 from dqt_dist.layers.build import build_model
 from dqt_dist.optim.engine import build_engine
+from dqt_dist.optim.loss_spikes import losses_of, new_window
 from dqt_dist.parallel.groups import Groups, finalize, initialize
 from dqt_dist.plan.arithmetic import flops_per_token
 from dqt_dist.training import cost
 from dqt_dist.training.cuda_graph import choose_forward_backward
+from dqt_dist.training.health import unhealthy
 from dqt_dist.training.low_bit_metrics import LowBitMetricsCollector
 from dqt_dist.training.recorder import Recorder
+from dqt_dist.training.replay import Replay
 from dqt_dist.training.replica_check import check_replicas
 from dqt_dist.training.run_folder import only_writer, set_aside_other_course
 from dqt_dist.training.step import Batch, StepResult, evaluate, mean_over_data, train_step
@@ -137,10 +140,17 @@ class Trainer:
         self.engine = build_engine(self.model_chunks, config, groups)
         self.optimizer = self.engine.optimizer
         self.forward_backward = choose_forward_backward(self.model_chunks, self.optimizer, config, groups)
+        self.replay = None
+        if config.training.replay_suspicious_steps:
+            self.replay = Replay(self.forward_backward, self.model_chunks, self.optimizer, groups)
+            self.forward_backward = self.replay.run
         self.low_bit_metrics = LowBitMetricsCollector(self.optimizer.low_bit, config, groups)
         self._start_up_phase("loading the checkpoint")
         if checkpoint is not None:
             store.load(checkpoint, self.model_chunks, self.optimizer, config)
+            if config.training.spike_deviations is not None:
+                losses = checkpoint.manifest.get(RECENT_LOSSES, [])
+                self.optimizer.loss_window = new_window(config.training.spike_window, losses, groups.device)
         self._start_up_phase("opening the run folder")
         self.checkpoint_writer = store.open_writer(config)
         left = set_aside_other_course(config, checkpoint)
@@ -155,6 +165,7 @@ class Trainer:
         self.valid_loss = math.nan
         self.saved_step = self.step
         self.logged_skipped_steps = 0
+        self.said_unhealthy = False
         self.clock, self.clock_step, self.training_seconds = time.perf_counter(), self.step, 0.0
 
     def _start_up_phase(self, name: str) -> None:
@@ -218,6 +229,8 @@ class Trainer:
         logging, training, checkpoint = self.config.logging, self.config.training, self.config.checkpoint
         self.watchdog.mark("between steps", self.step)
         self.recorder.step_done()
+        if self.replay is not None and self.replay.repeated:
+            self.recorder.say(self._why_it_was_skipped(result))
         asked_to_stop, skipped = agree(self.stop.received, int(self.optimizer.skipped_in_a_row_on_host))
         if training.replica_check_interval and self.step % training.replica_check_interval == 0:
             self._check_replicas()
@@ -236,11 +249,22 @@ class Trainer:
             self._save_if_trained()
         self._record_saves()
 
+    def _why_it_was_skipped(self, result: StepResult) -> str:
+        last = self.progress.samples - 1
+        return (
+            f"step {self.step}: skipped (loss {float(self.optimizer.mean_loss):.4g}, gradient norm "
+            f"{float(result.grad_norm):.4g}); executed again it gave the same bits on every rank, so the reason is the "
+            f"data, samples {last + 1 - self.config.training.global_batch_size} to {last}, or the weights, and not the "
+            f"hardware"
+        )
+
     def _why_too_many_are_skipped(self, skipped: int, result: StepResult) -> str:
+        deviations = self.config.training.spike_deviations
+        spike = "" if deviations is None else f", or a loss {deviations:g} deviations above those before"
         newest = complete_checkpoints(store.checkpoints_folder(self.config))
         return (
             f"training.max_skipped_steps: {skipped} steps in a row up to step {self.step} had a loss or gradients that "
-            f"are not finite (loss {float(mean_over_data(result.loss, self.groups)):.4g}, gradient norm "
+            f"are not finite{spike} (loss {float(mean_over_data(result.loss, self.groups)):.4g}, gradient norm "
             f"{float(result.grad_norm):.4g}, optimizer.learning_rate {result.rates.learning_rate:.4g}); the newest "
             f"checkpoint is {newest[-1].name if newest else 'none'}, as before"
         )
@@ -281,6 +305,10 @@ class Trainer:
             }
         )
         self.logged_skipped_steps = skipped_steps
+        if code_metrics and not self.said_unhealthy:
+            for line in unhealthy(code_metrics, result.rates, self.config):
+                self.recorder.say(f"warning: step {self.step}: {line} (docs/tuning.md)")
+                self.said_unhealthy = True
         self._start_clock()
 
     def _log_codes(self) -> None:
@@ -335,6 +363,7 @@ class Trainer:
             "layout": asdict(self.process_grid),
             "versions": cost.versions(),
             TOKENIZER_SHA256: self.tokenizer.sha256,
+            RECENT_LOSSES: losses_of(self.optimizer.loss_window),
         }
         store.save(self.checkpoint_writer, self.model_chunks, self.optimizer, self.config, self.progress, provenance)
         self.saved_step = self.step
@@ -342,7 +371,12 @@ class Trainer:
         self._start_clock()
 
     def _check_replicas(self) -> None:
-        check_replicas(self.model_chunks, self.optimizer, self.groups, self.step)
+        try:
+            check_replicas(self.model_chunks, self.optimizer, self.groups, self.step)
+        except RunError as error:
+            if self.replay is None:
+                raise
+            raise RunError(f"{error}\n{self.replay.after_failed_replica_check()}") from None
 
     def _wait_for_save(self) -> None:
         self.watchdog.mark("saving", self.step, slow=True)

@@ -3,7 +3,7 @@
 What is replicated over which ranks:
 
     data parallel      codes (ZeRO stages 0 to 2) and scales; latents (stage 0); the parameters the model computes with
-                       (stages 0 to 2)
+                       (stages 0 to 2); the losses that a spike is measured against
     tensor parallel    scales, and the masters of parameters that are not split (norms)
 
 When a bit flips on one rank (faulty memory, an error of a driver or a network), or a rank runs different code, every
@@ -75,7 +75,7 @@ def replicated_tensors(
     model_chunks: nn.Module, optimizer: CombinedOptimizer, groups: Groups
 ) -> list[ReplicatedTensors]:
     """What this rank holds in common with the ranks of its data-parallel and its tensor-parallel group."""
-    over_data: dict[str, Tensor] = {}
+    over_data: dict[str, Tensor] = {"losses of training.spike_window": optimizer.loss_window}
     over_tensor: dict[str, Tensor] = {}
     for weight in low_bit_matrices(model_chunks):
         assert weight.layout is not None

@@ -12,6 +12,9 @@ from tests.config.files import refusal, world_refusal
 # ---- fields against each other ----
 
 
+FUSED = ("optimizer.fused_backward=true", "optimizer.max_grad_norm=0")
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -155,6 +158,19 @@ from tests.config.files import refusal, world_refusal
         (
             ["optimizer.fused_backward=true"],
             "optimizer.max_grad_norm is 1; use 0, or fused_backward = false",
+        ),
+        (
+            ["training.replay_suspicious_steps=true"],
+            "training.replay_suspicious_steps: true compares two executions of a step bit for bit, but "
+            "training.deterministic is false",
+        ),
+        (
+            ["training.replay_suspicious_steps=true", "training.deterministic=true", *FUSED],
+            "training.replay_suspicious_steps: true executes a step again from the same weights, but",
+        ),
+        (
+            [*FUSED, "training.spike_deviations=4"],
+            "training.spike_deviations: 4 skips a step when its loss is known, but optimizer.fused_backward = true",
         ),
         (
             ["training.recompute_layers=2"],

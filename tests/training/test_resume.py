@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.training.conftest import ROOT, command, environment
+from dqt_dist.checkpoint.folder import step_of
+from tests.training.conftest import ROOT, Train, command, environment
 
 DP_2 = ("checkpoint.keep_last=99", "checkpoint.interval=10", "logging.interval=10")
 
@@ -70,3 +72,34 @@ def test_twenty_steps_equal_ten_a_kill_and_ten_more_at_any_stage(config_file: Pa
             [*again, "--resume", str(saved)], check=True, env=environment(), capture_output=True, timeout=180
         )
         assert digests(folder) == wanted
+
+
+SPIKES = ("training.spike_deviations=0.5", "training.spike_window=4", "training.sample_prompt=null")
+# Losses go up and down around that of a guess.
+SPIKES += ("optimizer.learning_rate=1e-5", "optimizer.low_bit_learning_rate=1e-5")
+
+
+def skipped(run: Path, first: int) -> int:
+    """Steps skipped from step `first` on, in metrics.jsonl."""
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return sum(line["skipped_steps"] for line in lines if "skipped_steps" in line and line["step"] >= first)
+
+
+@pytest.mark.slow
+def test_a_resumed_run_skips_the_same_spikes(train: Train, tmp_path: Path) -> None:
+    """The losses before the checkpoint decide about the steps after it. Half a deviation makes many a step a spike."""
+    through, resumed, forgot = tmp_path / "run", tmp_path / "resumed", tmp_path / "forgot"
+    settings = (*SPIKES, "training.steps=20", "checkpoint.keep_last=99", "logging.interval=1")
+    assert train(*settings).returncode == 0
+    saved = max(path for path in (through / "checkpoints").iterdir() if path.name < "step_00000011")
+    assert skipped(through, step_of(saved) + 1) > 0
+    # The resumed run executes each skipped step twice, which changes no bit.
+    replay = ("training.replay_suspicious_steps=true", "training.deterministic=true")
+    done = train(*settings, *replay, f"checkpoint.dir={resumed}", resume=str(saved))
+    assert done.returncode == 0, done.stderr
+    said = (done.stdout + done.stderr).count("executed again it gave the same bits on every rank")
+    assert said == skipped(through, step_of(saved) + 1)
+    assert digests(resumed) == digests(through)
+    # Control: a window of another size skips others.
+    other = train(*settings, "training.spike_window=40", f"checkpoint.dir={forgot}", resume=str(saved))
+    assert other.returncode == 0 and digests(forgot) != digests(through)
