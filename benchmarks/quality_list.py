@@ -245,12 +245,37 @@ def study(size: str = "S") -> list[Run]:
     return runs
 
 
+def ternary(size: str = "S") -> list[Run]:
+    """Recipes for ternary codes, at 100 M tokens each.
+
+    Codes alone have no memory of what they did not round to. A first moment that decays slowly is such a memory, and
+    its update of a noisy gradient is smaller by sqrt((1 - beta1) / (1 + beta1)), so the rate may rise with beta1.
+    Latents are such a memory as well; with them the first moment may be what is superfluous.
+    """
+    steps = 1526
+    order = (
+        ("dqt_ternary", 1e-3, "", ()),
+        ("dqt_ternary", 1e-3, "beta1_0.98", ("optimizer.low_bit_beta1=0.98",)),
+        ("dqt_ternary", 2e-3, "beta1_0.99", ("optimizer.low_bit_beta1=0.99",)),
+        ("dqt_ternary", 3e-3, "beta1_0.995", ("optimizer.low_bit_beta1=0.995",)),
+        ("ternary_of_8", 2e-3, "", ()),
+        ("ternary_of_8", 2e-3, "adafactor", ("optimizer.name=adafactor",)),
+        ("dqt_ternary", 2e-3, "beta1_0.98", ("optimizer.low_bit_beta1=0.98",)),
+        ("dqt_ternary", 1e-3, "beta1_0.99", ("optimizer.low_bit_beta1=0.99",)),
+        ("dqt_ternary", 6e-3, "beta1_0.998", ("optimizer.low_bit_beta1=0.998",)),
+        ("ternary_of_8", 2e-3, "beta1_0", ("optimizer.low_bit_beta1=0",)),
+    )
+    return [
+        Run(size, method, rate, label=label, settings=settings, steps=steps) for method, rate, label, settings in order
+    ]
+
+
 def tiny() -> list[Run]:
     """Two runs that take seconds."""
     return [Run("tiny", "none", 2e-3), Run("tiny", "dqt_ternary", 1e-3)]
 
 
-LISTS = {"S": study, "tiny": tiny}
+LISTS = {"S": study, "S_ternary": ternary, "tiny": tiny}
 
 
 def read_list(word: str) -> list[Run]:
