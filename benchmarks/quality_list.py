@@ -231,6 +231,7 @@ def study(size: str = "S") -> list[Run]:
         "beta1_0.98": ("optimizer.low_bit_beta1=0.98",),
     }
     runs += [Run(size, "dqt_ternary", 5e-4, label=label, settings=settings) for label, settings in of_ternary.items()]
+    runs.append(Run(size, "dqt_ternary", 1e-3, label="beta1_0.98", settings=of_ternary["beta1_0.98"]))
     # 4-bit codes are clamped often (saturation 0.08 at half the run): a wider range, or decay.
     runs += [
         Run(size, method, 1e-3, label=label, settings=settings)
