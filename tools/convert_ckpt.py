@@ -54,7 +54,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--from-hf", type=Path, metavar="DIR", help="a Hugging Face folder: plain LLaMA, or an export")
     add("--output", type=Path, required=True, metavar="DIR", help="folder to make; with --from-hf a run folder")
     add("--format", choices=("hf-bitnet", "hf-compressed", "hf", "gguf"), help="see below")
-    add("--gguf-type", metavar="TYPE", help="TQ2_0, TQ1_0, Q4_0, Q5_0, Q6_K, Q8_0; default: the smallest that is exact")
+    add(
+        "--gguf-type",
+        metavar="TYPE",
+        help="TQ2_0, TQ1_0, Q2_0, Q4_0, Q5_0, Q6_K, Q8_0; default: the smallest that fits",
+    )
     add("--dtype", choices=("bf16", "fp32"), help="of embedding, head and norms; default: what the run computed in")
     add("--bits", choices=("ternary",), help="round the codes of an n-bit model to ternary ones")
     add(

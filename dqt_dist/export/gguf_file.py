@@ -22,7 +22,7 @@ from dqt_dist.config import Config
 from dqt_dist.errors import UserError
 from dqt_dist.export import verify
 from dqt_dist.export.errors import VerificationError
-from dqt_dist.export.gguf_blocks import TYPES, BlockType, pack
+from dqt_dist.export.gguf_blocks import TYPES, BlockType, pack, teach_gguf
 from dqt_dist.export.gguf_tokenizer import add_tokenizer
 from dqt_dist.export.safetensors_writer import Entry
 from dqt_dist.export.sentencepiece_model import SentencePieceModel
@@ -77,7 +77,7 @@ def choose_block(weights: Weights, wanted: str | None) -> BlockType | None:
     grid, hidden = weights.grid, model.hidden_size
     wide_enough = [b for b in TYPES.values() if b.qmin <= grid.qmin and grid.qmax <= b.qmax]
     fitting = [b.name for b in wide_enough if hidden % b.size == 0]
-    block = TYPES[wanted] if wanted else wide_enough[0]
+    block = TYPES[wanted or (fitting or [wide_enough[0].name])[0]]
     if block not in wide_enough:
         raise UserError(
             f"--gguf-type {block.name}: holds codes from {block.qmin} to {block.qmax}, this model has {grid.qmin} to "
@@ -158,6 +158,7 @@ def write(
     """Writes the file, a tensor at a time."""
     import gguf
 
+    teach_gguf()
     writer = gguf.GGUFWriter(None, "llama")
     _add_metadata(writer, weights, block)
     add_tokenizer(writer, tokenizer, weights.config.model.vocab_size)

@@ -69,7 +69,9 @@ def test_without_the_rotary_order_of_rows_logits_are_others(
     assert float((found - wanted).abs().max() / wanted.abs().max()) > 0.05
 
 
-@pytest.mark.parametrize(("block", "bits_a_weight"), [("TQ2_0", 2.0625), ("TQ1_0", 1.6875), ("Q8_0", 8.5)])
+@pytest.mark.parametrize(
+    ("block", "bits_a_weight"), [("TQ2_0", 2.0625), ("TQ1_0", 1.6875), ("Q2_0", 2.25), ("Q8_0", 8.5)]
+)
 def test_ternary_codes_come_back_from_every_type_that_holds_them(
     trained: Trained, tmp_path: Path, block: str, bits_a_weight: float
 ) -> None:
@@ -133,11 +135,11 @@ def test_bf16_keeps_norms_in_fp32(trained: Trained, tmp_path: Path) -> None:
     [
         ((SUB_NORM,), (), "norms before o_proj and down_proj (model.sub_norm); use hf-bitnet, hf-compressed or hf"),
         ((bits(5),), ("--gguf-type", "Q4_0"), "holds codes from -8 to 7, this model has -16 to 15"),
-        ((), ("--gguf-type", "IQ1_S"), "unknown; use one of TQ2_0, TQ1_0, Q4_0"),
+        ((), ("--gguf-type", "IQ1_S"), "unknown; use one of TQ2_0, TQ1_0, Q2_0"),
         ((NONE,), ("--gguf-type", "TQ2_0"), "has no codes"),
         (
             ("model.hidden_size=96",),
-            (),
+            ("--gguf-type", "TQ2_0"),
             "TQ2_0 packs 256 codes of a row together, model.hidden_size is 96; use --gguf-type Q4_0",
         ),
     ],
@@ -151,9 +153,16 @@ def test_refusals_say_what_is_possible(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_width_of_no_block_of_256_goes_into_blocks_of_32(trained: Trained, tmp_path: Path) -> None:
-    """The format that the refusal above names; the feed-forward size is padded to whole blocks of 32."""
-    assert export(trained("model.hidden_size=96"), tmp_path / "out", "--gguf-type", "Q4_0") is not None
+@pytest.mark.parametrize(("hidden", "block"), [(128, "Q2_0"), (96, "Q4_0")])
+def test_a_width_of_no_block_of_256_goes_into_smaller_blocks(
+    exported: Exported, trainer_logits: TrainerLogits, hidden: int, block: str
+) -> None:
+    """The feed-forward size is padded to whole blocks."""
+    overrides = (f"model.hidden_size={hidden}", "model.ffn_hidden_size=208")
+    folder = exported("gguf", *overrides)
+    tensors = {t.name: t.tensor_type.name for t in gguf.GGUFReader(folder / gguf_file.FILE).tensors}
+    assert tensors["blk.0.attn_q.weight"] == block
+    FP32.assert_close(engine_logits(folder, gguf_file=gguf_file.FILE), trainer_logits("none", *overrides))
 
 
 def test_padding_is_zero(trained: Trained, tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import gguf
 import numpy as np
 import pytest
 
-from dqt_dist.export.gguf_blocks import TYPES, BlockType, pack
+from dqt_dist.export.gguf_blocks import Q2_0_TYPE, TYPES, BlockType, pack, teach_gguf
+
+teach_gguf()
 
 SCALE = 2.0**-6
 # The types that gguf 0.19's numpy code can make. It can only read the other types.
@@ -33,6 +35,17 @@ def test_gguf_reads_the_codes_back(name: str) -> None:
 @pytest.mark.parametrize("name", TYPES)
 def test_sizes_are_those_of_gguf(name: str) -> None:
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[name]] == (TYPES[name].size, TYPES[name].num_bytes)
+
+
+def test_q2_0_is_laid_out_as_llama_cpp_says() -> None:
+    """By hand, as the `gguf` package has no code for it: d, then element j in byte j / 4 at bits 2 (j mod 4)."""
+    codes = np.zeros((1, 64), dtype=np.int8)
+    codes[0, 0], codes[0, 5], codes[0, 63] = 1, -1, 1
+    found = pack(codes, 1.0, TYPES["Q2_0"])[0]
+    assert found[:2].tobytes() == b"\x00\x3c"  # fp16 1.0
+    assert list(found[2:4]) == [0b01010110, 0b01010001]
+    assert found[17] == 0b10010101 and set(found[4:17]) == {0b01010101}
+    assert gguf.GGMLQuantizationType["Q2_0"] == gguf.GGMLQuantizationType(Q2_0_TYPE) == 42
 
 
 @pytest.mark.parametrize("name", QUANTISED_BY_GGUF)

@@ -3,7 +3,7 @@
 llama.cpp multiplies codes by codes. It rounds the input of every linear of codes to 8 bits, in blocks along the row.
 
     Q8_K  blocks of 256, scale fp32: signed maximum -> -127       for TQ2_0, TQ1_0, Q6_K
-    Q8_0  blocks of  32, scale fp16: largest magnitude -> 127     for Q4_0, Q5_0, Q8_0
+    Q8_0  blocks of  32, scale fp16: largest magnitude -> 127     for Q2_0, Q4_0, Q5_0, Q8_0
 
 The reference is transformers' fp32 model of the `hf` export with the same rounding before its linears. Both then differ
 by the order of fp32 sums only, unless a value lies so near the border of two codes that this order decides between the
@@ -46,6 +46,7 @@ NUM_COMPARED = 9
 FP32 = 1e-5
 PADDED = "model.ffn_hidden_size=320"
 WIDE = ("model.hidden_size=512", "model.ffn_hidden_size=768")
+NARROW = ("model.hidden_size=128", "model.ffn_hidden_size=352")
 TWO_LAYERS = "model.num_layers=2"
 LLAMA_F32 = 0  # GGML_TYPE_F32
 
@@ -88,7 +89,7 @@ def q8_0(x: Tensor) -> tuple[Tensor, Tensor]:
     return rounded, torch.minimum(to_border(codes).flatten(1).amin(1), scale_to_border.flatten(1).amin(1))
 
 
-ROUNDINGS = {"TQ2_0": q8_k, "TQ1_0": q8_k, "Q6_K": q8_k, "Q4_0": q8_0, "Q5_0": q8_0, "Q8_0": q8_0}
+ROUNDINGS = {"TQ2_0": q8_k, "TQ1_0": q8_k, "Q6_K": q8_k, "Q2_0": q8_0, "Q4_0": q8_0, "Q5_0": q8_0, "Q8_0": q8_0}
 
 
 @torch.no_grad()
@@ -182,6 +183,8 @@ def windows(tokenizer_file: Path) -> Tensor:
         ("TQ2_0", (PADDED,)),
         ("TQ2_0", WIDE),
         ("TQ1_0", WIDE),
+        ("Q2_0", ()),
+        ("Q2_0", NARROW),
         ("Q4_0", (bits(2),)),
         ("Q4_0", (bits(4),)),
         ("Q5_0", (bits(5),)),
