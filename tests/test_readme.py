@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 FOLDERS = ("dqt_dist", "configs", "launchers", "tools", "tests", "benchmarks", "docs")
 # The log keeps the names of its time.
-PAGES = sorted({*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")} - {ROOT / "docs/LOG.md"})
+PAGES = sorted(
+    {*ROOT.glob("*.md"), ROOT / "configs/README.md", *(ROOT / "docs").rglob("*.md")} - {ROOT / "docs/LOG.md"}
+)
 
 
 def missing_paths(page: Path, text: str) -> list[str]:

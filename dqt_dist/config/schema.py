@@ -300,9 +300,9 @@ class TrainingConfig(Section):
     """Number of blocks per model chunk for which `recompute` holds. A pipeline stage is one chunk, or virtual_pipeline
     of them. Default: all blocks."""
     cuda_graph: bool | Literal["auto"] = False
-    """Launch forward and backward of a micro-batch as one CUDA graph, so that Python's speed does not matter. Needs
-    tensor and pipeline parallel size 1 and ZeRO stage 0 or 1. Gradients then stay allocated between steps. auto: on a
-    GPU, when no other field of the config stands against a graph."""
+    """Launch forward and backward of a micro-batch (with a pipeline: of a whole step) as one CUDA graph, so that
+    Python's speed does not matter. Not with ZeRO stage 3 or optimizer.fused_backward. Gradients then stay allocated
+    between steps. auto: on a GPU, when no other field of the config stands against a graph."""
     max_skipped_steps: PositiveInt = 10
     """Skipped steps in a row after which the run stops: with a loss or gradients that are not finite, or with a spike.
     Such a step changes no weight."""
