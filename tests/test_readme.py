@@ -46,6 +46,13 @@ def test_a_path_that_does_not_exist_is_found() -> None:
     assert missing_paths(ROOT / "docs/export.md", text) == found
 
 
+def test_every_page_is_in_the_index() -> None:
+    """The pages of benchmarks are in benchmarks' own index."""
+    for folder in (ROOT / "docs", ROOT / "docs/benchmarks"):
+        linked = re.findall(r"\]\(([\w/.]+\.md)\)", (folder / "README.md").read_text())
+        assert {path.name for path in folder.glob("*.md")} - {"README.md"} <= {*linked}, folder
+
+
 def test_every_config_is_in_its_table() -> None:
     for config in (ROOT / "configs").glob("*.json"):
         assert f"`{config.stem}`" in README, config.stem

@@ -21,6 +21,7 @@ one process:         python launchers/pretrain.py --config configs/130m_ternary.
 one machine:         deepspeed launchers/pretrain.py --config configs/1b_ternary.json
                      torchrun --nproc-per-node 8 launchers/pretrain.py --config configs/1b_ternary.json
 MPI:                 mpirun -n 8 python launchers/pretrain.py --config configs/1b_ternary.json
+                     launchers/mpi/pretrain.sh HOSTFILE configs/1b_ternary.json
 SLURM:               srun --ntasks-per-node 8 python launchers/pretrain.py --config configs/1b_ternary.json
                      sbatch launchers/slurm/pretrain.sbatch configs/1b_ternary.json
 installed command:   torchrun --no-python --nproc-per-node 8 dqt-pretrain --config configs/1b_ternary.json
