@@ -1,4 +1,4 @@
-"""What the commands of tools/ and launchers/ share: parsers whose help shows examples, and exit codes of tools.
+"""What the commands of dqt_dist/commands/ share: parsers whose help shows examples, and exit codes of tools.
 
 This file does not import torch, so --help answers at once.
 """
@@ -10,6 +10,7 @@ import io
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 from dqt_dist.errors import UserError, told
@@ -25,11 +26,22 @@ class RaisingArgumentParser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}; --help explains")
 
 
+def program_name() -> str:
+    """What was typed to start this process: tools/evaluate.py in a clone, dqt-evaluate where it is installed."""
+    program = Path(sys.argv[0]).absolute()
+    return f"{program.parent.name}/{program.name}" if program.suffix == ".py" else program.name
+
+
 def make_parser(
     description: str | None, examples: str, parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser
 ) -> argparse.ArgumentParser:
-    """A parser whose help keeps the line breaks of `description` and `examples`."""
-    return parser_class(description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter)
+    """A parser whose help keeps the line breaks of `description` and `examples`; %(prog)s stands for the command."""
+    return parser_class(
+        prog=program_name(),
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
 
 
 def print_any_text() -> None:

@@ -1,7 +1,7 @@
 """Imports go down only, so each folder can be read without the folders above it.
 
     errors < folder_lock < command_line < config < launch, dtypes < lowbit < plan < kernels < parallel < layers < optim
-           < data < checkpoint < training < export < inference
+           < data < checkpoint < training < export < inference < commands
 
 The order is checked on the source text. Every import statement counts, also inside functions and under TYPE_CHECKING,
 and relative imports too. launchers/ and tools/ are on top and may import anything of the package. Nothing in the
@@ -31,7 +31,7 @@ ORDER = [
     "parallel",
     "layers",
 ]
-ORDER += ["optim", "data", "checkpoint", "training", "export", "inference"]
+ORDER += ["optim", "data", "checkpoint", "training", "export", "inference", "commands"]
 ON_TOP = ("launchers", "tools", "tests", "benchmarks")
 MODULES = sorted((ROOT / PACKAGE).rglob("*.py"))
 

@@ -51,25 +51,27 @@ class ModelConfig(Section):
     """The LLaMA to train: RMSNorm, RoPE, SwiGLU, no biases."""
 
     num_layers: PositiveInt
-    """Transformer blocks."""
+    """Number of transformer blocks, each an attention and a feed-forward half."""
     hidden_size: PositiveInt
-    """Width of the residual stream."""
+    """Width of the residual stream: how many numbers stand for a token between two blocks."""
     ffn_hidden_size: PositiveInt
-    """Width of gate_proj and up_proj."""
+    """Width of the feed-forward half: outputs of gate_proj and up_proj, inputs of down_proj."""
     num_attention_heads: PositiveInt
-    """Query heads; the width of a head is hidden_size / num_attention_heads."""
+    """Number of query heads of a block; the width of a head is hidden_size / num_attention_heads."""
     num_query_groups: PositiveInt = Field(default_factory=lambda data: data["num_attention_heads"])
-    """Key/value heads (grouped-query attention). Default: num_attention_heads, which is multi-head attention."""
+    """Number of key/value heads, each of which serves as many query heads (grouped-query attention). Default:
+    num_attention_heads, which is multi-head attention."""
     vocab_size: PositiveInt
-    """Rows of the embedding and of the head; at least the tokenizer's vocabulary."""
+    """Rows of the embedding and of the head (the last layer, which scores tokens); at least the tokenizer's
+    vocabulary."""
     seq_length: PositiveInt
-    """Tokens of one training sample."""
+    """Tokens of one training sample, and the longest text that the model reads at once."""
     sub_norm: bool = False
     """Extra RMSNorm before o_proj and before down_proj, as in the architecture of the DQT authors' code."""
     norm_epsilon: PositiveFloat = 1e-5
-    """Added to the mean square inside RMSNorm."""
+    """Added to the mean square inside RMSNorm, so that nothing is divided by zero."""
     rope_base: PositiveFloat = 10000.0
-    """Base of the rotary frequencies."""
+    """Base of the frequencies of the rotary position embedding; larger ones suit longer samples."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights."""
 
@@ -106,16 +108,18 @@ class QuantizationConfig(Section):
     """How the linear layers of the blocks are stored and computed."""
 
     method: Literal["dqt", "bitnet", "none"] = "dqt"
-    """dqt: weights are integer codes only. bitnet: b1.58, float master, straight-through. none: ordinary weights."""
+    """What the weights of the linears are. dqt: integer codes only, updated by stochastic rounding. bitnet: BitNet
+    b1.58, floating-point weights that are made ternary in each pass. none: ordinary floating-point weights."""
     bits: Bits = "ternary"
-    """Grid of the codes: "ternary" (-1, 0, 1) or 2..8 bits, -2^(b-1) to 2^(b-1)-1."""
+    """Grid of the codes, the integers that a weight may be: "ternary" (-1, 0, 1) or 2 to 8 bits, -2^(b-1) to 2^(b-1)-1.
+    A weight is scale * code, with one scale per matrix."""
     latent_bits: Literal[3, 4, 5, 6, 7, 8] | None = None
     """Bits of a second, finer integer per weight, the latent, which AdamW and rounding update in place of the code. The
     code is a function of the latent. Latents are optimizer state: they are sharded with the moments and never
     gathered. For codes of up to 4 bits. Default: none, the codes are all there is."""
     latent_sigmas: PositiveFloat | None = Field(default_factory=lambda data: LATENT_SIGMAS.get(data["latent_bits"]))
     """Range of the latents in standard deviations of the initial weights: the weight of one latent is latent_sigmas *
-    std / Qp. Default: by latent_bits, 2.5 (3 bits) to 6 (8 bits)."""
+    std / Qp, where Qp is the largest latent. Default: by latent_bits, 2.5 (3 bits) to 6 (8 bits)."""
     latent_threshold: PositiveInt | None = None
     """Smallest |latent| whose ternary code is not 0. Default: none, each latent has the code whose weight is nearest,
     so the threshold follows the scale."""
@@ -137,15 +141,17 @@ class QuantizationConfig(Section):
     weight_gradient: Literal["bf16", "fp8"] = "fp8"
     """Operands of the product that gives the weights' gradients, when compute is fp8."""
     rounding: Rounding = "stochastic"
-    """How an updated weight lands on the grid. nearest is the control that makes no progress."""
+    """How an updated weight lands on the grid. stochastic: up or down at random, so that its mean is the wanted weight.
+    nearest: the nearer code, so that small updates are lost; a control that makes no progress."""
     scale_rule: ScaleRule = Field(default_factory=lambda data: "absmean" if data["bits"] == "ternary" else "sigma")
-    """Scale at initialisation: absmean s = mean|W|; sigma s = scale_sigmas * std / Qp; absmax s = max|W| / Qp;
-    paper s = mean|W| / Qp (for parity with arXiv 2412.04787 only: this rule clips). Default: absmean for ternary, sigma
-    for n bits."""
+    """Scale s of a matrix at initialisation, from initial weights W and the largest code Qp: absmean s = mean|W|; sigma
+    s = scale_sigmas * std / Qp; absmax s = max|W| / Qp; paper s = mean|W| / Qp (for parity with arXiv 2412.04787 only:
+    this rule clips). Default: absmean for ternary, sigma for n bits."""
     scale_sigmas: PositiveFloat = Field(
         default_factory=lambda data: 3.0 if data["bits"] == "ternary" or data["bits"] <= 4 else 6.0
     )
-    """k of the sigma rule: the range in standard deviations. Default: 3 up to 4 bits, 6 above."""
+    """Range of the codes in standard deviations of the initial weights, for scale_rule sigma. Default: 3 up to 4 bits,
+    6 above."""
     scale_power_of_two: bool = Field(default_factory=lambda data: data["scale_refit_interval"] == 0)
     """Round the scales at initialisation, of codes and of latents, to powers of two, so that scale * code is exact in
     bf16 and every export is lossless. Default: true; false when scales are refitted."""
@@ -163,32 +169,32 @@ class OptimizerConfig(Section):
     """Update rule of the low-bit weights. adamw: two moments per weight. adafactor: factored second moment, which saves
     memory. Everything else keeps AdamW, since DeepSpeed's flat partitions cannot be factored."""
     learning_rate: PositiveFloat
-    """Peak rate of embeddings, head and norms."""
+    """Learning rate of embeddings, head and norms after warm-up, where the schedule has its peak."""
     low_bit_learning_rate: PositiveFloat = Field(default_factory=lambda data: data["learning_rate"])
-    """Peak rate of the linears of the blocks, in weight units, not codes: of the low-bit weights, or of their
-    counterparts in the methods none and bitnet. Default: learning_rate."""
+    """Learning rate of the linears of the blocks at the schedule's peak, in weight units, not codes: of the low-bit
+    weights, or of their counterparts in the methods none and bitnet. Default: learning_rate."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled weight decay of the high-precision matrices."""
+    """Decoupled weight decay of the high-precision matrices: a step takes rate * weight_decay of each weight away."""
     low_bit_weight_decay: NonNegativeFloat = 0.0
-    """Decoupled weight decay of the low-bit weights."""
+    """The same of the low-bit weights."""
     weight_decay_steps: NonNegativeInt | None = None
     """Both weight decays hold up to this step and are 0 after it. Default: they hold in every step."""
     beta1: Beta = 0.9
-    """Decay of AdamW's first moment."""
+    """Decay of AdamW's first moment, the running mean of the gradient."""
     low_bit_beta1: Beta | None = Field(default_factory=lambda data: data["beta1"] if data["name"] == "adamw" else None)
-    """The same of the linears of the blocks. Default: beta1 for adamw; none for adafactor, which then keeps no first
+    """beta1 of the linears of the blocks. Default: beta1 for adamw; none for adafactor, which then keeps no first
     moment of the low-bit weights."""
     beta2: Beta = 0.95
-    """Decay of AdamW's second moment."""
+    """Decay of AdamW's second moment, the running mean of the squared gradient."""
     epsilon: PositiveFloat = 1e-8
-    """Added to the root of AdamW's second moment."""
+    """Added to the root of AdamW's second moment, by which the update is divided."""
     max_grad_norm: NonNegativeFloat = 1.0
     """Global gradient norm above which gradients are scaled down; 0 turns clipping off."""
     schedule: Literal["cosine", "linear", "constant", "wsd", "two_stage"] = "cosine"
-    """Course after warm-up. wsd (warm-up, stable, decay) is constant but for the last decay_steps. two_stage is linear,
-    and falls to second_stage_ratio of the line at half its length."""
+    """Course of the learning rates after warm-up. wsd (warm-up, stable, decay) is constant but for the last
+    decay_steps. two_stage is linear, and falls to second_stage_ratio of the line at half its length."""
     warmup_steps: NonNegativeInt = 0
-    """Steps of linear warm-up."""
+    """Steps over which the rates rise from 0 to their peaks, in a line."""
     decay_steps: PositiveInt | None = None
     """Length of the final decay, in steps; for wsd only. Default there: 10 % of training.steps."""
     second_stage_ratio: Fraction | None = Field(
@@ -200,7 +206,8 @@ class OptimizerConfig(Section):
     min_learning_rate_ratio: Fraction = 0.0
     """Rate at the last step as a fraction of the peak."""
     low_bit_min_learning_rate_ratio: Fraction = Field(default_factory=lambda data: data["min_learning_rate_ratio"])
-    """The same of the linears of the blocks. Default: min_learning_rate_ratio."""
+    """The rate at the end of the linears of the blocks, as a fraction of their peak. Default:
+    min_learning_rate_ratio."""
     low_bit_schedule_steps: PositiveInt | None = None
     """Step at which the schedule of the linears of the blocks ends; their rate stays at its floor after it, so with
     floor 0 the low-bit weights stay as they are. Default: training.steps."""
@@ -233,9 +240,9 @@ class ParallelConfig(Section):
     """How one copy of the model is cut. The data parallel size is world size / (tensor * pipeline)."""
 
     tensor: PositiveInt = 1
-    """Tensor parallel size: ranks that share each matrix."""
+    """Tensor parallel size: number of ranks that share each matrix. They should be GPUs of one node."""
     pipeline: PositiveInt = 1
-    """Pipeline parallel size: ranks that share the layers."""
+    """Pipeline parallel size: number of ranks over which the blocks are spread, in order."""
     virtual_pipeline: Annotated[int, Field(ge=2)] | None = None
     """Model chunks per pipeline rank, for the interleaved schedule. Default: none, which is the plain 1F1B schedule."""
     sequence: bool = False
@@ -264,31 +271,33 @@ Blend = Annotated[tuple[DataSource, ...], Field(min_length=1)]
 
 
 class DataConfig(Section):
-    """What is read."""
+    """What the run reads: tokenised text, and the tokenizer."""
 
     train: Blend
-    """Training blend."""
+    """Corpora to train on; samples are drawn from all of them, by their weights."""
     valid: Blend | None = None
-    """Validation blend. Default: none, and valid_fraction of the training corpus is kept out for it."""
+    """Corpora to measure the validation loss on. Default: none, and valid_fraction of the training corpus is kept out
+    for it."""
     valid_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Part of the training corpus held out when valid is not given."""
     tokenizer: Annotated[str, Field(min_length=1)]
-    """SentencePiece .model file."""
+    """SentencePiece .model file with which the corpora were tokenised."""
     num_workers: NonNegativeInt = 2
-    """Loader processes of each rank."""
+    """Processes of each rank that read samples; 0: the rank reads them itself."""
 
 
 class TrainingConfig(Section):
     """Length, batch and seed of the run, and how a step is carried out."""
 
     steps: PositiveInt
-    """Optimizer steps."""
+    """Length of the run in optimizer steps; each changes the weights once."""
     micro_batch_size: PositiveInt
     """Samples of one forward and backward pass on one data-parallel rank."""
     global_batch_size: PositiveInt
     """Samples of one optimizer step over all ranks: a multiple of data parallel size * micro_batch_size."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 1234
-    """Key of every random draw. 32 bits, because the seed is one word of the Philox key."""
+    """Key of every random draw: of initial weights, of rounding, of the order of samples. 32 bits, because the seed is
+    one word of the Philox key."""
     deterministic: bool = False
     """Only deterministic kernels, so that a run on GPUs too gives the same bits each time and in every ZeRO stage. This
     costs speed: the fused attention kernels are faster when their backward may add up in any order. CPU runs are always
@@ -300,9 +309,9 @@ class TrainingConfig(Section):
     """Number of blocks per model chunk for which `recompute` holds. A pipeline stage is one chunk, or virtual_pipeline
     of them. Default: all blocks."""
     cuda_graph: bool | Literal["auto"] = False
-    """Launch forward and backward of a micro-batch as one CUDA graph, so that Python's speed does not matter. Needs
-    tensor and pipeline parallel size 1 and ZeRO stage 0 or 1. Gradients then stay allocated between steps. auto: on a
-    GPU, when no other field of the config stands against a graph."""
+    """Launch forward and backward of a micro-batch (with a pipeline: of a whole step) as one CUDA graph, so that
+    Python's speed does not matter. Not with ZeRO stage 3 or optimizer.fused_backward. Gradients then stay allocated
+    between steps. auto: on a GPU, when no other field of the config stands against a graph."""
     max_skipped_steps: PositiveInt = 10
     """Skipped steps in a row after which the run stops: with a loss or gradients that are not finite, or with a spike.
     Such a step changes no weight."""
@@ -321,7 +330,8 @@ class TrainingConfig(Section):
     """Longest time without progress until the first step is done, and in a save, after which the run ends and names
     the ranks that it waited for."""
     step_timeout_seconds: PositiveFloat = 600.0
-    """The same for everything after the first step: reading a batch, a step, a batch of a validation."""
+    """Longest time without progress in everything after the first step: reading a batch, a step, a batch of a
+    validation."""
     replica_check_interval: NonNegativeInt = 100
     """Steps between comparisons of the weights that several ranks hold alike. A difference stops the run. 0 for
     none."""
@@ -332,7 +342,7 @@ class TrainingConfig(Section):
     sample_prompt: str | None = None
     """When given, the report at the end shows a continuation of this text. For it, rank 0 loads the whole last
     checkpoint after training (4 bytes per weight, on the GPU where there is one). Leave the prompt out where one
-    process cannot hold the model."""
+    process cannot hold the model. Default: no sample."""
     sample_tokens: PositiveInt = 64
     """Maximum number of tokens of the continuation. It also ends with the document or with the model's context."""
 
@@ -341,7 +351,8 @@ class CheckpointConfig(Section):
     """The run folder and what is kept in it."""
 
     dir: Annotated[str, Field(min_length=1)]
-    """Run folder: config.json, metrics.jsonl, tb/, checkpoints/, summary.json."""
+    """Run folder, relative to the working folder: gets config.json, metrics.jsonl, tb/, checkpoints/, summary.json. A
+    run goes on from the checkpoints that it finds there."""
     interval: NonNegativeInt = 0
     """Steps between checkpoints; 0 for one at the end only."""
     keep_last: PositiveInt = 2
@@ -407,7 +418,9 @@ class Config(Section):
     checkpoint: CheckpointConfig
     logging: LoggingConfig = LoggingConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Passed to deepspeed.initialize, except for the keys that follow from other sections."""
+    """Passed to deepspeed.initialize. This project reads zero_optimization.stage (0 to 3; default 0) and
+    zero_optimization.offload_optimizer.device ("cpu" or "none"; default "none"), which hold for low-bit weights too.
+    Keys that follow from other sections are refused."""
 
     @property
     def zero(self) -> ZeroOptimization:

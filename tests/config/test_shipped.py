@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from dqt_dist.config import load_config, process_grid, to_json
+from dqt_dist.plan.footprint import largest_footprint
 from tests.config.files import ROOT
 
 WORLD_SIZES = {
@@ -19,6 +21,9 @@ WORLD_SIZES = {
     "1b_int8": (1, 8),
     "1b_bf16": (1, 8),
     "1b_bitnet": (1, 8),
+    "7b_ternary": (8, 32),
+    "13b_ternary": (8, 64),
+    "70b_ternary": (64, 512),
 }
 """Process counts at which each shipped config must fit."""
 
@@ -52,3 +57,33 @@ def test_shipped_1b_configs_differ_in_the_method_alone() -> None:
         values.pop("quantization")
         texts.append(values)
     assert all(values == texts[0] for values in texts)
+
+
+TABLE = (ROOT / "configs/README.md").read_text()
+ROWS = re.findall(
+    r"^\| `(\w+)` \|[^|]*\| (\d+) \| ([^|]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|", TABLE, re.MULTILINE
+)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row[0]}-{row[1]}")
+def test_the_table_of_configs_is_the_plan(row: tuple[str, ...]) -> None:
+    """Layout and GiB by kind of the largest rank; all of it within an H100 less what the plan keeps free."""
+    name, processes, layout, *memory = row
+    config = load_config(ROOT / "configs" / f"{name}.json")
+    grid = process_grid(config, int(processes))
+    assert int(processes) in WORLD_SIZES[name]
+    assert layout == f"TP {grid.tensor} x PP {grid.pipeline} x DP {grid.data}, ZeRO {config.zero_stage}"
+    footprint = largest_footprint(config, grid)
+    transient = footprint.activations + footprint.scratch
+    state = footprint.total - footprint.gradients - transient
+    assert memory == [f"{part / 2**30:.2f}" for part in (state, footprint.gradients, transient, footprint.total)]
+    assert footprint.total < (80 - 3) * 2**30
+
+
+def test_every_shipped_config_is_in_the_table() -> None:
+    assert {name for name, *_ in ROWS} == set(WORLD_SIZES)
+
+
+def test_the_largest_config_is_cut_in_all_three_directions() -> None:
+    grid = process_grid(load_config(ROOT / "configs/70b_ternary.json"), 512)
+    assert (grid.tensor, grid.pipeline, grid.data) == (8, 8, 8)

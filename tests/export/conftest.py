@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -16,6 +15,7 @@ from torch import Tensor
 from dqt_dist.checkpoint import store
 from dqt_dist.checkpoint.folder import Progress
 from dqt_dist.checkpoint.reader import CheckpointReader
+from dqt_dist.commands import convert_ckpt as tool
 from dqt_dist.data.tokenizer import train_tokenizer
 from dqt_dist.export.trainer_model import trainer_model
 from dqt_dist.export.weights import Weights
@@ -40,11 +40,6 @@ TOKENS = torch.randint(PIECES, (2, 96), generator=torch.Generator().manual_seed(
 Trained = Callable[..., Path]
 Exported = Callable[..., Path]
 TrainerLogits = Callable[..., Tensor]
-
-spec = importlib.util.spec_from_file_location("convert_ckpt", ROOT / "tools" / "convert_ckpt.py")
-assert spec is not None and spec.loader is not None
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
 
 
 def train_and_save(rank: int, world_size: int, *overrides: str) -> str:

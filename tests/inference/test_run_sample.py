@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from dqt_dist.checkpoint.reader import CheckpointReader
+from dqt_dist.commands import generate as tool
 from dqt_dist.config import Config
 from dqt_dist.inference import run_sample
 from dqt_dist.inference.run_sample import sample_run
 from tests.export.conftest import Trained
-from tools import generate as tool
 
 PROMPT = "A list's [bold] mutable"
 

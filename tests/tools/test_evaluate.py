@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dqt_dist.checkpoint.reader import CheckpointReader
+from dqt_dist.commands import evaluate as tool
 from dqt_dist.data.indexed import EncodedBatch, IndexedWriter
 from dqt_dist.data.tokenizer import load_tokenizer
 from dqt_dist.errors import EXIT_CODE
@@ -32,7 +33,6 @@ from tests.export.conftest import (
     tokenizer_file,  # noqa: F401
     trained,  # noqa: F401
 )
-from tools import evaluate as tool
 
 TOOL = ROOT / "tools" / "evaluate.py"
 CONTEXT = 96  # of the models in tests/export/conftest.py

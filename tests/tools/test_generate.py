@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from dqt_dist.checkpoint.reader import CheckpointReader
+from dqt_dist.commands import generate as tool
 from dqt_dist.errors import EXIT_CODE
 from dqt_dist.export.trainer_model import trainer_model
 from dqt_dist.export.weights import Weights
@@ -26,7 +27,6 @@ from tests.export.conftest import (
     trained,  # noqa: F401
 )
 from tests.export.test_hf import FLOATS, FP32, INT8
-from tools import generate as tool
 
 TOOL = ROOT / "tools" / "generate.py"
 NONE, BITS_4, SUB_NORM = "quantization.method=none", "quantization.bits=4", "model.sub_norm=true"

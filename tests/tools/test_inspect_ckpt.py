@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from dqt_dist.checkpoint.digest import digest
+from dqt_dist.commands import inspect_ckpt
 from dqt_dist.errors import EXIT_CODE
 from dqt_dist.lowbit.grid import make_grid
 from tests.checkpoint.states import progress_at, whole_tensors, write
 from tests.distributed import run_distributed
-from tools import inspect_ckpt
 
-SCRIPT = Path(inspect_ckpt.__file__)
+SCRIPT = Path(__file__).resolve().parents[2] / "tools/inspect_ckpt.py"
 
 
 @pytest.fixture(scope="module")

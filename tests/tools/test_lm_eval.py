@@ -16,8 +16,8 @@ from pydoc_data.topics import topics
 
 import pytest
 
+from dqt_dist.commands import evaluate as tool
 from tests.export.conftest import Exported, exported, tokenizer_file, trained  # noqa: F401
-from tools import evaluate as tool
 
 TASK = """\
 task: local_text

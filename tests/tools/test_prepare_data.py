@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -20,6 +19,7 @@ import psutil
 import pytest
 import sentencepiece
 
+from dqt_dist.commands import prepare_data as tool
 from dqt_dist.data.indexed import check_indexed, quiet_megatron_import
 from dqt_dist.data.python_docs import read_python_docs
 from dqt_dist.data.tokenizer import Tokenizer, load_tokenizer
@@ -31,11 +31,6 @@ with quiet_megatron_import():
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "prepare_data.py"
 FILES = {f"{name}{suffix}" for name in ("train", "valid") for suffix in (".bin", ".idx", ".json")} | {"tokenizer.model"}
 VOCAB = ("--vocab-size", "400", "--workers", "1")
-
-spec = importlib.util.spec_from_file_location("prepare_data", TOOL)
-assert spec is not None and spec.loader is not None
-tool = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(tool)
 
 
 def prepare(*arguments: object) -> int:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from dqt_dist.checkpoint.folder import METADATA, resolve
+from dqt_dist.commands import evaluate, generate, inspect_ckpt
 from dqt_dist.errors import EXIT_CODE
 from tests.checkpoint.damage import flip, plant
 from tests.export.conftest import Trained, convert, tokenizer_file, trained  # noqa: F401
-from tools import evaluate, generate, inspect_ckpt
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ import pytest
 from dqt_dist.checkpoint.digest import digest_of
 from dqt_dist.checkpoint.folder import verify
 from dqt_dist.checkpoint.reader import CheckpointReader
+from dqt_dist.commands.pretrain import show_report
 from dqt_dist.config import load_config
 from dqt_dist.errors import STOPPED_EXIT_CODE
-from launchers.pretrain import show_report
 from tests.small import small_config
 from tests.training.conftest import Train, command, environment
 

@@ -1,0 +1,56 @@
+"""docs/metrics.md names whatever a real run records: keys of metrics.jsonl and summary.json, tags of TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.training.conftest import ROOT, Train
+
+PAGE = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
+NAMED = {
+    name for cell in re.findall(r"^\| (`[^|]+`) \|", PAGE, re.MULTILINE) for name in re.findall(r"`([^`]+)`", cell)
+}
+MATRIX = re.compile(r"layers\.\d+\.\w+\.\w+|embed_tokens|lm_head")
+
+
+def unnamed(names: Iterable[str]) -> set[str]:
+    """Names that no row of a table of the page begins with; MATRIX and NAME of a tag stand for what it says they do."""
+    known = NAMED | {f"{kind}/{name}" for kind in ("train", "checkpoint", "low_bit") for name in NAMED}
+    return {name for name in names if MATRIX.sub("MATRIX", name) not in known}
+
+
+@pytest.fixture
+def run(train: Train, tmp_path: Path) -> Path:
+    """With latents, which add a key, a matrix of the embedding, two checkpoints and two validations."""
+    settings = ("training.steps=2", "training.eval_interval=1", "training.sample_prompt=null", "checkpoint.interval=1")
+    settings += ("logging.interval=1", "logging.histogram_interval=1")
+    settings += ("quantization.latent_bits=4", "quantization.embeddings=true")
+    done = train(*settings)
+    assert done.returncode == 0, done.stderr
+    return tmp_path / "run"
+
+
+def test_every_number_of_a_run_is_explained(run: Path) -> None:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    keys = {key for line in lines for key in line}
+    summary = json.loads((run / "summary.json").read_text())
+    events = EventAccumulator(str(run / "tb")).Reload()
+    tags = {*events.Tags()["scalars"], *events.Tags()["histograms"]}
+    assert {"loss", "valid_loss", "save_bytes", "latent_flip_rate"} <= keys
+    assert {"train/loss", "codes/layers.0.self_attn.q_proj", "saturation/lm_head"} <= tags
+    assert unnamed(keys) == unnamed(summary) == unnamed(tags) == set()
+    # The other way: what the page names is recorded, so a key that is gone leaves the page too.
+    recorded = keys | summary.keys() | {MATRIX.sub("MATRIX", tag) for tag in tags}
+    assert recorded >= {name for name in NAMED if "NAME" not in name}
+
+
+def test_what_the_page_does_not_name_is_found() -> None:
+    """Negative control."""
+    names = ["loss", "losses", "train/loss", "train/losses", "codes/layers.0.mlp.up_proj", "code/layers.0.mlp.up_proj"]
+    assert unnamed(names) == {"losses", "train/losses", "code/layers.0.mlp.up_proj"}
