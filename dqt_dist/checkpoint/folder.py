@@ -34,6 +34,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dqt_dist.errors import UserError
+from dqt_dist.json_files import read_json_object
 
 MANIFEST = "manifest.json"
 METADATA = ".metadata"
@@ -127,12 +128,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST
     try:
-        manifest = json.loads(file.read_text())
-        version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{file}: not a checkpoint manifest ({type(error).__name__}: {error})") from error
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path}: checkpoint format {version!r}, this version reads {FORMAT_VERSION}")
+        manifest = read_json_object(file, "use an older checkpoint")
+    except UserError as error:
+        raise DamagedCheckpoint(str(error)) from error
+    if "format" not in manifest:
+        raise DamagedCheckpoint(f"{file}: not a checkpoint manifest, it has no format; use an older checkpoint")
+    if manifest["format"] != FORMAT_VERSION:
+        raise UserError(f"{path}: checkpoint format {manifest['format']!r}, this version reads {FORMAT_VERSION}")
     if problems := _manifest_problems(manifest):
         raise DamagedCheckpoint(f"{file}: {problems[0]}; the manifest is damaged, use an older checkpoint")
     return manifest
