@@ -127,6 +127,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises DamagedCheckpoint when it is missing or not as it was written, UserError for another format.
     """
     file = path / MANIFEST
+    if file.exists() and not file.is_file():  # reading a pipe or a device may have no end
+        raise DamagedCheckpoint(f"{file}: not a plain file; use an older checkpoint")
     try:
         manifest = read_json_object(file, "use an older checkpoint")
     except UserError as error:
@@ -146,7 +148,7 @@ def _manifest_problems(manifest: dict[str, Any]) -> list[str]:
     if wanted is not None and wanted != found:
         return [f"its content has sha256 {found}, it says {wanted}"]
     counters = ("step", "tokens", "samples")
-    wrong = [name for name in counters if type(manifest.get(name)) is not int or manifest[name] < 0]
+    wrong = [name for name in counters if type(manifest.get(name)) is not int or not 0 <= manifest[name] < 2**63]
     wrong += [name for name in ("config", "files") if not isinstance(manifest.get(name), dict)]
     if wrong:
         return [f"{', '.join(wrong)} missing or of the wrong type"]
