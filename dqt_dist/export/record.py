@@ -54,7 +54,7 @@ def figures_of(reader: CheckpointReader) -> dict[str, Any]:
     """Figures of the run when this is its last checkpoint; those that came with an imported model otherwise."""
     summary = read_summary(reader.path.parent.parent)
     if summary is not None and summary["steps"] == reader.progress.step:
-        return {name: summary[name] for name in FIGURES if summary.get(name) is not None}
+        return {name: summary[name] for name in FIGURES if isinstance(summary.get(name), (int, float))}
     return reader.manifest.get("figures", {})
 
 

@@ -94,6 +94,13 @@ def test_a_complete_run_says_so_and_keeps_its_summary(train: Train, tmp_path: Pa
     assert again.returncode == 0, again.stderr
     assert "complete since step 2; training.steps above 2 goes on" in again.stdout
     assert [(tmp_path / "run" / name).read_bytes() for name in files] == before
+    # A damaged one is made anew.
+    (tmp_path / "run" / "summary.json").write_bytes(before[0][:40])
+    again = train(*short)
+    assert again.returncode == 0 and again.stderr.count(f"warning: {tmp_path}/run/summary.json: not JSON") == 1
+    assert (
+        json.loads((tmp_path / "run" / "summary.json").read_text())["valid_loss"] == json.loads(before[0])["valid_loss"]
+    )
 
 
 def test_a_run_without_a_prompt_has_no_sample(train: Train) -> None:
