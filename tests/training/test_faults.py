@@ -10,6 +10,7 @@ import json
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -64,6 +65,20 @@ def test_a_rank_that_stands_still_is_named(config_file: Path, tmp_path: Path, st
         assert message.count(f"error: no answer from rank {stopped}") == 1
         assert "2 s, training.step_timeout_seconds" in message
         assert "in train_step" in (run / "stacks" / f"rank_{other}.txt").read_text()
+
+
+def test_a_port_that_another_program_has_is_one_message(config_file: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = subprocess.run(
+            command(config_file), env=environment() | variables, capture_output=True, text=True, timeout=120
+        )
+    assert done.returncode == RUN_ERROR_EXIT_CODE and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count(f"error: 127.0.0.1:{port}: the ranks cannot meet there: ") == 1, done.stderr
+    assert "EADDRINUSE" in done.stderr
 
 
 # ---- asked to stop ----

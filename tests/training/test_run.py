@@ -14,7 +14,7 @@ from dqt_dist.checkpoint.digest import digest_of
 from dqt_dist.checkpoint.folder import verify
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.config import load_config
-from dqt_dist.errors import STOPPED_EXIT_CODE
+from dqt_dist.errors import EXIT_CODE, STOPPED_EXIT_CODE
 from launchers.pretrain import show_report
 from tests.small import small_config
 from tests.training.conftest import Train, command, environment
@@ -100,6 +100,14 @@ def test_a_complete_run_says_so_and_keeps_its_summary(train: Train, tmp_path: Pa
     assert again.returncode == 0 and again.stderr.count(f"warning: {tmp_path}/run/summary.json: not JSON") == 1
     assert (
         json.loads((tmp_path / "run" / "summary.json").read_text())["valid_loss"] == json.loads(before[0])["valid_loss"]
+    )
+
+
+def test_a_value_that_deepspeed_refuses_is_one_message(train: Train) -> None:
+    done = train("deepspeed.zero_optimization.allgather_bucket_size=few")
+    assert done.returncode == EXIT_CODE and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("error: deepspeed: DeepSpeed refuses the section: allgather_bucket_size: ") == 1, (
+        done.stderr
     )
 
 
