@@ -1,7 +1,7 @@
 # make setup   build .venv with the pinned versions          make test   the test suite
 # make demo    prepare text, train over 4 processes, report   make lint   ruff and pyright
 # make fuzz    10,000 damaged configs and some thousand other files; FUZZ_EXAMPLES=N for more or fewer
-# make soak    three courses of 2,000 steps, stopped, killed and moved to other layouts; SOAK="--steps N" for others
+# make soak    20 kills of a short run; three courses of 2,000 steps, stopped, killed, in changing layouts; SOAK="--steps N"
 # make test-gguf   exports run by llama.cpp, which it builds first (C++ compiler; 20 minutes on two cores)
 # A GPU node that brings its own torch: make setup TORCH= PYTHON=python3.12 (and see README.md).
 
@@ -45,6 +45,7 @@ fuzz: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" FUZZ_EXAMPLES=$(FUZZ_EXAMPLES) $(BIN)/python -m pytest tests/fuzz $(PYTEST_ARGS)
 
 soak: $(STAMP)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m soak $(PYTEST_ARGS)
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python tests/soak.py $(SOAK)
 
 # llama-cpp-python comes as source only: pip compiles llama.cpp for the processor at hand.

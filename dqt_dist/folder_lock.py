@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 
 from dqt_dist.errors import UserError
+from dqt_dist.json_files import parse_json
 
 LOCK_FILE = ".lock"
 _UNSUPPORTED = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
@@ -87,7 +88,7 @@ class FolderLock:
 
 def _holder(descriptor: int) -> str:
     try:
-        holder = json.loads(os.pread(descriptor, 2**16, 0))
+        holder = parse_json(os.pread(descriptor, 2**16, 0).decode())
         return f"{holder['purpose']} (process {holder['process']} on {holder['host']} since {holder['since']})"
-    except (ValueError, KeyError, TypeError):  # taken in this moment
+    except (ValueError, KeyError, TypeError):  # taken in this moment, or changed
         return "another process"

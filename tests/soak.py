@@ -6,13 +6,15 @@ Three courses of the same steps, and two runs that nothing interrupts to compare
     pipeline    1 process, or pipeline 2; ZeRO 0 and 1       the losses and bits of the uninterrupted single process
     layouts     DP 2 with ZeRO 0 to 3, TP 2, PP 2            its losses stay beside those of the uninterrupted DP 2
 
-At a random step of each segment one rank gets SIGTERM, or one or all get SIGKILL; the next segment begins in another
-layout. Ranks write down the SHA-256 of every sample that they train on. At the end: each step has trained on the
-samples that are its own in the data set, in their order, whatever the layout; each segment began where the checkpoint
-before it ended, which after a SIGTERM is the step that ran; so the course holds every sample exactly once.
+At a random moment of each segment one rank gets SIGTERM, or one or all get SIGKILL; the next segment begins in another
+layout. Every layout comes at least once, and its first segment is not interrupted before it has saved a checkpoint, so
+the course holds steps of every layout. Ranks write down the SHA-256 of every sample that they train on. At the end:
+each step has trained on the samples that are its own in the data set, in their order, whatever the layout; each segment
+began where the checkpoint before it ended, which after a SIGTERM is the step that ran; so the course holds every sample
+exactly once.
 
-`tests/training/test_resume.py` and `tests/training/test_faults.py` show the same of a few dozen steps in every
-`make test`. This takes longer: make soak, or make soak SOAK="--steps N".
+`tests/training/test_faults.py` makes a short course of the same, with SIGKILL only, in every `make test`. This takes
+longer: make soak, or make soak SOAK="--steps N".
 """
 
 from __future__ import annotations
@@ -23,16 +25,16 @@ import hashlib
 import json
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from pydoc_data.topics import topics
+from signal import SIGKILL, SIGTERM, Signals
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -41,14 +43,15 @@ from dqt_dist.checkpoint.digest import digest_of
 from dqt_dist.checkpoint.folder import complete_checkpoints, step_of
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.data.dataset import build_datasets
-from dqt_dist.errors import STOPPED_EXIT_CODE
+from dqt_dist.errors import RUN_ERROR_EXIT_CODE, STOPPED_EXIT_CODE
 from tests.small import VALUES
 from tests.training.conftest import ROOT, VOCABULARY
 from tests.training.ranks import Ranks
 
 GLOBAL_BATCH, SEQUENCE_LENGTH = 8, 32
-INTERVAL = 20
-"""Steps between checkpoints."""
+MOST_SECONDS_AFTER = 0.1
+"""From the step at which a segment is to be interrupted to the signal: a few steps of an idle machine, so the signal
+comes anywhere in a step or a save."""
 MEAN_OVER = 50
 """Steps over which losses of different layouts are compared: one step's loss has noise of its own batch."""
 CLOSE = 0.05
@@ -120,7 +123,9 @@ class Soak:
     steps: int
     restarts: int
     draw: random.Random
-    began: float
+    interval: int = 20
+    """Steps between checkpoints."""
+    began: float = field(default_factory=time.monotonic)
 
     def prepare(self) -> None:
         """Data and config."""
@@ -136,7 +141,7 @@ class Soak:
         values["training"] |= {"steps": self.steps, "global_batch_size": GLOBAL_BATCH, "eval_batches": 2}
         values["optimizer"] |= {"learning_rate": 3e-3, "low_bit_learning_rate": 2e-3}
         values["logging"] = {"interval": 1, "tensorboard": False}
-        values["checkpoint"] = {"dir": "set", "interval": INTERVAL, "keep_last": 2}
+        values["checkpoint"] = {"dir": "set", "interval": self.interval, "keep_last": 2}
         (self.folder / "config.json").write_text(json.dumps(values))
 
     def say(self, text: str) -> None:
@@ -161,47 +166,74 @@ class Soak:
             assert ranks.exit_codes() == [0] * layout.num, ranks.output()
         self.say(f"{name}: {self.steps} steps without interruption")
 
-    def interrupted(self, name: str, layouts: Sequence[Layout]) -> int:
-        """A course of segments; returns the number of restarts. Each begins where its checkpoint ended."""
-        stops = sorted(self.draw.sample(range(2, self.steps - INTERVAL), self.restarts))
-        layout, begins = layouts[0], 0
-        for segment, stop in enumerate([*stops, self.steps]):
-            layout = self.draw.choice([other for other in layouts if other != layout])
-            end, events = self.segment(name, layout, segment, stop, last=stop == self.steps)
-            first, reached = self.span(name, segment)
+    def interrupted(
+        self, name: str, layouts: Sequence[Layout], signals: Sequence[Signals] = (SIGTERM, SIGKILL, SIGKILL)
+    ) -> list[str]:
+        """A course of segments, each of which begins where its checkpoint ended; returns what interrupted them."""
+        # The first segment of a layout may run on to its next checkpoint; what is left is for the last segment.
+        stops = sorted(self.draw.sample(range(2, self.steps - (len(layouts) + 1) * self.interval), self.restarts))
+        begins, events, kept = 0, [], set[Layout]()
+        for segment, layout in enumerate(self.order(layouts, len(stops) + 1)):
+            with self.start(name, layout, segment) as ranks:
+                if segment == len(stops):
+                    wait_for_end(ranks)
+                    assert ranks.exit_codes() == [0] * layout.num, ranks.output()
+                    event, number = "to the end", None
+                else:
+                    self.wait_until(ranks, name, segment, stops[segment], 0 if layout in kept else begins + 1)
+                    time.sleep(self.draw.uniform(0, MOST_SECONDS_AFTER))
+                    number = self.draw.choice(signals)
+                    event = self.interrupt(ranks, number)
+                    events.append(event)
+            first, last = self.span(name, segment)
+            end = self.saved(name)
             assert first == begins + 1, f"{name}: segment {segment} began with step {first}, saved were {begins}"
+            assert end == last or number == SIGKILL, f"{name}: a step was lost {event}"
+            self.say(f"{name}: {layout.name}, steps {first} to {last}, {event}; saved up to {end} of {self.steps}")
+            if end > begins:
+                kept.add(layout)
             begins = end
-            self.say(f"{name}: {layout.name}, steps {first} to {reached}, {events}; saved up to {end} of {self.steps}")
-        return len(stops)
+        assert kept == set(layouts), f"{name}: no step was kept of {set(layouts) - kept}"
+        return events
 
-    def segment(self, name: str, layout: Layout, segment: int, stop: int, *, last: bool) -> tuple[int, str]:
-        """Runs until `stop`, then interrupts; returns the step of the newest checkpoint, and what was done."""
-        victims = self.draw.choice([[self.draw.randrange(layout.num)], list(range(layout.num))])
-        number = self.draw.choice([signal.SIGTERM, signal.SIGKILL, signal.SIGKILL])
-        victims = victims[:1] if number == signal.SIGTERM else victims
-        with self.start(name, layout, segment) as ranks:
-            if last:
-                wait_for_end(ranks)
-                assert ranks.exit_codes() == [0] * layout.num, ranks.output()
-                event = "to the end"
-            else:
-                observed = self.samples_of(name, segment) / "0.jsonl"
-                wait_until(ranks, lambda: newest_line(observed) >= stop)
-                for victim in victims:
-                    ranks.signal(victim, number)
-                codes = ranks.exit_codes()
-                left = STOPPED_EXIT_CODE if number == signal.SIGTERM else 1
-                gone = STOPPED_EXIT_CODE if number == signal.SIGTERM else -number
-                expected = [gone if rank in victims else left for rank in range(layout.num)]
-                assert codes == expected, f"{codes} instead of {expected}\n{ranks.output()}"
-                event = f"{signal.Signals(number).name} to rank {', '.join(map(str, victims))}"
-        end = step_of(complete_checkpoints(self.folder / name / "checkpoints")[-1]) if self.saved(name) else 0
-        if number == signal.SIGTERM and not last:
-            assert end == self.span(name, segment)[1], "a step was lost after SIGTERM"
-        return end, event
+    def order(self, layouts: Sequence[Layout], num: int) -> list[Layout]:
+        """`num` layouts: each comes once before any comes again, and none twice in a row."""
+        assert num >= len(layouts), f"{num} segments for {len(layouts)} layouts"
+        found: list[Layout] = []
+        while len(found) < num:
+            them = self.draw.sample(layouts, len(layouts))
+            found += them if found[-1:] != them[:1] else reversed(them)
+        return found[:num]
 
-    def saved(self, name: str) -> list[Path]:
-        return complete_checkpoints(self.folder / name / "checkpoints")
+    def wait_until(self, ranks: Ranks, name: str, segment: int, reached: int, saved: int) -> None:
+        """Returns when rank 0 has made the step `reached` and a checkpoint of the step `saved`, or later ones."""
+        while self.reached(name, segment) < reached or self.saved(name) < saved:
+            assert all(process.is_alive() for process in ranks.processes), ranks.output()
+            time.sleep(0.02)
+
+    def interrupt(self, ranks: Ranks, number: Signals) -> str:
+        """Sends the signal to one rank or, if it kills, to one or all. Returns what was done, when all have ended."""
+        num = len(ranks.processes)
+        victims = self.draw.choice([[self.draw.randrange(num)], list(range(num))])
+        victims = victims[:1] if number == SIGTERM else victims
+        for victim in victims:
+            ranks.signal(victim, number)
+        left = STOPPED_EXIT_CODE if number == SIGTERM else RUN_ERROR_EXIT_CODE
+        gone = STOPPED_EXIT_CODE if number == SIGTERM else -number
+        codes, expected = ranks.exit_codes(), [gone if rank in victims else left for rank in range(num)]
+        assert codes == expected, f"{codes} instead of {expected}\n{ranks.output()}"
+        if number == SIGKILL and len(victims) < num:
+            assert f"error: no answer from rank {victims[0]}" in ranks.output(), ranks.output()
+            assert ranks.output().count("error: ") == 1 and "Traceback" not in ranks.output(), ranks.output()
+        return f"{number.name} to rank {', '.join(map(str, victims))}"
+
+    def saved(self, name: str) -> int:
+        """The step of the newest checkpoint, 0 without one."""
+        return max(map(step_of, complete_checkpoints(self.folder / name / "checkpoints")), default=0)
+
+    def reached(self, name: str, segment: int) -> int:
+        """The last step that rank 0 has made in a segment so far, 0 for none."""
+        return max((line["step"] for line in lines_of(self.samples_of(name, segment) / "0.jsonl")), default=0)
 
     def span(self, name: str, segment: int) -> tuple[int, int]:
         """First and last step that rank 0 has made in a segment."""
@@ -281,17 +313,6 @@ def lines_of(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
-def newest_line(file: Path) -> int:
-    lines = lines_of(file)
-    return lines[-1]["step"] if lines else 0
-
-
-def wait_until(ranks: Ranks, condition: Any) -> None:
-    while not condition():
-        assert all(process.is_alive() for process in ranks.processes), ranks.output()
-        time.sleep(0.02)
-
-
 def wait_for_end(ranks: Ranks) -> None:
     for process in ranks.processes:
         process.join()
@@ -306,20 +327,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000, help="steps of each course")
     parser.add_argument(
-        "--restarts", type=int, default=None, help="interruptions of each course; default one per 100 steps"
+        "--restarts",
+        type=int,
+        default=None,
+        help="interruptions of each course; default one per 100 steps, and so many that every layout comes",
     )
     parser.add_argument("--seed", type=int, default=1, help="of the interruptions")
     args = parser.parse_args()
-    restarts = args.restarts if args.restarts is not None else max(3, args.steps // 100)
+    most_layouts = max(len(layouts) for layouts, _, _ in COURSES.values())
+    restarts = args.restarts if args.restarts is not None else max(most_layouts - 1, args.steps // 100)
     folder = Path(tempfile.mkdtemp(prefix="soak_"))
     revision = commit()
-    soak = Soak(folder, args.steps, restarts, random.Random(args.seed), time.monotonic())
+    soak = Soak(folder, args.steps, restarts, random.Random(args.seed))
     soak.prepare()
     soak.through("DP 2", STAGES[0])
     soak.through("one process", SINGLE)
     total, found = 0, []
     for name, (layouts, reference, bits) in COURSES.items():
-        total += soak.interrupted(name, layouts)
+        total += len(soak.interrupted(name, layouts))
         found.append(soak.check(name, reference, bits))
         soak.say(found[-1])
     seconds = time.monotonic() - soak.began

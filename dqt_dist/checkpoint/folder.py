@@ -34,6 +34,7 @@ from typing import Any
 from tqdm import tqdm
 
 from dqt_dist.errors import UserError
+from dqt_dist.json_files import read_json_object
 
 MANIFEST = "manifest.json"
 METADATA = ".metadata"
@@ -126,13 +127,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises DamagedCheckpoint when it is missing or not as it was written, UserError for another format.
     """
     file = path / MANIFEST
+    if file.exists() and not file.is_file():  # reading a pipe or a device may have no end
+        raise DamagedCheckpoint(f"{file}: not a plain file; use an older checkpoint")
     try:
-        manifest = json.loads(file.read_text())
-        version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DamagedCheckpoint(f"{file}: not a checkpoint manifest ({type(error).__name__}: {error})") from error
-    if version != FORMAT_VERSION:
-        raise UserError(f"{path}: checkpoint format {version!r}, this version reads {FORMAT_VERSION}")
+        manifest = read_json_object(file, "use an older checkpoint")
+    except UserError as error:
+        raise DamagedCheckpoint(str(error)) from error
+    if "format" not in manifest:
+        raise DamagedCheckpoint(f"{file}: not a checkpoint manifest, it has no format; use an older checkpoint")
+    if manifest["format"] != FORMAT_VERSION:
+        raise UserError(f"{path}: checkpoint format {manifest['format']!r}, this version reads {FORMAT_VERSION}")
     if problems := _manifest_problems(manifest):
         raise DamagedCheckpoint(f"{file}: {problems[0]}; the manifest is damaged, use an older checkpoint")
     return manifest
@@ -144,7 +148,7 @@ def _manifest_problems(manifest: dict[str, Any]) -> list[str]:
     if wanted is not None and wanted != found:
         return [f"its content has sha256 {found}, it says {wanted}"]
     counters = ("step", "tokens", "samples")
-    wrong = [name for name in counters if type(manifest.get(name)) is not int or manifest[name] < 0]
+    wrong = [name for name in counters if type(manifest.get(name)) is not int or not 0 <= manifest[name] < 2**63]
     wrong += [name for name in ("config", "files") if not isinstance(manifest.get(name), dict)]
     if wrong:
         return [f"{', '.join(wrong)} missing or of the wrong type"]

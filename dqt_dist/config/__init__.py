@@ -14,7 +14,7 @@ a run before the seconds that torch takes.
 """
 
 from dqt_dist.config.checks import ProcessGrid, check_world, process_grid, shown, uses_cuda_graph
-from dqt_dist.config.load import load_config, parse_json, to_json
+from dqt_dist.config.load import load_config, to_json
 from dqt_dist.config.schema import (
     CODES_PER_GROUP,
     DTYPE_BYTES,
@@ -58,7 +58,6 @@ __all__ = [
     "ZeroOptimization",
     "check_world",
     "load_config",
-    "parse_json",
     "process_grid",
     "shown",
     "to_json",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,6 +80,7 @@ def config_problems(config: Config) -> Iterable[str]:
     yield from _moment_problems(config)
     yield from _schedule_problems(config)
     yield from _checkpoint_problems(config)
+    yield from _path_problems(config)
     yield from _deepspeed_problems(config)
 
 
@@ -409,6 +410,15 @@ def _checkpoint_problems(config: Config) -> Iterable[str]:
         )
 
 
+def _path_problems(config: Config) -> Iterable[str]:
+    paths = {"data.tokenizer": config.data.tokenizer, "checkpoint.dir": config.checkpoint.dir}
+    for name, sources in (("train", config.data.train), ("valid", config.data.valid or ())):
+        paths |= {f"data.{name}.{number}.path": source.path for number, source in enumerate(sources)}
+    for name, path in paths.items():
+        if path.startswith("~"):
+            yield f"{name}: {shown(path)} begins with ~, which only a shell replaces; write the whole path"
+
+
 DERIVED_DEEPSPEED_KEYS = {
     "train_batch_size": "training.global_batch_size",
     "train_micro_batch_size_per_gpu": "training.micro_batch_size",
@@ -424,6 +434,22 @@ DERIVED_DEEPSPEED_KEYS = {
 }
 """Keys of DeepSpeed's own config that follow from our fields, and the fields to use."""
 
+DEEPSPEED_KEYS = (
+    *("zero_optimization", "zero_allow_untested_optimizer", "steps_per_print", "timers", "wall_clock_breakdown"),
+    *("memory_breakdown", "dump_state", "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet"),
+)
+"""Keys of DeepSpeed's own config that are handed on. DeepSpeed ignores keys that it does not know, and others speak of
+what this project does itself: sums of gradients, recomputation, data, checkpoints, compilation."""
+
+ZERO_KEYS = (
+    *("stage", "offload_optimizer", "allgather_partitions", "allgather_bucket_size", "overlap_comm", "sub_group_size"),
+    *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
+    *("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_module_granularity_threshold"),
+    *("stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "ignore_unused_parameters"),
+    *("memory_efficient_linear", "log_trace_cache_warnings", "enable_sanity_checks", "leaf_module"),
+)
+"""Keys of zero_optimization that are handed on."""
+
 REDUCTION_KEYS = ("reduce_scatter", "reduce_bucket_size", "contiguous_gradients", "round_robin_gradients")
 """Keys of zero_optimization about the reduction of gradients, which is not DeepSpeed's here."""
 
@@ -435,9 +461,8 @@ def _deepspeed_problems(config: Config) -> Iterable[str]:
     for key in config.deepspeed:
         if key in DERIVED_DEEPSPEED_KEYS:
             yield f"deepspeed.{key}: is derived, so that two fields cannot disagree; use {DERIVED_DEEPSPEED_KEYS[key]}"
-        elif key != "zero_optimization" and difflib.get_close_matches(key, ["zero_optimization"], cutoff=0.8):
-            # DeepSpeed ignores top-level keys that it does not know: a slip here would train without ZeRO in silence.
-            yield f"deepspeed.{key}: unknown key; did you mean 'zero_optimization'?"
+        elif key not in DEEPSPEED_KEYS:
+            yield f"deepspeed.{key}: {_not_handed_on(key, DEEPSPEED_KEYS)}"
     zero = config.zero
     if not isinstance(zero.section, dict):
         yield (
@@ -463,7 +488,15 @@ def _deepspeed_problems(config: Config) -> Iterable[str]:
                 f"deepspeed.zero_optimization.{key}: has no effect, as gradients are not reduced by DeepSpeed but in "
                 f"one order for all ZeRO stages; leave it out"
             )
+    for key in zero.section.keys() - {*ZERO_KEYS, *REDUCTION_KEYS, "offload_param"}:
+        yield f"deepspeed.zero_optimization.{key}: {_not_handed_on(key, ZERO_KEYS)}"
     yield from _offload_problems(config, zero)
+
+
+def _not_handed_on(key: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]!r}?" if close else f"known here: {', '.join(known)}"
+    return f"unknown key; {hint}"
 
 
 def _offload_problems(config: Config, zero: ZeroOptimization) -> Iterable[str]:

@@ -17,7 +17,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,9 +26,12 @@ from pydantic import ValidationError
 from dqt_dist.config.checks import config_problems, raise_if, shown
 from dqt_dist.config.schema import Config, Section
 from dqt_dist.errors import UserError
+from dqt_dist.json_files import parse_json, read_json_object
 
 MOST_LEVELS = 32
 """Objects and lists inside one another; a config has 4."""
+
+ADVICE = "a config is a JSON object as in configs/"
 
 _UNUSABLE_TEXT = re.compile("[\\0\ud800-\udfff]")
 
@@ -60,25 +63,6 @@ def to_json(config: Config) -> str:
 # ---- file and overrides ----
 
 
-def parse_json(text: str, **options: Any) -> Any:
-    """json.loads, which raises RecursionError for what is nested too deep; here this is a ValueError as all the rest,
-    and it does not depend on the caller's own depth: more than MOST_LEVELS are refused."""
-    try:
-        value = json.loads(text, **options)
-    except RecursionError:
-        raise ValueError(f"nested more than {MOST_LEVELS} levels deep") from None
-    level, depth = [value], 0
-    while level := [part for whole in level if isinstance(whole, (dict, list)) for part in _parts(whole)]:
-        depth += 1
-        if depth > MOST_LEVELS:
-            raise ValueError(f"nested more than {MOST_LEVELS} levels deep")
-    return value
-
-
-def _parts(whole: dict[str, Any] | list[Any]) -> Iterable[Any]:
-    return whole.values() if isinstance(whole, dict) else whole
-
-
 def _read_json(path: Path) -> dict[str, Any]:
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         keys = [key for key, _ in pairs]
@@ -87,19 +71,7 @@ def _read_json(path: Path) -> dict[str, Any]:
             raise UserError(f"{path}: the key {doubled[0]!r} stands twice in one section; keep one of them")
         return dict(pairs)
 
-    try:
-        values = parse_json(path.read_text(encoding="utf-8"), object_pairs_hook=refuse_duplicates)
-    except OSError as error:
-        raise UserError(f"{path}: the config file cannot be read: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not a text file in UTF-8: {error.reason} at byte {error.start}") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON that can be read: {error}") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: holds a JSON {type(values).__name__}; a config is an object, {{...}}")
-    return values
+    return read_json_object(path, ADVICE, json.JSONDecoder(object_pairs_hook=refuse_duplicates))
 
 
 def _apply_overrides(values: dict[str, Any], overrides: Sequence[str]) -> list[str]:

@@ -35,11 +35,13 @@ import numpy as np
 from tqdm import tqdm
 
 from dqt_dist import MEGATRON_NOTES
-from dqt_dist.config import DataConfig, parse_json, shown
+from dqt_dist.config import DataConfig, shown
 from dqt_dist.data.tokenizer import Tokenizer, document_hash, load_tokenizer
 from dqt_dist.errors import RunError, UserError
+from dqt_dist.json_files import parse_json, read_json_object
 
 MANIFEST_FORMAT = 1
+PREPARE_AGAIN = "prepare the data again with --force"
 _IDX_HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document bounds (documents + 1)
 _IDX_MAGIC = b"MMIDIDX\x00\x00"
 _DTYPES = {
@@ -93,15 +95,13 @@ class Manifest:
         """Read a manifest; None where there is no such file. Raises UserError for one that cannot be understood."""
         if not path.is_file():
             return None
+        fields = read_json_object(path, PREPARE_AGAIN)
         try:
-            fields = parse_json(path.read_text())
             if fields.get("format") != MANIFEST_FORMAT:
                 raise ValueError(f"format is {shown(fields.get('format'))}, expected {MANIFEST_FORMAT}")
             return _of_its_types(Manifest(**fields))
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(
-                f"{path}: not a manifest of tools/prepare_data.py ({error}); prepare the data again with --force"
-            ) from error
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}: not a manifest of tools/prepare_data.py ({error}); {PREPARE_AGAIN}") from error
 
 
 Record = TypeVar("Record")

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from dqt_dist.errors import UserError
+from dqt_dist.json_files import parse_json
 
 T = TypeVar("T")
 
@@ -227,12 +228,15 @@ def _json_text(line: bytes, text_key: str) -> str | None:
     """The text field of a line; None for an empty line."""
     # The mark begins a line where files with marks were put together.
     text = _utf8(line).strip().removeprefix("\ufeff")
+    if not text:
+        return None
     try:
-        return _text_of(_json.decode(text), text_key) if text else None
+        row = parse_json(text, _json, most_levels=None)
     except json.JSONDecodeError as error:
         raise _BadRow(f"is not one JSON object: {error.msg} (column {error.colno})") from error
-    except RecursionError as error:
-        raise _BadRow("is nested too deeply") from error
+    except ValueError as error:
+        raise _BadRow(f"is {error}") from error
+    return _text_of(row, text_key)
 
 
 def _text_of(row: object, text_key: str) -> str | None:

@@ -48,7 +48,7 @@ class Tokenizer:
             self.vocab_size: int = self._processor.vocab_size()
             self.eod_id: int = self._processor.eos_id()
             self.unknown_id: int = self._processor.unk_id()
-        except RuntimeError as error:
+        except (RuntimeError, UnicodeDecodeError) as error:  # the second: SentencePiece's message quotes the file
             raise UserError(f"tokenizer {path}: not a SentencePiece model file ({len(model)} bytes)") from error
         if self.vocab_size == 0:  # what SentencePiece makes of an empty file, without an error
             raise UserError(f"tokenizer {path}: not a SentencePiece model file ({len(model)} bytes)")

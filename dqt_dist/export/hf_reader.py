@@ -8,9 +8,7 @@ What is not the LLaMA that the trainer builds is refused: biases, other activati
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +21,7 @@ from dqt_dist.export.compressed import unpack_words
 from dqt_dist.export.hf import key
 from dqt_dist.export.record import RECORD
 from dqt_dist.export.weights import linear_shapes, parameter_shapes
+from dqt_dist.json_files import read_json_object
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.latent import codes_of_latents, codes_per_latent, latents_of_codes
 from dqt_dist.lowbit.rounding import round_nearest
@@ -31,16 +30,8 @@ from dqt_dist.lowbit.scale import WeightStatistics, choose_scale
 ARCHITECTURES = {"LlamaForCausalLM": False, "BitNetForCausalLM": True}
 """Architectures that the trainer builds, and whether they have sub-norms."""
 
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object; raises UserError for a file that is none."""
-    try:
-        values = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: is not a JSON object")
-    return values
+COPY_AGAIN = "copy the folder again, or export it again"
+"""What helps where a file of it is damaged."""
 
 
 class HfFolder:
@@ -50,8 +41,8 @@ class HfFolder:
         if not (folder / "config.json").is_file():
             raise UserError(f"--from-hf {folder}: no config.json there; give a Hugging Face folder (GGUF is not read)")
         self.folder = folder
-        self.config = read_json(folder / "config.json")
-        self.record = read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+        self.config = read_json_object(folder / "config.json", COPY_AGAIN)
+        self.record = read_json_object(folder / RECORD, COPY_AGAIN) if (folder / RECORD).is_file() else None
         self.files: dict[str, Path] = {}
         for path in sorted(folder.glob("*.safetensors")):
             try:

@@ -24,6 +24,7 @@ from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_SHA256
 from dqt_dist.data.tokenizer import Tokenizer
 from dqt_dist.export.weights import Weights
+from dqt_dist.training.summary import read_summary
 
 RECORD = "dqt_dist.json"
 FIGURES = ("valid_loss", "valid_perplexity", "last_loss", "parameters", "low_bit_parameters")
@@ -51,11 +52,9 @@ def record_of(weights: Weights, export_format: str, tokenizer: Tokenizer) -> dic
 
 def figures_of(reader: CheckpointReader) -> dict[str, Any]:
     """Figures of the run when this is its last checkpoint; those that came with an imported model otherwise."""
-    summary_file = reader.path.parent.parent / "summary.json"
-    if summary_file.is_file():
-        summary = json.loads(summary_file.read_text())
-        if summary.get("steps") == reader.progress.step:
-            return {name: summary[name] for name in FIGURES if summary.get(name) is not None}
+    summary = read_summary(reader.path.parent.parent)
+    if summary is not None and summary["steps"] == reader.progress.step:
+        return {name: summary[name] for name in FIGURES if isinstance(summary.get(name), (int, float))}
     return reader.manifest.get("figures", {})
 
 

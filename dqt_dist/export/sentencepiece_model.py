@@ -10,7 +10,8 @@ the name of the property and with the formats that can (`refuse`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -173,6 +174,12 @@ def _limits(model: SentencePieceModel) -> tuple[list[tuple[bool, str]], list[tup
     ]
     few_bytes = len(model.of_kind(PieceKind.BYTE)) < BYTES
     spaced = [text for text in user_defined if SPACE in text or " " in text]
+    # SentencePiece reads from the left. llama.cpp cuts out one user-defined piece after another, most bytes first.
+    overlapping = [
+        f"in {shared!r} {first!r} comes first and {second!r} is no shorter"
+        for first, second, shared in overlaps(user_defined)
+        if len(second.encode()) >= len(first.encode())
+    ]
     only_gguf = [
         (model.algorithm == Algorithm.UNIGRAM, 'model_type is "unigram"'),
         (bool(model.charsmap), f'normalization_rule_name is "{model.rule}", not "identity"'),
@@ -186,8 +193,23 @@ def _limits(model: SentencePieceModel) -> tuple[list[tuple[bool, str]], list[tup
             f"add_dummy_prefix is true beside user-defined pieces {_some(user_defined)}",
         ),
         (bool(spaced), f"user-defined pieces hold spaces: {_some(spaced)}"),
+        (bool(overlapping), f"user-defined pieces overlap: {overlapping[0]}" if overlapping else ""),
     ]
     return nowhere, only_gguf
+
+
+def overlaps(texts: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    """(first, second, shared) of pieces that may want the same letters: `second` begins with the end of `first`, and
+    the text `shared` holds both. SentencePiece takes the first there."""
+    begin_with = defaultdict(list)
+    for text in texts:
+        for stop in range(1, len(text)):
+            begin_with[text[:stop]].append(text)
+    for first in texts:
+        for start in range(1, len(first)):
+            for second in begin_with.get(first[start:], ()):
+                if second != first:
+                    yield first, second, first[:start] + second
 
 
 def _rules_change(model: SentencePieceModel, text: str) -> bool:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 
 from dqt_dist.export.errors import VerificationError
 from dqt_dist.export.gguf_tokenizer import GgufTokenizer
-from dqt_dist.export.sentencepiece_model import SPACE, PieceKind, SentencePieceModel
+from dqt_dist.export.sentencepiece_model import SPACE, PieceKind, SentencePieceModel, overlaps
 from dqt_dist.export.text import SAMPLE
 from dqt_dist.export.verify import quiet_transformers
 
@@ -52,14 +53,18 @@ HARD_STRINGS = (
 )
 # Prefixes of an indented line: pieces of spaces meet in every way.
 INDENTATIONS = tuple(f"{' ' * count}x" for count in range(3, 34))
+MOST_OVERLAPS = 1000
+"""Pairs of user-defined pieces; hundreds of pieces of one letter have a great many."""
 
 
 def hard_strings(model: SentencePieceModel) -> list[str]:
-    """The fixed strings, sample text, and every mark and user-defined piece as text."""
+    """The fixed strings, sample text, every mark and user-defined piece as text, and overlaps of the latter."""
     pieces = model.of_kind(PieceKind.UNKNOWN, PieceKind.CONTROL, PieceKind.USER_DEFINED)
     as_text = [text.replace(SPACE, " ") for text in pieces]
     around = [f"a{text} b {text}{text}c" for text in as_text]
-    return [*HARD_STRINGS, *INDENTATIONS, SAMPLE, *as_text, *around, "".join(as_text)]
+    shared = {text for _, _, text in islice(overlaps(model.of_kind(PieceKind.USER_DEFINED)), MOST_OVERLAPS)}
+    overlapping = sorted(text.replace(SPACE, " ") for text in shared)
+    return [*HARD_STRINGS, *INDENTATIONS, SAMPLE, *as_text, *around, "".join(as_text), *overlapping]
 
 
 def compare_ids(model: SentencePieceModel, encode: Encode, what: str) -> None:

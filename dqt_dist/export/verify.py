@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from dqt_dist.export.safetensors_writer import tensor_bytes
 from dqt_dist.export.sentencepiece_model import SentencePieceModel
 from dqt_dist.export.text import SAMPLE
 from dqt_dist.export.weights import Weights
+from dqt_dist.json_files import read_json_object
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def is_power_of_two(scale: float) -> bool:
 
 def without_activations(folder: Path) -> dict[str, Any]:
     """quantization_config of a compressed-tensors folder with the 8-bit rounding of activations left out."""
-    quantization = json.loads((folder / "config.json").read_text())["quantization_config"]
+    quantization = read_json_object(folder / "config.json", "export it again")["quantization_config"]
     for group in quantization["config_groups"].values():
         group["input_activations"] = None
     return quantization

@@ -31,10 +31,11 @@ from dqt_dist.errors import UserError
 from dqt_dist.export import hf
 from dqt_dist.export.convert import check_pieces, find_tokenizer, require_packages
 from dqt_dist.export.errors import VerificationError
-from dqt_dist.export.hf_reader import ARCHITECTURES, read_json
+from dqt_dist.export.hf_reader import ARCHITECTURES, COPY_AGAIN
 from dqt_dist.export.record import RECORD
 from dqt_dist.export.verify import load_folder, quiet_transformers
 from dqt_dist.export.weights import Weights
+from dqt_dist.json_files import read_json_object
 from dqt_dist.lowbit.activation import ACTIVATION_CODES, quantize_tokens, token_absmax
 
 
@@ -174,7 +175,7 @@ def _empty_model(weights: Weights) -> Any:
 
 
 def _open_export(path: Path, tokenizer: Path | None, device: torch.device, dtype: str) -> LanguageModel:
-    values = read_json(path / "config.json")
+    values = read_json_object(path / "config.json", COPY_AGAIN)
     architecture = (values.get("architectures") or ["none"])[0]
     if architecture not in ARCHITECTURES:
         raise UserError(f"{path}: architecture {architecture}; read are {' and '.join(ARCHITECTURES)}")
@@ -184,7 +185,7 @@ def _open_export(path: Path, tokenizer: Path | None, device: torch.device, dtype
     if not model_file.is_file():
         raise UserError(f"{path}: no file {model_file}; give the SentencePiece .model by --tokenizer")
     loaded_tokenizer = load_tokenizer(model_file)
-    record = read_json(path / RECORD) if (path / RECORD).is_file() else {}
+    record = read_json_object(path / RECORD, COPY_AGAIN) if (path / RECORD).is_file() else {}
     check_tokenizer(loaded_tokenizer, record, path, path, where="--tokenizer" if tokenizer else "tokenizer")
     check_pieces(loaded_tokenizer, values["vocab_size"])
     try:

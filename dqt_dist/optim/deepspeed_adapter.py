@@ -33,10 +33,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor, nn
 
 from dqt_dist.config import Config, process_grid
-from dqt_dist.errors import RunError
+from dqt_dist.errors import RunError, UserError
 from dqt_dist.layers.parameters import Parameter
 from dqt_dist.optim.schedule import StepRates
 from dqt_dist.parallel.groups import Group, Groups
@@ -427,7 +428,10 @@ class ModelParallelUnit:
 
 
 def initialize_engine(module: nn.Module, torch_optimizer: torch.optim.AdamW, config: Config, groups: Groups) -> Any:
-    """Calls deepspeed.initialize for the parameters in `torch_optimizer`, and turns DeepSpeed's reductions off."""
+    """Calls deepspeed.initialize for the parameters in `torch_optimizer`, and turns DeepSpeed's reductions off.
+
+    Raises UserError for a value in the `deepspeed` section that DeepSpeed does not take.
+    """
     import deepspeed
     from deepspeed.utils import logger
 
@@ -440,13 +444,17 @@ def initialize_engine(module: nn.Module, torch_optimizer: torch.optim.AdamW, con
     deepspeed.init_distributed(
         dist_backend="nccl" if groups.device.type == "cuda" else "gloo", dist_init_required=False
     )
-    engine, _, _, _ = deepspeed.initialize(
-        model=module,
-        optimizer=torch_optimizer,
-        config=deepspeed_config(config, groups.world.size()),
-        mpu=ModelParallelUnit(groups),
-        dist_init_required=False,
-    )
+    try:
+        engine, _, _, _ = deepspeed.initialize(
+            model=module,
+            optimizer=torch_optimizer,
+            config=deepspeed_config(config, groups.world.size()),
+            mpu=ModelParallelUnit(groups),
+            dist_init_required=False,
+        )
+    except ValidationError as error:  # of a value; all ranks have the same
+        problems = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()]
+        raise UserError(f"deepspeed: DeepSpeed refuses the section: {'; '.join(problems)}") from error
     require_internals(engine, ENGINE_INTERNALS)
     # Stages 0 and 1 would reduce in engine.step(). gradient_reducer.py reduces instead.
     engine.enable_backward_allreduce = False

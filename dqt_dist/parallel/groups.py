@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.utils.deterministic
 
 from dqt_dist.config import Config, uses_cuda_graph
+from dqt_dist.errors import RunError
 from dqt_dist.launch import Launch
 from dqt_dist.parallel import megatron_device
 
@@ -59,7 +60,16 @@ def initialize(config: Config, launch: Launch) -> Groups:
     else:
         device, backend, device_id = torch.device("cpu"), "gloo", None
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=collective_timeout(config), device_id=device_id)
+        try:
+            dist.init_process_group(backend, timeout=collective_timeout(config), device_id=device_id)
+        except (dist.DistNetworkError, dist.DistStoreError) as error:
+            where = f"{launch.master_address}:{launch.master_port}"
+            why = str(error).splitlines()[0]
+            raise RunError(
+                f"{where}: the ranks cannot meet there: {why}; start again, where another program has the port with "
+                "another MASTER_PORT",
+                local=True,
+            ) from error
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=config.parallel.tensor,
         pipeline_model_parallel_size=config.parallel.pipeline,

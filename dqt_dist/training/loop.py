@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 import time
 from collections.abc import Iterator
@@ -41,6 +40,7 @@ from dqt_dist.training.replica_check import check_replicas
 from dqt_dist.training.run_folder import only_writer, set_aside_other_course
 from dqt_dist.training.step import Batch, StepResult, evaluate, mean_over_data, train_step
 from dqt_dist.training.stop import StopSignal
+from dqt_dist.training.summary import read_summary
 from dqt_dist.training.watchdog import Watchdog
 
 DIVERGED_BY = 1.0
@@ -105,13 +105,11 @@ def summary_of_complete_run(config: Config, resume: str, step: int) -> dict[str,
     """The contents of summary.json, on all ranks, when `--resume auto` finds no step to make after `step`. A collective
     call."""
     found: list[Any] = [None]
-    path = Path(config.checkpoint.dir) / "summary.json"
-    if dist.get_rank() == 0 and resume == "auto" and path.exists():
-        summary = json.loads(path.read_text())
-        if summary["steps"] >= config.training.steps:
-            found = [summary if step == summary["steps"] else None]
-            if found[0] is not None:
-                print(f"{config.checkpoint.dir}: complete since step {step}; training.steps above {step} goes on")
+    if dist.get_rank() == 0 and resume == "auto" and step >= config.training.steps:
+        summary = read_summary(Path(config.checkpoint.dir))
+        if summary is not None and summary["steps"] == step:
+            found = [summary]
+            print(f"{config.checkpoint.dir}: complete since step {step}; training.steps above {step} goes on")
     dist.broadcast_object_list(found, src=0)
     return found[0]
 

@@ -22,7 +22,9 @@ from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_FILE
 from dqt_dist.config import Config, to_json
 from dqt_dist.data.tokenizer import Tokenizer
 from dqt_dist.errors import naming
+from dqt_dist.json_files import parse_json
 from dqt_dist.training.low_bit_metrics import LowBitMetrics
+from dqt_dist.training.summary import SUMMARY
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -38,7 +40,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def _parsed(line: str) -> dict[str, Any] | None:
     """One line of metrics.jsonl: an object with a step."""
     try:
-        values = json.loads(line)
+        values = parse_json(line)
     except ValueError:
         return None
     return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
@@ -180,7 +182,7 @@ class Recorder:
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         if self.is_writer:
-            write_atomically(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            write_atomically(self.folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
 
     def close(self) -> None:
         if self.is_writer:

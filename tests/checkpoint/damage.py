@@ -46,14 +46,14 @@ ACCIDENTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "data missing": (lambda path: (path / "__1_0.distcp").unlink(), "__1_0.distcp is missing"),
     "metadata flipped": (lambda path: flip(path / METADATA), ".metadata has another content: sha256 "),
     "metadata missing": (lambda path: (path / METADATA).unlink(), ".metadata is missing"),
-    "manifest truncated": (lambda path: truncate(path / MANIFEST, 9), "not a checkpoint manifest"),
-    "manifest empty": (lambda path: (path / MANIFEST).write_bytes(b""), "not a checkpoint manifest"),
+    "manifest truncated": (lambda path: truncate(path / MANIFEST, 9), "not JSON"),
+    "manifest empty": (lambda path: (path / MANIFEST).write_bytes(b""), "not JSON"),
     "manifest flipped": (
         lambda path: flip(path / MANIFEST, path.joinpath(MANIFEST).read_text().index("rope_base")),
         "",
     ),
-    "manifest missing": (lambda path: (path / MANIFEST).unlink(), "not a checkpoint manifest"),
-    "a file in its place": (replace_by_file, "not a checkpoint manifest"),
+    "manifest missing": (lambda path: (path / MANIFEST).unlink(), "cannot be read"),
+    "a file in its place": (replace_by_file, "cannot be read"),
     "a copy of an older one": (lambda path: rewrite_manifest(path, step=5), "a copy, its manifest is of step 5"),
 }
 """What happens to a checkpoint of step 10 by two ranks, and what the message says of it."""

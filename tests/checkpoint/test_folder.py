@@ -61,10 +61,10 @@ def test_what_is_not_a_checkpoint_is_said_to_be_what_it_is(run: Path, newest: Pa
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("", "not a checkpoint manifest"),
-        ("{", "not a checkpoint manifest"),
-        ("[]", "not a checkpoint manifest"),
-        ("[" * 100_000, "not a checkpoint manifest"),
+        ("", "not JSON: Expecting value at line 1, column 1; use an older checkpoint"),
+        ("{", "not JSON"),
+        ("[]", "holds a JSON list, expected an object"),
+        ("[" * 100_000, "not JSON that can be read: nested too deeply"),
         ('{"step": 1}', "not a checkpoint manifest"),
         ('{"format": 1, "files": {}}', "checkpoint format 1, this version reads 2"),
         ('{"format": "x"}', "checkpoint format 'x', this version reads 2"),

@@ -261,6 +261,18 @@ FUSED = ("optimizer.fused_backward=true", "optimizer.max_grad_norm=0")
         (["deepspeed.bf16.enabled=true"], "use quantization.compute"),
         (["deepspeed.optimizer.type=Adam"], "use the optimizer section"),
         (["deepspeed.scheduler.type=x"], "use optimizer.schedule"),
+        (["deepspeed.zero.stage=2"], "deepspeed.zero: unknown key; known here: zero_optimization, "),
+        (
+            ["deepspeed.zero_optimization.stgae=2"],
+            "deepspeed.zero_optimization.stgae: unknown key; did you mean 'stage'?",
+        ),
+        (
+            ["deepspeed.prescale_gradients=true"],
+            "deepspeed.prescale_gradients: unknown key; known here: ",
+        ),
+        (["deepspeed.activation_checkpointing.profile=true"], "deepspeed.activation_checkpointing: unknown key"),
+        (["checkpoint.dir=~/runs"], 'checkpoint.dir: "~/runs" begins with ~, which only a shell replaces'),
+        (["data.train.0.path=~/x"], 'data.train.0.path: "~/x" begins with ~'),
     ],
 )
 def test_fields_that_disagree_are_named_with_both_numbers(file: Path, overrides: list[str], words: str) -> None:

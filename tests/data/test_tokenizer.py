@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,19 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path):
         (tmp_path / "bad.model").write_bytes(content)
         with pytest.raises(UserError, match=rf"not a SentencePiece model file \({len(content)} bytes\)"):
             load_tokenizer(tmp_path / "bad.model")
+
+
+def test_a_refusal_of_sentencepiece_that_quotes_no_text_is_one_of_ours(tmp_path: Path, documents):
+    """Two pieces of the same bytes, which are no UTF-8: SentencePiece's message quotes them and cannot be decoded."""
+    good = train_tokenizer(documents, 400)
+    pieces = sorted(set(re.findall(rb"\x0a\x02([a-z]{2})\x15", good)))[:2]
+    model = good.replace(b"\x0a\x02" + pieces[0], b"\x0a\x02\xbc\xbc").replace(
+        b"\x0a\x02" + pieces[1], b"\x0a\x02\xbc\xbc"
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model)
+    with pytest.raises(UserError, match="not a SentencePiece model file") as refusal:
+        load_tokenizer(tmp_path / "tokenizer.model")
+    assert isinstance(refusal.value.__cause__, UnicodeDecodeError)
 
 
 def test_model_without_end_mark_is_refused(tmp_path: Path):

@@ -41,6 +41,10 @@ BOTH: dict[str, dict] = {
     "no bos, other names": {"unk_id": 5, "eos_id": 7, "bos_id": -1, "pad_id": 3, "eos_piece": "<|end|>"},
     "no prefix": {"add_dummy_prefix": False},
     "user-defined, no prefix": {"add_dummy_prefix": False, "user_defined_symbols": ["<sep>", "\n", "<|a.b*|>"]},
+    "user-defined, one begins with another": {
+        "add_dummy_prefix": False,
+        "user_defined_symbols": ["<a>", "<a><b>", "<b>", "abc", "cd"],
+    },
     "control": {"control_symbols": ["<ctl>", "[X]"]},
     "char": {"model_type": "char"},
 }
@@ -54,6 +58,10 @@ ONLY_HF: dict[str, tuple[dict, str]] = {
     "user-defined spaces": (
         {"user_defined_symbols": ["  "], "add_dummy_prefix": False},
         "user-defined pieces hold spaces",
+    ),
+    "user-defined overlap": (
+        {"user_defined_symbols": ["<a>", "a><b>"], "add_dummy_prefix": False},
+        "user-defined pieces overlap: in '<a><b>' '<a>' comes first and 'a><b>' is no shorter",
     ),
     "unigram": (NFKC | {"model_type": "unigram"}, 'model_type is "unigram"'),
 }
@@ -153,6 +161,14 @@ def test_gguf_refuses_by_the_name_of_the_property(make: Make, tmp_path: Path, na
     assert message in str(refusal.value)
     with pytest.raises((VerificationError, KeyError)):
         check_gguf(gguf_file(model, tmp_path / FILE), model)
+
+
+def test_user_defined_pieces_of_equal_length_that_overlap_are_refused(make: Make) -> None:
+    """llama.cpp sorts them by their bytes with an unstable sort: which one it cuts out first is not known."""
+    overlapping = {"add_dummy_prefix": False, "user_defined_symbols": ["ab", "bc"]}
+    with pytest.raises(UserError, match="user-defined pieces overlap: in 'abc' 'ab' comes first"):
+        refuse(make(overlapping), "gguf")
+    refuse(make(overlapping | {"user_defined_symbols": ["abx", "xy"]}), "gguf")  # control: the first is longer
 
 
 def test_what_no_format_expresses(make: Make, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import deepspeed
 import pytest
 
+from dqt_dist.config.checks import REDUCTION_KEYS, ZERO_KEYS
 from dqt_dist.errors import RunError
 from dqt_dist.optim import deepspeed_adapter
 from dqt_dist.optim.deepspeed_adapter import INTERNALS, MasterShard, require_internals
@@ -104,3 +105,10 @@ def test_a_shard_is_a_range_of_its_master() -> None:
     master = torch.arange(12.0).view(3, 4)
     shard = MasterShard(SimpleNamespace(), [], 2, 3, master, 5)  # type: ignore[arg-type]
     assert shard.view(master).tolist() == [5.0, 6.0, 7.0]
+
+
+def test_the_keys_that_are_handed_on_are_keys_of_deepspeed() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    known = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert {*ZERO_KEYS, *REDUCTION_KEYS} <= known

@@ -144,6 +144,27 @@ def test_bad_checkpoints_leave_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+@pytest.mark.parametrize(
+    ("summary", "warning"),
+    [
+        ('{"steps": 2, "valid_loss": 3.5}', ""),
+        ('{"steps": 2, "valid_loss": "3.5"}', ""),
+        ('{"steps": 2, "valid_l', "not JSON: Unterminated string"),
+        ("[" * 100_000, "not JSON that can be read: nested too deeply"),
+        ('{"steps": "2"}', "has no number of steps"),
+    ],
+)
+def test_a_damaged_summary_is_a_warning(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture, summary: str, warning: str
+) -> None:
+    (run / "summary.json").write_text(summary)
+    assert convert("--checkpoint", run, "--output", tmp_path / "out", "--no-verify") == 0
+    told = capsys.readouterr().err
+    assert (f"warning: {run}/summary.json: {warning}" in told) if warning else ("summary.json" not in told)
+    figures = json.loads((tmp_path / "out" / "dqt_dist.json").read_text())["figures"]
+    assert figures == ({"valid_loss": 3.5} if "3.5}" in summary else {})
+
+
 def test_output_is_never_overwritten(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:  # noqa: F811
     full, file, empty = tmp_path / "full", tmp_path / "file", tmp_path / "empty"
     full.mkdir()

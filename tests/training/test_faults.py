@@ -10,6 +10,7 @@ import json
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,6 +24,7 @@ from dqt_dist.checkpoint.folder import complete_checkpoints, resolve
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE, STOPPED_EXIT_CODE
 from tests.checkpoint.damage import flip, plant
+from tests.soak import STAGES, Soak
 from tests.training.conftest import ROOT, Train, command, environment
 from tests.training.ranks import DEADLINE_SECONDS, Ranks, steps_logged
 
@@ -36,31 +38,19 @@ def checkpoints(run: Path) -> list[str]:
 # ---- killed and stopped ----
 
 
-def test_a_run_killed_at_random_moments_ends_in_the_bits_of_one_that_was_not(config_file: Path, tmp_path: Path) -> None:
-    """Rank 0, rank 1, then both, each at a random step. The rank that is left ends, and one message names the other."""
-    settings = ("training.steps=24", "checkpoint.interval=3", "logging.interval=1")
-    through, run = tmp_path / "through", tmp_path / "run"
-    with Ranks(config_file, tmp_path / "logs", *settings, f"checkpoint.dir={through}") as ranks:
-        assert ranks.exit_codes() == [0, 0], ranks.output()
-    draw = random.Random(20261126)
-    for number, victims in enumerate([[1], [0], [0, 1]]):
-        last = draw.randrange(4, 8) * (number + 1)
-        with Ranks(config_file, tmp_path / f"logs_{number}", *settings) as ranks:
-            ranks.wait_until(lambda last=last: last in steps_logged(run))
-            for victim in victims:
-                ranks.signal(victim, signal.SIGKILL)
-            codes = ranks.exit_codes()
-            assert codes == [-signal.SIGKILL if rank in victims else 1 for rank in (0, 1)]
-            if len(victims) == 1:
-                assert ranks.output().count("error: ") == 1, ranks.output()
-                assert f"error: no answer from rank {victims[0]}" in ranks.output()
-                assert "Traceback" not in ranks.output()
-        assert checkpoints(run)[-1] >= f"step_{last - 5:08d}"
-    with Ranks(config_file, tmp_path / "logs_end", *settings) as ranks:
-        assert ranks.exit_codes() == [0, 0] and "resumed from" in ranks.output(), ranks.output()
-    digests = [digest_of(CheckpointReader(folder / "checkpoints/step_00000024")) for folder in (run, through)]
-    assert digests[0] == digests[1]
-    assert digests[0] != digest_of(CheckpointReader(run / "checkpoints/step_00000021"))  # negative control
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [6, pytest.param(20, marks=pytest.mark.soak)])
+def test_a_run_killed_at_random_moments_ends_in_the_bits_of_one_that_was_not(tmp_path: Path, kills: int) -> None:
+    """Rank 0, rank 1 or both, at random moments, and each start at another ZeRO stage. Samples, losses and bits are
+    those of the run that goes through; where a rank is left, one message names the other."""
+    soak = Soak(tmp_path, steps=21 + 2 * kills, restarts=kills, draw=random.Random(20261126), interval=3)
+    soak.prepare()
+    soak.through("through", STAGES[0])
+    events = soak.interrupted("killed", STAGES, [signal.SIGKILL])
+    assert len(events) == kills and set(events) == {f"SIGKILL to rank {who}" for who in ("0", "1", "0, 1")}
+    soak.check("killed", "through", bits=True)
+    ends = complete_checkpoints(tmp_path / "killed" / "checkpoints")[-2:]
+    assert digest_of(CheckpointReader(ends[0])) != digest_of(CheckpointReader(ends[1]))  # negative control
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
@@ -75,6 +65,20 @@ def test_a_rank_that_stands_still_is_named(config_file: Path, tmp_path: Path, st
         assert message.count(f"error: no answer from rank {stopped}") == 1
         assert "2 s, training.step_timeout_seconds" in message
         assert "in train_step" in (run / "stacks" / f"rank_{other}.txt").read_text()
+
+
+def test_a_port_that_another_program_has_is_one_message(config_file: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        done = subprocess.run(
+            command(config_file), env=environment() | variables, capture_output=True, text=True, timeout=120
+        )
+    assert done.returncode == RUN_ERROR_EXIT_CODE and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count(f"error: 127.0.0.1:{port}: the ranks cannot meet there: ") == 1, done.stderr
+    assert "EADDRINUSE" in done.stderr
 
 
 # ---- asked to stop ----

@@ -15,7 +15,7 @@ from dqt_dist.checkpoint.folder import verify
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.commands.pretrain import show_report
 from dqt_dist.config import load_config
-from dqt_dist.errors import STOPPED_EXIT_CODE
+from dqt_dist.errors import EXIT_CODE, STOPPED_EXIT_CODE
 from tests.small import small_config
 from tests.training.conftest import Train, command, environment
 
@@ -94,6 +94,21 @@ def test_a_complete_run_says_so_and_keeps_its_summary(train: Train, tmp_path: Pa
     assert again.returncode == 0, again.stderr
     assert "complete since step 2; training.steps above 2 goes on" in again.stdout
     assert [(tmp_path / "run" / name).read_bytes() for name in files] == before
+    # A damaged one is made anew.
+    (tmp_path / "run" / "summary.json").write_bytes(before[0][:40])
+    again = train(*short)
+    assert again.returncode == 0 and again.stderr.count(f"warning: {tmp_path}/run/summary.json: not JSON") == 1
+    assert (
+        json.loads((tmp_path / "run" / "summary.json").read_text())["valid_loss"] == json.loads(before[0])["valid_loss"]
+    )
+
+
+def test_a_value_that_deepspeed_refuses_is_one_message(train: Train) -> None:
+    done = train("deepspeed.zero_optimization.allgather_bucket_size=few")
+    assert done.returncode == EXIT_CODE and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count("error: deepspeed: DeepSpeed refuses the section: allgather_bucket_size: ") == 1, (
+        done.stderr
+    )
 
 
 def test_a_run_without_a_prompt_has_no_sample(train: Train) -> None:
