@@ -43,7 +43,7 @@ def main() -> int:
     style = argparse.RawDescriptionHelpFormatter
     example = "example:\n  benchmarks/layout_parity.py --data data/corpus --output docs/benchmarks/layout_parity.md"
     parser = argparse.ArgumentParser(description=__doc__, epilog=example, formatter_class=style)
-    parser.add_argument("--config", default="configs/130m_ternary.json", metavar="FILE", help="config to cut down")
+    parser.add_argument("--config", default="configs/130m_pure_ternary.json", metavar="FILE", help="config to cut down")
     parser.add_argument("--data", required=True, metavar="DIR", help="a folder made by tools/prepare_data.py")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--work", default="runs/layout_parity", metavar="DIR", help="run folders go here")

@@ -7,7 +7,8 @@ below --work. A run that was stopped goes on. A run that has finished is not rep
 folder. Each setting has one seed, so read small differences with care. The last example shows how to run another seed
 of a setting for comparison.
 
-    benchmarks/precision.py --config configs/130m_ternary.json --set training.steps=400 --set optimizer.warmup_steps=40
+    benchmarks/precision.py --config configs/130m_pure_ternary.json --set training.steps=400 \\
+        --set optimizer.warmup_steps=40
     benchmarks/precision.py --config configs/demo_cpu.json --settings "fp32;fp8" --work runs/precision
     benchmarks/precision.py --from-runs bf16=runs/precision/bf16 --from-runs fp8=runs/precision/fp8 --plot precision.png
     benchmarks/precision.py --settings "bf16;bf16 again=quantization.compute=bf16,training.seed=1;fp8"
@@ -46,7 +47,12 @@ def main() -> int:
     style = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=style)
     add = parser.add_argument
-    add("--config", default="configs/130m_ternary.json", metavar="FILE", help="what is trained (default: %(default)s)")
+    add(
+        "--config",
+        default="configs/130m_pure_ternary.json",
+        metavar="FILE",
+        help="what is trained (default: %(default)s)",
+    )
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value in all settings")
     known = f"{'; '.join(SETTINGS)}; or NAME=section.key=value,section.key=value"
     add("--settings", default=DEFAULT, help=f"which, separated by semicolons, of: {known} (default: %(default)s)")

@@ -50,7 +50,7 @@ the study, on a machine with GPUs:
 to draw the page again from the files in the repository:
   benchmarks/quality.py page docs/benchmarks/quality
 """
-CONFIG = ROOT / "configs/130m_ternary.json"
+CONFIG = ROOT / "configs/130m_pure_ternary.json"
 VOCABULARY = 8192
 TEXT_FILE = "text.json"
 """In the folder of the text: what it is, with the sha256 of each file."""

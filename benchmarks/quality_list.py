@@ -128,7 +128,7 @@ class Run:
         return [*METHODS[self.method].settings, *rates, f"training.seed={self.seed}", *self.settings]
 
     def all_settings(self, data: str) -> list[str]:
-        """Every setting, over configs/130m_ternary.json; `data` is a folder that `quality.py prepare` has made."""
+        """Every setting, over configs/130m_pure_ternary.json; `data` is a folder that `quality.py prepare` has made."""
         size, steps = SIZES[self.size], self.num_steps
         evaluation = max(1, steps // 6)
         return [

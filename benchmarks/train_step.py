@@ -65,6 +65,11 @@ from benchmarks.common import (
 
 SMALL = ["optimizer.state_bits=8"]
 FP8 = [*SMALL, "quantization.compute=fp8"]
+CODES_ONLY = [
+    "quantization.latent_bits=null",
+    "quantization.scale_refit_interval=0",
+    "optimizer.low_bit_weight_decay=0",
+]
 VARIANTS: dict[str, list[str]] = {
     "none-fp32": ["quantization.method=none", "quantization.compute=fp32", "optimizer.gradient_dtype=fp32"],
     "dqt-fp32": ["quantization.compute=fp32", "optimizer.gradient_dtype=fp32"],
@@ -73,6 +78,8 @@ VARIANTS: dict[str, list[str]] = {
     "dqt-bf16": [*SMALL, "quantization.compute=bf16"],
     "dqt-int8": [*SMALL, "quantization.compute=int8"],
     "dqt-fp8": FP8,
+    "dqt-fp8, codes only": [*FP8, *CODES_ONLY],
+    "dqt-fp8, codes only, CUDA graph": [*FP8, *CODES_ONLY, "training.cuda_graph=true"],
     "dqt-fp8, dW in bf16": [*FP8, "quantization.weight_gradient=bf16"],
     "dqt-fp8, fused update": [*FP8, "optimizer.fused_backward=true", "optimizer.max_grad_norm=0"],
     "dqt-fp8, recompute mlp": [*FP8, "training.recompute=mlp"],

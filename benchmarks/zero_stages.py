@@ -4,8 +4,8 @@
 Start the script with torchrun, one process per GPU (or on a CPU with gloo). All stages run one after the other in the
 same processes, from the same seed, on the same random tokens. Stages with equal digests have computed the same bits.
 
-    torchrun --nproc-per-node 4 benchmarks/zero_stages.py --config configs/130m_ternary.json
-    torchrun --nproc-per-node 4 benchmarks/zero_stages.py --config configs/130m_ternary.json \\
+    torchrun --nproc-per-node 4 benchmarks/zero_stages.py --config configs/130m_pure_ternary.json
+    torchrun --nproc-per-node 4 benchmarks/zero_stages.py --config configs/130m_pure_ternary.json \\
         --set training.deterministic=true
 """
 

@@ -19,7 +19,7 @@ from dqt_dist.data.tokenizer import load_tokenizer
 with quiet_megatron_import():
     from megatron.core.datasets.indexed_dataset import IndexedDataset
 
-CONFIG = Path(__file__).resolve().parents[2] / "configs/130m_ternary.json"
+CONFIG = Path(__file__).resolve().parents[2] / "configs/130m_pure_ternary.json"
 
 
 @pytest.fixture(scope="module")

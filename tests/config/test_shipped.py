@@ -15,6 +15,7 @@ from tests.config.files import ROOT
 WORLD_SIZES = {
     "demo_cpu": (4, 8),
     "130m_ternary": (1, 2, 4),
+    "130m_pure_ternary": (1, 2, 4),
     "320m_ternary": (1, 8),
     "1b_ternary": (1, 8, 32),
     "1b_ternary_fp8": (1, 8, 32),
@@ -44,13 +45,14 @@ def test_shipped_config_fits_and_comes_back_equal(name: str, tmp_path: Path) -> 
 
 
 def test_shipped_1b_configs_differ_in_the_method_alone() -> None:
-    """The baselines are comparable: same model, data and batch; only quantization, learning rates and folder differ."""
+    """The baselines are comparable: same model, data and batch; only quantization, rates, decay and folder differ."""
     texts = []
     for name in ("1b_ternary", "1b_int8", "1b_bf16", "1b_bitnet"):
         values = json.loads((ROOT / "configs" / f"{name}.json").read_text())
         for section, key in (
             ("optimizer", "learning_rate"),
             ("optimizer", "low_bit_learning_rate"),
+            ("optimizer", "low_bit_weight_decay"),
             ("checkpoint", "dir"),
         ):
             values[section].pop(key, None)

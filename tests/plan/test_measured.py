@@ -18,6 +18,12 @@ from tests.config.test_shipped import WORLD_SIZES
 ROOT = Path(__file__).resolve().parents[2]
 LARGE, SMALL = ROOT / "configs/1b_ternary_fp8.json", ROOT / "configs/130m_ternary.json"
 EIGHT_BITS = ("optimizer.state_bits=8", "optimizer.gradient_dtype=bf16")
+CODES_ONLY = (
+    "quantization.latent_bits=null",
+    "quantization.scale_refit_interval=0",
+    "optimizer.low_bit_weight_decay=0",
+)
+"""The measured models had no latents."""
 BASELINE = ("optimizer.state_bits=32",)
 FUSED = ("optimizer.fused_backward=true", "optimizer.max_grad_norm=0")
 NO_GRAPH = ("training.cuda_graph=false",)
@@ -27,10 +33,10 @@ VARIANTS = {
         "quantization.method=none", "quantization.compute=bf16", "training.cuda_graph=true", *BASELINE,
     ),
     "bitnet-bf16": ("quantization.method=bitnet", "quantization.compute=bf16", *BASELINE),
-    "dqt-bf16": ("quantization.compute=bf16", *NO_GRAPH),
+    "dqt-bf16": ("quantization.compute=bf16",),
     "dqt-bf16, CUDA graph": ("quantization.compute=bf16", "training.cuda_graph=true"),
     "dqt-int8": ("quantization.compute=int8",),
-    "dqt-fp8": ("quantization.compute=fp8", *NO_GRAPH),
+    "dqt-fp8": ("quantization.compute=fp8",),
     "dqt-fp8, CUDA graph": ("quantization.compute=fp8", "training.cuda_graph=true"),
     "dqt-fp8, dW in bf16": ("quantization.weight_gradient=bf16",),
     "dqt-fp8, fused update": FUSED,
@@ -57,7 +63,7 @@ def config_of(path: Path, variant: str) -> Config:
     """One micro-batch on one GPU, as the page says."""
     samples = 8 if path == LARGE else 32
     batch = (f"training.micro_batch_size={samples}", f"training.global_batch_size={samples}")
-    return load_config(path, [*batch, *EIGHT_BITS, *VARIANTS[variant]])
+    return load_config(path, [*batch, *EIGHT_BITS, *CODES_ONLY, *NO_GRAPH, *VARIANTS[variant]])
 
 
 def test_the_page_has_the_rows_that_are_compared() -> None:
@@ -95,7 +101,7 @@ def test_the_largest_model_that_trains_on_one_gpu_fits() -> None:
     """115.4 GiB were measured; one layer in ten more does not fit."""
     big = ("model.num_layers=60", "model.hidden_size=8192", "model.ffn_hidden_size=22016",
            "model.num_attention_heads=64", "training.micro_batch_size=1", "training.global_batch_size=1")  # fmt: skip
-    config = load_config(LARGE, [*big, "training.recompute=full", *FUSED])
+    config = load_config(LARGE, [*big, *CODES_ONLY, *NO_GRAPH, "training.recompute=full", *FUSED])
     assert largest_footprint(config, process_grid(config, 1)).total / 2**30 == pytest.approx(115.4, rel=0.02)
 
 
@@ -126,17 +132,25 @@ def test_layouts_scale_as_they_were_measured() -> None:
     """Within 2 %, as shares of the speed of two single GPUs."""
     assert len(layouts()) == 7
     for method, overrides, samples, one, two in layouts():
-        config = load_config(
-            LARGE, [*EIGHT_BITS, *VARIANTS[method], *overrides, f"training.global_batch_size={samples}"]
-        )
+        of_method = [*EIGHT_BITS, *CODES_ONLY, *NO_GRAPH, *VARIANTS[method]]
+        config = load_config(LARGE, [*of_method, *overrides, f"training.global_batch_size={samples}"])
         found = speed.expected_speed(config, process_grid(config, 2), device_named("h100"))
-        alone = load_config(LARGE, [*EIGHT_BITS, *VARIANTS[method], "training.global_batch_size=8"])
+        alone = load_config(LARGE, [*of_method, "training.global_batch_size=8"])
         single = speed.expected_speed(alone, process_grid(alone, 1), device_named("h100"))
         assert found is not None and single is not None
         share = found.tokens_per_second / (2 * single.tokens_per_second)
         # The exchange takes the same milliseconds where the GPU itself is 2 to 6 % slower than the H200.
         assert share == pytest.approx(two / (2 * one), rel=0.02), (method, overrides)
         assert speed.PLANNING in "".join(found.notes)
+
+
+def test_data_parallel_with_graphs_scales_as_it_was_measured() -> None:
+    page = (ROOT / speed.LAYOUTS).read_text(encoding="utf-8")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    speeds = {row[0]: float(row[2].replace(",", "")) for row in rows if len(row) == 11 and row[2][-1:].isdigit()}
+    one, two = speeds["one GPU, micro-batch 8"], speeds["DP 2, ZeRO 1"]
+    seconds = 2 * 16_384 / two - 16_384 / one
+    assert speed.SECONDS_PER_BYTE["dqt-fp8, CUDA graph"] == pytest.approx(seconds / 1.65e9, rel=1e-6)
 
 
 def test_layouts_with_graphs_scale_as_they_were_measured() -> None:

@@ -37,8 +37,9 @@ def test_a_layout_that_does_not_fit_is_not_suggested() -> None:
 
 
 def test_the_text_is_made_of_arguments() -> None:
-    """One GPU holds the model, so the best layout is that of the config; the next one divides matrices."""
+    """One GPU holds the model, so the best layout is that of the config; the next one divides the model."""
     _, first, second, *_ = show_suggestions(CONFIG, (), 8, H100).splitlines()
     assert first.endswith("GiB  as configured")
     settings = [word for before, word in pairwise(second.split()) if before == "--set"]
-    assert load_config(CONFIG, settings).parallel.tensor == 2
+    parallel = load_config(CONFIG, settings).parallel
+    assert parallel.tensor * parallel.pipeline == 2
