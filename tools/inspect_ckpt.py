@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from dqt_dist.command_line import make_parser, run_tool
+from dqt_dist.command_line import drawing, make_parser, run_tool, save_picture
 from dqt_dist.errors import UserError
 
 if TYPE_CHECKING:  # the functions import what they need when they run, so that --help is quick
@@ -250,16 +250,7 @@ def sizes(reader: CheckpointReader, matrices: list[MatrixFigures]) -> str:
 
 def plotter(file: Path) -> Callable[[list[MatrixFigures], Grid], None]:
     """A function that draws the figures into `file`; raises UserError when that cannot work."""
-    if file.suffix != ".png":
-        raise UserError(f"--plot {file}: the name must end in .png")
-    if not file.absolute().parent.is_dir():
-        raise UserError(f"--plot {file}: the folder {file.absolute().parent} does not exist")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("--plot needs matplotlib; install it with: pip install 'dqt_dist[bench]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = drawing("--plot", file)
 
     def draw(matrices: list[MatrixFigures], grid: Grid) -> None:
         import torch
@@ -277,7 +268,7 @@ def plotter(file: Path) -> Callable[[list[MatrixFigures], Grid], None]:
         scales.set(xlabel="scale", title="scales")
         scales.set_xscale("log", base=2)
         scales.grid(alpha=0.3)
-        figure.savefig(file, dpi=130)
+        save_picture(figure, file)
         pyplot.close(figure)
 
     return draw

@@ -23,6 +23,7 @@ from dqt_dist.config import Config, to_json
 from dqt_dist.data.tokenizer import Tokenizer
 from dqt_dist.errors import naming
 from dqt_dist.training.low_bit_metrics import LowBitMetrics
+from dqt_dist.training.metrics_file import METRICS_FILE, read_lines
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -35,22 +36,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     partial.rename(path)
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
-    """One line of metrics.jsonl: an object with a step."""
-    try:
-        values = json.loads(line)
-    except ValueError:
-        return None
-    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
-
-
 class Recorder:
     """Writes on rank 0. On other ranks every method returns at once, so callers need no condition."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, rank: int, start_step: int) -> None:
         self.is_writer = rank == 0
         self.folder = Path(config.checkpoint.dir)
-        self.metrics_path = self.folder / "metrics.jsonl"
+        self.metrics_path = self.folder / METRICS_FILE
         if not self.is_writer:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -79,14 +71,10 @@ class Recorder:
         """
         if not self.metrics_path.exists():
             return 0
-        lines = self._lines()
-        kept = [json.dumps(line) + "\n" for line in lines if line is not None and line["step"] <= step]
+        lines, damaged = read_lines(self.folder)
+        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
         write_atomically(self.metrics_path, "".join(kept))
-        return lines.count(None)
-
-    def _lines(self) -> list[dict[str, Any] | None]:
-        """The lines of metrics.jsonl; None for a damaged one."""
-        return [_parsed(line) for line in self.metrics_path.read_text(errors="replace").splitlines()]
+        return damaged
 
     def _write_line(self, metrics: dict[str, Any]) -> None:
         with naming(self.metrics_path):
@@ -168,15 +156,10 @@ class Recorder:
     def column(self, name: str) -> list[Any]:
         """The values of `name` in all lines that have it, including steps before a resume; none where metrics.jsonl is
         gone."""
-        return [line[name] for line in self._whole_lines() if name in line]
+        return [line[name] for line in read_lines(self.folder)[0] if name in line]
 
     def has_validation(self, step: int) -> bool:
-        return any(line.get("step") == step and "valid_loss" in line for line in self._whole_lines())
-
-    def _whole_lines(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that are not damaged; none where the file is gone."""
-        lines = self._lines() if self.metrics_path.exists() else []
-        return [line for line in lines if line is not None]
+        return any(line.get("step") == step and "valid_loss" in line for line in read_lines(self.folder)[0])
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         if self.is_writer:
