@@ -298,6 +298,7 @@ class Trainer:
                 "low_bit_lr": result.rates.low_bit_learning_rate,
                 "tokens": self.progress.tokens,
                 "tokens_per_s": tokens_per_second,
+                "tflops_per_s": flops / self.groups.world.size() / 1e12,
                 "mfu": flops / self.peak.flops,
                 "peak_memory_bytes": cost.peak_memory_bytes(self.groups),
                 **cost.sent_bytes(self.step - self.clock_step),

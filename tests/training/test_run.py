@@ -20,7 +20,18 @@ from tests.small import small_config
 from tests.training.conftest import Train, command, environment
 
 METRICS = {
-    *("step", "loss", "grad_norm", "lr", "low_bit_lr", "tokens", "tokens_per_s", "mfu", "peak_memory_bytes"),
+    *(
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "low_bit_lr",
+        "tokens",
+        "tokens_per_s",
+        "tflops_per_s",
+        "mfu",
+        "peak_memory_bytes",
+    ),
     *("skipped_steps", "flip_rate", "zero_fraction", "saturation"),
     *("gradients_sent_bytes", "codes_sent_bytes", "activation_maxima_sent_bytes", "activations_sent_bytes"),
 }
@@ -41,6 +52,7 @@ def step_lines(run: Path) -> dict[int, tuple]:
     }
 
 
+VALID = {"step", "valid_loss", "valid_perplexity"}
 SAVE = {"step", "save_blocked_seconds", "save_seconds", "save_bytes"}
 
 
@@ -140,15 +152,23 @@ def test_tensorboard_has_the_numbers_and_the_histograms(train: Train, tmp_path: 
     assert train().returncode == 0
     events = EventAccumulator(str(tmp_path / "run" / "tb"), size_guidance={"histograms": 0})
     events.Reload()
-    assert {f"train/{name}" for name in METRICS - {"step"}} <= set(events.Tags()["scalars"])
-    assert {f"checkpoint/{name}" for name in SAVE - {"step"}} <= set(events.Tags()["scalars"])
-    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    scalars, histograms = events.Tags()["scalars"], events.Tags()["histograms"]
+    of_matrices = [name for name in scalars + histograms if name.startswith("9_")]
+    assert {"9_codes_of_matrices/layers.0.self_attn.q_proj", "9_codes_of_matrices/layers.1.mlp.down_proj"} <= set(
+        of_matrices
+    )
+    assert "9_flip_rate_of_matrices/layers.1.mlp.down_proj" in of_matrices
+    # All other tags are few: those of the metrics, and one histogram over the matrices per metric of codes.
+    assert {name.split("/")[1] for name in scalars if name not in of_matrices} == (METRICS | SAVE | VALID) - {"step"}
+    assert {name for name in histograms if name not in of_matrices} == {
+        f"8_over_matrices/{name}" for name in ("flip_rate", "zero_fraction", "saturation")
+    }
+    first = {name for name in scalars if name < "2"}
+    assert first == {f"1_loss/{name}" for name in ("loss", "grad_norm", "skipped_steps", *VALID - {"step"})}
+    losses = [(event.step, event.value) for event in events.Scalars("1_loss/loss")]
     logged = [(line["step"], line["loss"]) for line in metrics(tmp_path / "run") if "loss" in line]
     assert [step for step, _ in losses] == [step for step, _ in logged]
-    assert {"codes/layers.0.self_attn.q_proj", "codes/layers.1.mlp.down_proj", "low_bit/flip_rate"} <= set(
-        events.Tags()["histograms"]
-    )
-    histogram = events.Histograms("codes/layers.0.mlp.up_proj")[-1].histogram_value
+    histogram = events.Histograms("9_codes_of_matrices/layers.0.mlp.up_proj")[-1].histogram_value
     assert histogram.num == 48 * 32 and sum(histogram.bucket) == 48 * 32
 
 
