@@ -1,7 +1,7 @@
 """Imports go down only, so each folder can be read without the folders above it.
 
-    errors < folder_lock < command_line < config < launch, dtypes < lowbit < plan < kernels < parallel < layers < optim
-           < data < checkpoint < training < export < inference
+    errors < folder_lock < progress_line < command_line < config < launch, dtypes < lowbit < plan < kernels < parallel
+           < layers < optim < data < checkpoint < training < export < inference
 
 The order is checked on the source text. Every import statement counts, also inside functions and under TYPE_CHECKING,
 and relative imports too. launchers/ and tools/ are on top and may import anything of the package. Nothing in the
@@ -21,6 +21,7 @@ PACKAGE = "dqt_dist"
 ORDER = [
     "errors",
     "folder_lock",
+    "progress_line",
     "command_line",
     "config",
     "launch",

@@ -132,15 +132,14 @@ def show(path: Path, plot_file: Path | None) -> None:
 
 def read_matrices(reader: CheckpointReader, grid: Grid) -> list[MatrixFigures]:
     """Figures of every low-bit matrix, in the order of the model's layers."""
-    from tqdm import tqdm
-
     from dqt_dist.lowbit.grid import make_grid
     from dqt_dist.lowbit.packing import unpack
+    from dqt_dist.progress_line import ProgressLine
 
     latent_bits = reader.config.quantization.latent_bits
     names = [name.removeprefix("codes/") for name in reader.tensors if name.startswith("codes/")]
     found = []
-    for name in tqdm(sorted(names, key=natural), "reading codes", unit=" matrices", disable=None):
+    for name in ProgressLine(sorted(names, key=natural), "reading codes", unit=" matrices"):
         info = reader.tensors[f"codes/{name}"]
         # Rows fill their last group: widths are multiples of 4 (config.CODES_PER_GROUP).
         columns = info.shape[1] // grid.group_bytes * grid.group_codes

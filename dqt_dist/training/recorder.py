@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from tqdm import tqdm
 
 from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_FILE
 from dqt_dist.config import Config, to_json
 from dqt_dist.data.tokenizer import Tokenizer
 from dqt_dist.errors import naming
+from dqt_dist.progress_line import ProgressLine
 from dqt_dist.training.curves import TensorBoard
 from dqt_dist.training.low_bit_metrics import LowBitMetrics
 from dqt_dist.training.metrics_file import METRICS_FILE, read_lines
@@ -53,14 +53,8 @@ class Recorder:
         self.tensorboard = None
         if config.logging.tensorboard:
             self.tensorboard = TensorBoard(self.folder / "tb", start_step + 1)
-        self.progress = tqdm(
-            total=config.training.steps,
-            initial=start_step,
-            unit="step",
-            desc="train",
-            dynamic_ncols=True,
-            mininterval=0.5,
-        )
+        steps = config.training.steps
+        self.progress = ProgressLine(desc="train", total=steps, initial=start_step, unit="step", mininterval=0.5)
         if damaged:
             self.say(f"warning: {damaged} lines of {self.metrics_path} are damaged and left out")
 
@@ -85,16 +79,19 @@ class Recorder:
             self.tensorboard.add_numbers(metrics["step"], numbers)
 
     def step_done(self) -> None:
-        if self.is_writer:
+        if self.is_writer and self.progress.is_live:
             self.progress.update(1)
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Records a step. The bar shows loss and speed."""
+        """Records a step. The live line shows loss and speed; without one they are a plain line."""
         if not self.is_writer:
             return
         self._record(metrics)
-        shown = {"loss": f"{metrics['loss']:.3f}", "tokens/s": f"{metrics['tokens_per_s']:,.0f}"}
-        self.progress.set_postfix(shown, refresh=False)
+        loss, speed = f"{metrics['loss']:.3f}", f"{metrics['tokens_per_s']:,.0f}"
+        if self.progress.is_live:
+            self.progress.set_postfix({"loss": loss, "tokens/s": speed}, refresh=False)
+        else:
+            self.say(f"step {metrics['step']} of {self.progress.total}: loss {loss}, {speed} tokens/s")
 
     def log_validation(self, step: int, loss: float, perplexity: float) -> None:
         """Records a validation: step, valid_loss, valid_perplexity."""
@@ -116,7 +113,7 @@ class Recorder:
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
         if self.is_writer:
-            self.progress.write(text)
+            self.progress.say(text)
 
     def column(self, name: str) -> list[Any]:
         """The values of `name` in all lines that have it, including steps before a resume; none where metrics.jsonl is
