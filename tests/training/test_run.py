@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import subprocess
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from dqt_dist.errors import STOPPED_EXIT_CODE
 from launchers.pretrain import show_report
 from tests.small import small_config
 from tests.training.conftest import Train, command, environment
+from tests.training.ranks import Ranks
 
 METRICS = {
     *(
@@ -284,3 +287,26 @@ def test_a_signal_to_one_rank_saves_and_stops_all(config_file: Path, tmp_path: P
     )
     assert again.returncode == 0 and f"at step {stopped_at}" in again.stdout
     assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, stopped_at + 3))
+
+
+def warn_of_something() -> None:
+    """Lets every rank say what a library might, while the model is built and from a logger."""
+    from dqt_dist.training import loop
+
+    build = loop.build_model
+
+    def warned(*arguments):
+        warnings.warn("a library is deprecated", stacklevel=1)
+        logging.getLogger("a_library").warning("a library falls back")
+        logging.getLogger("a_library").error("a library fails")
+        return build(*arguments)
+
+    loop.build_model = warned
+
+
+def test_what_libraries_warn_of_is_shown_once(config_file: Path, tmp_path: Path) -> None:
+    with Ranks(config_file, tmp_path / "logs", "training.steps=1", prepare=warn_of_something) as ranks:
+        assert ranks.exit_codes() == [0, 0], ranks.output()
+        for text in ("UserWarning: a library is deprecated", "a library falls back"):
+            assert [text in log.read_text() for log in ranks.logs] == [True, False]
+        assert all("a library fails" in log.read_text() for log in ranks.logs)
