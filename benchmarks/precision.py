@@ -17,7 +17,6 @@ of a setting for comparison.
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 from benchmarks.common import ROOT, append, chosen, device_name, markdown, provenance, write_json
+from dqt_dist.training.metrics_file import read_lines
 
 SMALL = ["quantization.compute=fp8", "optimizer.state_bits=8"]
 SETTINGS: dict[str, list[str]] = {
@@ -60,7 +60,7 @@ def main() -> int:
     add("--from-runs", action="append", metavar="NAME=RUN", help="train nothing, compare these run folders")
     add("--output", metavar="FILE", help="append the table to this file, as Markdown")
     add("--json", metavar="FILE", help="write all numbers there")
-    add("--plot", metavar="PNG", help="draw the loss curves, with benchmarks/plot_runs.py (needs matplotlib)")
+    add("--plot", metavar="PNG", help="draw the loss curves, with tools/compare_runs.py (needs matplotlib)")
     args = parser.parse_args()
     if args.from_runs:
         runs = [tuple(text.split("=", 1)) for text in args.from_runs]
@@ -72,8 +72,8 @@ def main() -> int:
     write_json(args.json, {"about": about, "rows": rows})
     finished = [(row["name"], row["run"]) for row in rows if "valid_loss" in row]
     if args.plot and finished:
-        named = [part for name, folder in finished for part in ("--run", f"{name}={folder}")]
-        command = [sys.executable, str(ROOT / "benchmarks/plot_runs.py"), *named, "--output", args.plot]
+        named = [f"{name}={folder}" for name, folder in finished]
+        command = [sys.executable, str(ROOT / "tools/compare_runs.py"), *named, "--output", args.plot]
         subprocess.run([*command, "--title", Path(args.config).stem], check=True)
     return 0 if finished else 1
 
@@ -94,8 +94,7 @@ def train(args: argparse.Namespace, text: str) -> tuple[str, str]:
 def read(name: str, folder: Path) -> dict[str, Any]:
     """What the run has written down."""
     facts: dict[str, Any] = {"name": name, "run": str(folder)}
-    path = folder / "metrics.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines, _ = read_lines(folder)
     steps = [line for line in lines if "loss" in line]
     valid = [line for line in lines if "valid_loss" in line]
     if not steps or not valid:

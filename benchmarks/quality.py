@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works wi
 from benchmarks.common import ROOT, commit
 from benchmarks.quality_list import LISTS, METHODS, SIZES, Run, read_list
 from dqt_dist.errors import STOPPED_EXIT_CODE
+from dqt_dist.training.metrics_file import read_lines
 
 EXAMPLES = """\
 the study, on a machine with GPUs:
@@ -457,7 +458,7 @@ def ended(machine: Machine, task: Task) -> None:
         (folder / SECOND_FILE).write_text(json.dumps(figures) + "\n")
         about += f"second text {figures['loss']:.4f}"
     elif code == 0:
-        valid = [f"{line['valid_loss']:.4f}" for line in read_metrics(folder) if "valid_loss" in line]
+        valid = [f"{line['valid_loss']:.4f}" for line in read_lines(folder)[0] if "valid_loss" in line]
         speed = json.loads((folder / "summary.json").read_text())["tokens_per_s"]
         about += f"validation {' '.join(valid)}, {speed:,.0f} tokens/s"
         if wants_second_text(task.run, args):
@@ -479,13 +480,7 @@ def ended(machine: Machine, task: Task) -> None:
 
 def step_of(item: Run, args: argparse.Namespace) -> int:
     """The last step in the run's metrics."""
-    return max((line["step"] for line in read_metrics(args.output / item.name)), default=0)
-
-
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # the last line may be in the making
+    return max((line["step"] for line in read_lines(args.output / item.name)[0]), default=0)
 
 
 def time_left(machine: Machine) -> str:
@@ -541,7 +536,7 @@ def small_form(folder: Path) -> dict[str, Any]:
     summary_path = folder / "summary.json"
     summary = json.loads(summary_path.read_text()) if summary_path.exists() else {}
     second_path = folder / SECOND_FILE
-    lines = read_metrics(folder)
+    lines, _ = read_lines(folder)  # the last line may be in the making
     steps = [line for line in lines if "loss" in line]
     curve = thinned(steps)
     a_step = size.tokens_per_step

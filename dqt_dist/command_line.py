@@ -1,4 +1,4 @@
-"""What the commands of dqt_dist/commands/ share: parsers whose help shows examples, and exit codes of tools.
+"""What the commands of dqt_dist/commands/ share: parsers whose help shows examples, pictures, exit codes of tools.
 
 This file does not import torch, so --help answers at once.
 """
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from dqt_dist.errors import UserError, told
 
@@ -59,6 +59,32 @@ def side_matter(what: str) -> Iterator[None]:
     except Exception as error:
         lines = str(error).splitlines() or [""]
         print(f"warning: {what} failed: {type(error).__name__}: {lines[0]}", file=sys.stderr)
+
+
+def drawing(option: str, file: Path) -> Any:
+    """matplotlib.pyplot, for a picture that `option` of a tool names. Call it before the work.
+
+    Raises UserError where the picture could not be written: another ending than .png, no such folder, no matplotlib.
+    """
+    if file.suffix != ".png":
+        raise UserError(f"{option} {file}: the name must end in .png")
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"{option} {file}: the folder {file.absolute().parent} does not exist")
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise UserError(f"{option} needs matplotlib; install it with: pip install 'dqt_dist[bench]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save_picture(figure: Any, file: Path) -> None:
+    """Writes a figure of matplotlib as PNG, under its name when it is whole."""
+    partial = file.with_name(f".{file.name}.partial")
+    figure.savefig(partial, dpi=130, format="png")
+    partial.rename(file)
 
 
 def run_tool(

@@ -19,6 +19,7 @@ cannot be reached.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -27,6 +28,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -94,6 +96,16 @@ def export(launch: Launch) -> None:
     )
     fair_part = (os.cpu_count() or 1) // launch.local_world_size
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, min(fair_part, len(os.sched_getaffinity(0))))))
+
+
+def leave_warnings_to_first_rank(launch: Launch) -> None:
+    """Keeps the other ranks from repeating what libraries warn of: all ranks run the same code.
+
+    Whoever asks for warnings (python -W, PYTHONWARNINGS) gets those of every rank. Errors are shown in any case.
+    """
+    if launch.rank > 0 and not sys.warnoptions:
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
 
 
 def report(error: SpokenError, launch: Launch | None) -> int:

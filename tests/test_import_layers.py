@@ -1,7 +1,7 @@
 """Imports go down only, so each folder can be read without the folders above it.
 
-    errors < json_files < folder_lock < command_line < config < launch, dtypes < lowbit < plan < kernels < parallel
-           < layers < optim < data < checkpoint < training < export < inference < commands
+    errors < json_files < folder_lock < progress_line < command_line < config < launch, dtypes < lowbit < plan < kernels
+           < parallel < layers < optim < data < checkpoint < training < export < inference < commands
 
 The order is checked on the source text. Every import statement counts, also inside functions and under TYPE_CHECKING,
 and relative imports too. launchers/ and tools/ are on top and may import anything of the package. Nothing in the
@@ -22,6 +22,7 @@ ORDER = [
     "errors",
     "json_files",
     "folder_lock",
+    "progress_line",
     "command_line",
     "config",
     "launch",

@@ -25,10 +25,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dqt_dist.checkpoint.folder import Progress
 from dqt_dist.checkpoint.reader import CheckpointReader
+from dqt_dist.progress_line import ProgressLine
 
 PARTS = {
     "codes": ("codes/",),
@@ -84,7 +84,7 @@ def digest(tensors: Iterable[tuple[str, Tensor]], progress: Progress) -> Digest:
 def digest_of(reader: CheckpointReader) -> Digest:
     """The digest of a checkpoint; a progress bar on stderr, raises UserError for damaged files."""
     total = sum(info.num_bytes for info in reader.tensors.values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="digest", disable=None) as bar:
+    with ProgressLine(desc="digest", total=total, unit="B", unit_scale=True) as bar:
 
         def tensors() -> Iterable[tuple[str, Tensor]]:
             for name, info in reader.tensors.items():

@@ -31,10 +31,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from dqt_dist.errors import UserError
 from dqt_dist.json_files import read_json_object
+from dqt_dist.progress_line import ProgressLine
 
 MANIFEST = "manifest.json"
 METADATA = ".metadata"
@@ -181,7 +180,7 @@ def progress_of(manifest: dict[str, Any]) -> Progress:
 # ---- the files ----
 
 
-def bad_files(path: Path, files: Mapping[str, dict[str, Any]], progress: tqdm | None = None) -> dict[str, str]:
+def bad_files(path: Path, files: Mapping[str, dict[str, Any]], progress: ProgressLine | None = None) -> dict[str, str]:
     """What is wrong, by name, with those of `files` (of a manifest) that are not as they were written. Reads them all.
 
     Size and content are compared; a file of another size is not read.
@@ -196,7 +195,7 @@ def bad_files(path: Path, files: Mapping[str, dict[str, Any]], progress: tqdm | 
     return problems
 
 
-def _problem(file: Path, entry: dict[str, Any], progress: tqdm | None) -> str | None:
+def _problem(file: Path, entry: dict[str, Any], progress: ProgressLine | None) -> str | None:
     if not file.is_file():
         return f"is missing, the manifest says {entry['bytes']} bytes"
     if (size := file.stat().st_size) != entry["bytes"]:
@@ -213,7 +212,7 @@ def raise_if_bad(path: Path, problems: Mapping[str, str]) -> None:
         raise DamagedCheckpoint("\n".join([f"{path}: {len(problems)} bad file(s)", *lines]))
 
 
-def sha256_of(file: Path, progress: tqdm | None = None) -> str:
+def sha256_of(file: Path, progress: ProgressLine | None = None) -> str:
     """Hexadecimal SHA-256 of a file, read in pieces."""
     digest = hashlib.sha256()
     with open(file, "rb") as handle:
@@ -231,7 +230,7 @@ def check_files(path: Path, manifest: dict[str, Any], others: Mapping[str, str] 
     are known to be wrong. A progress bar on stderr.
     """
     total = sum(entry["bytes"] for entry in manifest["files"].values())
-    with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None, leave=False) as progress:
+    with ProgressLine(desc="verify", total=total, unit="B", unit_scale=True) as progress:
         problems = bad_files(path, manifest["files"], progress)
     raise_if_bad(path, {**problems, **(others or {})})
     return total

@@ -6,6 +6,7 @@
     tools/evaluate.py          dqt-evaluate        evaluate.py
     tools/generate.py          dqt-generate        generate.py
     tools/inspect_ckpt.py      dqt-inspect         inspect_ckpt.py
+    tools/compare_runs.py      dqt-compare         compare_runs.py
 
 A script in the left column works in a clone that is not installed, and holds nothing but the call. pyproject.toml makes
 the commands in the middle. Modules import what is heavy when they need it, so --help and a wrong argument are answered

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dqt_dist.command_line import make_parser, run_tool
+from dqt_dist.command_line import drawing, make_parser, run_tool, save_picture
 from dqt_dist.errors import UserError
 
 if TYPE_CHECKING:  # the functions import what they need when they run, so that --help is quick
@@ -136,15 +136,14 @@ def show(path: Path, plot_file: Path | None) -> None:
 
 def read_matrices(reader: CheckpointReader, grid: Grid) -> list[MatrixFigures]:
     """Figures of every low-bit matrix, in the order of the model's layers."""
-    from tqdm import tqdm
-
     from dqt_dist.lowbit.grid import make_grid
     from dqt_dist.lowbit.packing import unpack
+    from dqt_dist.progress_line import ProgressLine
 
     latent_bits = reader.config.quantization.latent_bits
     names = [name.removeprefix("codes/") for name in reader.tensors if name.startswith("codes/")]
     found = []
-    for name in tqdm(sorted(names, key=natural), "reading codes", unit=" matrices", disable=None):
+    for name in ProgressLine(sorted(names, key=natural), "reading codes", unit=" matrices"):
         info = reader.tensors[f"codes/{name}"]
         # Rows fill their last group: widths are multiples of 4 (config.CODES_PER_GROUP).
         columns = info.shape[1] // grid.group_bytes * grid.group_codes
@@ -254,16 +253,7 @@ def sizes(reader: CheckpointReader, matrices: list[MatrixFigures]) -> str:
 
 def plotter(file: Path) -> Callable[[list[MatrixFigures], Grid], None]:
     """A function that draws the figures into `file`; raises UserError when that cannot work."""
-    if file.suffix != ".png":
-        raise UserError(f"--plot {file}: the name must end in .png")
-    if not file.absolute().parent.is_dir():
-        raise UserError(f"--plot {file}: the folder {file.absolute().parent} does not exist")
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise UserError("--plot needs matplotlib; install it with: pip install 'dqt_dist[bench]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    pyplot = drawing("--plot", file)
 
     def draw(matrices: list[MatrixFigures], grid: Grid) -> None:
         import torch
@@ -281,7 +271,7 @@ def plotter(file: Path) -> Callable[[list[MatrixFigures], Grid], None]:
         scales.set(xlabel="scale", title="scales")
         scales.set_xscale("log", base=2)
         scales.grid(alpha=0.3)
-        figure.savefig(file, dpi=130)
+        save_picture(figure, file)
         pyplot.close(figure)
 
     return draw

@@ -34,6 +34,7 @@ from typing import TYPE_CHECKING
 from dqt_dist.command_line import make_parser, program_name, run_tool
 from dqt_dist.errors import UserError, naming
 from dqt_dist.folder_lock import LOCK_FILE, FolderLock
+from dqt_dist.progress_line import ProgressLine
 
 if TYPE_CHECKING:  # the functions import what they need when they run, so that --help is quick
     from dqt_dist.data.indexed import EncodedBatch, IndexedWriter, Manifest, TextLoss
@@ -209,13 +210,8 @@ def up_to_date(output: Path, names: list[str], request: str) -> bool:
 
 
 def progress(documents: Iterable[str], what: str, total: int | None = None) -> Generator[str]:
-    """The same documents, under a progress bar on stderr (a line every 10 s where that is a file)."""
-    from tqdm import tqdm
-
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    yield from tqdm(
-        documents, what, total, unit=" documents", unit_scale=True, mininterval=interval, maxinterval=interval
-    )
+    """The same documents, under a line that counts them."""
+    yield from ProgressLine(documents, what, total=total, unit=" documents", unit_scale=True)
 
 
 class BadRows:

@@ -10,7 +10,7 @@ from typing import Any
 from dqt_dist.command_line import RaisingArgumentParser, make_parser, print_any_text, side_matter
 from dqt_dist.config import Config, check_world, load_config
 from dqt_dist.errors import RUN_ERROR_EXIT_CODE, STOPPED_EXIT_CODE, told
-from dqt_dist.launch import discover, export, report
+from dqt_dist.launch import discover, export, leave_warnings_to_first_rank, report
 from dqt_dist.plan.arithmetic import DEVICES, check_device, device_named
 from dqt_dist.plan.report import describe, plan
 from dqt_dist.plan.suggest import show_suggestions
@@ -53,6 +53,7 @@ def main() -> int:
     launch = None
     try:
         launch = discover()
+        leave_warnings_to_first_rank(launch)
         stop = StopSignal(launch.launcher)
         args = parse_arguments()
         config = load_config(args.config, args.set)

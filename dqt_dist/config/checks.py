@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dqt_dist.config.schema import CODES_PER_GROUP, STATE_BLOCK, Config, ZeroOptimization
+from dqt_dist.config.schema import CODES_PER_GROUP, MOST_PROFILED_STEPS, STATE_BLOCK, Config, ZeroOptimization
 from dqt_dist.errors import UserError
 
 
@@ -81,6 +81,7 @@ def config_problems(config: Config) -> Iterable[str]:
     yield from _schedule_problems(config)
     yield from _checkpoint_problems(config)
     yield from _path_problems(config)
+    yield from _profile_problems(config)
     yield from _deepspeed_problems(config)
 
 
@@ -455,6 +456,22 @@ REDUCTION_KEYS = ("reduce_scatter", "reduce_bucket_size", "contiguous_gradients"
 
 OPTIMIZER_DEVICES = ("none", "cpu")
 """Where masters and moments may live: beside the weights, or in the host's memory."""
+
+
+def _profile_problems(config: Config) -> Iterable[str]:
+    if config.logging.profile_steps is None:
+        return
+    (first, last), steps = config.logging.profile_steps, config.training.steps
+    where = f"logging.profile_steps: [{first}, {last}]"
+    if last < first:
+        yield f"{where} ends before it begins; write [first, last], such as [{last}, {first}]"
+    elif last - first + 1 > MOST_PROFILED_STEPS:
+        yield (
+            f"{where} are {last - first + 1} steps, and a trace holds every operation of each; use at most "
+            f"{MOST_PROFILED_STEPS}, such as [{first}, {min(first + 4, steps)}]"
+        )
+    elif last > steps:
+        yield f"{where} ends after training.steps = {steps}; use steps of 1 to {steps}"
 
 
 def _deepspeed_problems(config: Config) -> Iterable[str]:

@@ -363,6 +363,10 @@ class CheckpointConfig(Section):
     """Copy the state to host memory and write the copy while training goes on. false: training waits for the disk."""
 
 
+MOST_PROFILED_STEPS = 100
+"""A trace holds every operation of every step, in memory until the last one."""
+
+
 class LoggingConfig(Section):
     """What is recorded, and how often."""
 
@@ -374,6 +378,9 @@ class LoggingConfig(Section):
     """Write TensorBoard files."""
     peak_tflops: PositiveFloat | None = None
     """Peak of one device in TFLOP/s, for the MFU. Default: from a table of devices, or measured."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """First and last step that torch.profiler records, at most 100 steps. Each rank leaves a trace in traces/ of the
+    run folder. Default: none."""
 
 
 @dataclass(frozen=True)

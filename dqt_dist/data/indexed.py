@@ -32,13 +32,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-from tqdm import tqdm
 
 from dqt_dist import MEGATRON_NOTES
 from dqt_dist.config import DataConfig, shown
 from dqt_dist.data.tokenizer import Tokenizer, document_hash, load_tokenizer
 from dqt_dist.errors import RunError, UserError
 from dqt_dist.json_files import parse_json, read_json_object
+from dqt_dist.progress_line import ProgressLine
 
 MANIFEST_FORMAT = 1
 PREPARE_AGAIN = "prepare the data again with --force"
@@ -439,7 +439,7 @@ def _ids_of(prefix: str, where: str, cache_folder: Path) -> _Ids:
                 return known
     tokens = np.memmap(f"{prefix}.bin", dtype, mode="r")
     parts = [slice(first, first + _SCANNED_TOKENS) for first in range(0, len(tokens), _SCANNED_TOKENS)]
-    shown = tqdm(parts, desc=f"ids of {prefix}.bin", delay=5, disable=None, leave=False)
+    shown = ProgressLine(parts, f"ids of {prefix}.bin", unit=" parts", delay=5)
     ranges = [(int(tokens[part].min()), int(tokens[part].max())) for part in shown]
     found = _Ids(*identity, smallest=min(low for low, _ in ranges), largest=max(high for _, high in ranges))
     for place in places:

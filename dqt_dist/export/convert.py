@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_FILE, check_tokenizer
@@ -32,6 +30,7 @@ from dqt_dist.export.sentencepiece_model import SentencePieceModel, read_model, 
 from dqt_dist.export.tokenizer_files import generation_config, known_limits, write_tokenizer
 from dqt_dist.export.trainer_model import trainer_model
 from dqt_dist.export.weights import Weights
+from dqt_dist.progress_line import ProgressLine
 
 HF_FORMATS = ("hf-bitnet", "hf-compressed", "hf")
 FORMATS = (*HF_FORMATS, "gguf")
@@ -217,7 +216,7 @@ def _verify_hf(folder: Path, weights: Weights, tokenizer: SentencePieceModel, ex
 
 
 def _progress(entries: list[Entry]) -> Iterable[Entry]:
-    return tqdm(entries, desc="tensors", unit="", file=sys.stderr, disable=None)
+    return ProgressLine(entries, "tensors", unit=" tensors")
 
 
 def _folder_bytes(folder: Path) -> int:

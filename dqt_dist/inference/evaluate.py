@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import os
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -27,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
-from tqdm import tqdm
 
 from dqt_dist.data.indexed import check_indexed, quiet_megatron_import
 from dqt_dist.data.ingest import local_source, read_documents
@@ -35,6 +33,7 @@ from dqt_dist.data.tokenizer import Tokenizer
 from dqt_dist.errors import UserError
 from dqt_dist.export.token_bytes import ByteCounter
 from dqt_dist.inference.language_model import LanguageModel
+from dqt_dist.progress_line import ProgressLine
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def _encoded(data: str, tokenizer: Tokenizer, text_key: str, max_tokens: int | N
     parts, count = [], 0
     try:
         documents = read_documents(local_source([data], text_key))
-        for text in tqdm(documents, desc="tokens", unit=" documents", file=sys.stderr, disable=None, leave=False):
+        for text in ProgressLine(documents, "tokens", unit=" documents"):
             parts.append(np.array([*tokenizer.encode(text), tokenizer.eod_id], dtype=np.int32))
             count += len(parts[-1])
             if max_tokens is not None and count > max_tokens:
@@ -146,7 +145,7 @@ def evaluate(
     nats = 0.0
     with (
         torch.compiler.set_stance("force_eager"),  # see quiet_transformers
-        tqdm(total=num_scored, desc="evaluate", unit=" tokens", file=sys.stderr, disable=None, leave=False) as progress,
+        ProgressLine(desc="evaluate", total=num_scored, unit=" tokens") as progress,
     ):
         for batch in _batches(windows(num_scored, length, step), batch_size):
             nats += _score(language_model, stream, batch)

@@ -12,7 +12,6 @@ trainer's GPTModel.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
-from tqdm import tqdm
 
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.checkpoint.run_tokenizer import check_tokenizer
@@ -37,6 +35,7 @@ from dqt_dist.export.verify import load_folder, quiet_transformers
 from dqt_dist.export.weights import Weights
 from dqt_dist.json_files import read_json_object
 from dqt_dist.lowbit.activation import ACTIVATION_CODES, quantize_tokens, token_absmax
+from dqt_dist.progress_line import ProgressLine
 
 
 @dataclass(frozen=True)
@@ -142,9 +141,7 @@ def from_weights(weights: Weights, device: torch.device, dtype: torch.dtype) -> 
     coded = set(weights.linears) if weights.has_codes else set()
     if weights.config.quantization.embeddings:
         coded.add("lm_head")  # in training a low-bit linear as well; the embedding is only looked up
-    for name in tqdm(
-        [*weights.parameters, *weights.linears], desc="weights", file=sys.stderr, disable=None, leave=False
-    ):
+    for name in ProgressLine([*weights.parameters, *weights.linears], "weights", unit=" tensors"):
         module = hf.key(name, "").removesuffix(".")
         if name in coded:
             codes, scale = weights.codes(name)

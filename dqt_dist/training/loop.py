@@ -34,6 +34,7 @@ from dqt_dist.training import cost
 from dqt_dist.training.cuda_graph import choose_forward_backward
 from dqt_dist.training.health import unhealthy
 from dqt_dist.training.low_bit_metrics import LowBitMetricsCollector
+from dqt_dist.training.profile import StepProfiler
 from dqt_dist.training.recorder import Recorder
 from dqt_dist.training.replay import Replay
 from dqt_dist.training.replica_check import check_replicas
@@ -142,6 +143,8 @@ class Trainer:
         if config.training.replay_suspicious_steps:
             self.replay = Replay(self.forward_backward, self.model_chunks, self.optimizer, groups)
             self.forward_backward = self.replay.run
+        run, rank = Path(config.checkpoint.dir), groups.world.rank()
+        self.profiler = StepProfiler(config.logging.profile_steps, run, rank, groups.device)
         self.low_bit_metrics = LowBitMetricsCollector(self.optimizer.low_bit, config, groups)
         self._start_up_phase("loading the checkpoint")
         if checkpoint is not None:
@@ -200,11 +203,14 @@ class Trainer:
                 self.watchdog.mark("reading a batch", self.step + 1, slow=first)
                 batch = next(batches)
                 self.watchdog.mark("training", self.step + 1, slow=first)
-                result = train_step(self.engine, self.model_chunks, batch, self.forward_backward)
+                with self.profiler.step(self.step + 1):
+                    result = train_step(self.engine, self.model_chunks, batch, self.forward_backward)
                 self._advance()
                 self._after_step(result)
             return self._finish()
         except _Stopped:
+            if self.profiler.running is not None:
+                self._write_trace()
             self._save_if_trained()
             self._wait_for_save()
             self.recorder.say(f"stopped by a signal after step {self.step}; --resume auto goes on from there")
@@ -234,6 +240,8 @@ class Trainer:
             self._check_replicas()
         if self.step % logging.interval == 0 or self.step in (1, training.steps):
             self._log(result)
+        if self.profiler.is_complete:
+            self._write_trace()
         if skipped >= training.max_skipped_steps:
             raise RunError(self._why_too_many_are_skipped(skipped, result))
         # A stop waits for a step that is not skipped, so that there is something to save.
@@ -296,6 +304,7 @@ class Trainer:
                 "low_bit_lr": result.rates.low_bit_learning_rate,
                 "tokens": self.progress.tokens,
                 "tokens_per_s": tokens_per_second,
+                "tflops_per_s": flops / self.groups.world.size() / 1e12,
                 "mfu": flops / self.peak.flops,
                 "peak_memory_bytes": cost.peak_memory_bytes(self.groups),
                 **cost.sent_bytes(self.step - self.clock_step),
@@ -307,6 +316,15 @@ class Trainer:
             for line in unhealthy(code_metrics, result.rates, self.config):
                 self.recorder.say(f"warning: step {self.step}: {line} (docs/tuning.md)")
                 self.said_unhealthy = True
+        self._start_clock()
+
+    def _write_trace(self) -> None:
+        self.watchdog.mark("writing a trace", self.step, slow=True)
+        self._stop_clock()
+        where = self.profiler.write()
+        if where is not None:
+            self.recorder.say(where)
+        self.watchdog.mark("between steps", self.step)
         self._start_clock()
 
     def _log_codes(self) -> None:

@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_FILE
 from dqt_dist.config import Config, to_json
 from dqt_dist.data.tokenizer import Tokenizer
 from dqt_dist.errors import naming
-from dqt_dist.json_files import parse_json
+from dqt_dist.progress_line import ProgressLine
+from dqt_dist.training.curves import TensorBoard
 from dqt_dist.training.low_bit_metrics import LowBitMetrics
+from dqt_dist.training.metrics_file import METRICS_FILE, read_lines
 from dqt_dist.training.summary import SUMMARY
 
 
@@ -37,22 +37,13 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     partial.rename(path)
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
-    """One line of metrics.jsonl: an object with a step."""
-    try:
-        values = parse_json(line)
-    except ValueError:
-        return None
-    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
-
-
 class Recorder:
     """Writes on rank 0. On other ranks every method returns at once, so callers need no condition."""
 
     def __init__(self, config: Config, tokenizer: Tokenizer, rank: int, start_step: int) -> None:
         self.is_writer = rank == 0
         self.folder = Path(config.checkpoint.dir)
-        self.metrics_path = self.folder / "metrics.jsonl"
+        self.metrics_path = self.folder / METRICS_FILE
         if not self.is_writer:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -62,15 +53,9 @@ class Recorder:
         self.metrics_file = self.metrics_path.open("a", buffering=1)
         self.tensorboard = None
         if config.logging.tensorboard:
-            self.tensorboard = SummaryWriter(str(self.folder / "tb"), purge_step=start_step + 1 if start_step else None)
-        self.progress = tqdm(
-            total=config.training.steps,
-            initial=start_step,
-            unit="step",
-            desc="train",
-            dynamic_ncols=True,
-            mininterval=0.5,
-        )
+            self.tensorboard = TensorBoard(self.folder / "tb", start_step + 1)
+        steps = config.training.steps
+        self.progress = ProgressLine(desc="train", total=steps, initial=start_step, unit="step", mininterval=0.5)
         if damaged:
             self.say(f"warning: {damaged} lines of {self.metrics_path} are damaged and left out")
 
@@ -81,104 +66,63 @@ class Recorder:
         """
         if not self.metrics_path.exists():
             return 0
-        lines = self._lines()
-        kept = [json.dumps(line) + "\n" for line in lines if line is not None and line["step"] <= step]
+        lines, damaged = read_lines(self.folder)
+        kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
         write_atomically(self.metrics_path, "".join(kept))
-        return lines.count(None)
+        return damaged
 
-    def _lines(self) -> list[dict[str, Any] | None]:
-        """The lines of metrics.jsonl; None for a damaged one."""
-        return [_parsed(line) for line in self.metrics_path.read_text(errors="replace").splitlines()]
-
-    def _write_line(self, metrics: dict[str, Any]) -> None:
+    def _record(self, metrics: dict[str, Any]) -> None:
+        """Writes one line of metrics.jsonl, and the same numbers as curves."""
         with naming(self.metrics_path):
             self.metrics_file.write(json.dumps(metrics) + "\n")
+        if self.tensorboard is not None:
+            numbers = {name: value for name, value in metrics.items() if name != "step" and value is not None}
+            self.tensorboard.add_numbers(metrics["step"], numbers)
 
     def step_done(self) -> None:
-        if self.is_writer:
+        if self.is_writer and self.progress.is_live:
             self.progress.update(1)
 
     def log(self, metrics: dict[str, Any]) -> None:
-        """Writes one line of metrics.jsonl and the same numbers to TensorBoard. The bar shows loss and speed."""
+        """Records a step. The live line shows loss and speed; without one they are a plain line."""
         if not self.is_writer:
             return
-        self._write_line(metrics)
-        step = metrics["step"]
-        if self.tensorboard is not None:
-            for name, value in metrics.items():
-                if name != "step" and value is not None:
-                    self.tensorboard.add_scalar(f"train/{name}", value, step)
-        shown = {"loss": f"{metrics['loss']:.3f}", "tokens/s": f"{metrics['tokens_per_s']:,.0f}"}
-        self.progress.set_postfix(shown, refresh=False)
+        self._record(metrics)
+        loss, speed = f"{metrics['loss']:.3f}", f"{metrics['tokens_per_s']:,.0f}"
+        if self.progress.is_live:
+            self.progress.set_postfix({"loss": loss, "tokens/s": speed}, refresh=False)
+        else:
+            self.say(f"step {metrics['step']} of {self.progress.total}: loss {loss}, {speed} tokens/s")
 
     def log_validation(self, step: int, loss: float, perplexity: float) -> None:
-        """Writes a validation line to metrics.jsonl: step, valid_loss, valid_perplexity."""
+        """Records a validation: step, valid_loss, valid_perplexity."""
         if not self.is_writer:
             return
-        self._write_line({"step": step, "valid_loss": loss, "valid_perplexity": perplexity})
-        if self.tensorboard is not None:
-            self.tensorboard.add_scalar("valid/loss", loss, step)
-            self.tensorboard.add_scalar("valid/perplexity", perplexity, step)
+        self._record({"step": step, "valid_loss": loss, "valid_perplexity": perplexity})
         self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
 
     def log_save(self, metrics: dict[str, float]) -> None:
-        """Writes a checkpoint line to metrics.jsonl: step, save_blocked_seconds, save_seconds, save_bytes."""
-        if not self.is_writer:
-            return
-        self._write_line(metrics)
-        if self.tensorboard is not None:
-            for name, value in metrics.items():
-                if name != "step":
-                    self.tensorboard.add_scalar(f"checkpoint/{name}", value, int(metrics["step"]))
+        """Records a save: step, save_blocked_seconds, save_seconds, save_bytes."""
+        if self.is_writer:
+            self._record(metrics)
 
     def log_codes(self, step: int, metrics: LowBitMetrics, histograms: Tensor, first_code: int) -> None:
-        """Writes to TensorBoard, for each matrix, a histogram of its codes.
-
-        Each metric gets a histogram over the matrices, and one curve per matrix.
-        """
-        if not self.is_writer or self.tensorboard is None:
-            return
-        for column, metric in enumerate(metrics.metric_names):
-            self.tensorboard.add_histogram(f"low_bit/{metric}", metrics.per_matrix[:, column], step)
-        for row, name in enumerate(metrics.names):
-            for column, metric in enumerate(metrics.metric_names):
-                self.tensorboard.add_scalar(f"{metric}/{name}", float(metrics.per_matrix[row, column]), step)
-            self._add_code_histogram(f"codes/{name}", histograms[row], first_code, step)
-
-    def _add_code_histogram(self, tag: str, counts: Tensor, first_code: int, step: int) -> None:
-        assert self.tensorboard is not None
-        codes = [first_code + i for i in range(len(counts))]
-        values = counts.double()
-        grid = values.new_tensor([float(code) for code in codes])
-        self.tensorboard.add_histogram_raw(
-            tag,
-            min=codes[0],
-            max=codes[-1],
-            num=int(counts.sum()),
-            sum=float((values * grid).sum()),
-            sum_squares=float((values * grid.square()).sum()),
-            bucket_limits=[code + 0.5 for code in codes],
-            bucket_counts=counts.tolist(),
-            global_step=step,
-        )
+        """Writes the figures of each matrix to TensorBoard."""
+        if self.is_writer and self.tensorboard is not None:
+            self.tensorboard.add_codes(step, metrics, histograms, first_code)
 
     def say(self, text: str) -> None:
         """Prints a line above the progress bar."""
         if self.is_writer:
-            self.progress.write(text)
+            self.progress.say(text)
 
     def column(self, name: str) -> list[Any]:
         """The values of `name` in all lines that have it, including steps before a resume; none where metrics.jsonl is
         gone."""
-        return [line[name] for line in self._whole_lines() if name in line]
+        return [line[name] for line in read_lines(self.folder)[0] if name in line]
 
     def has_validation(self, step: int) -> bool:
-        return any(line.get("step") == step and "valid_loss" in line for line in self._whole_lines())
-
-    def _whole_lines(self) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl that are not damaged; none where the file is gone."""
-        lines = self._lines() if self.metrics_path.exists() else []
-        return [line for line in lines if line is not None]
+        return any(line.get("step") == step and "valid_loss" in line for line in read_lines(self.folder)[0])
 
     def write_summary(self, summary: dict[str, Any]) -> None:
         if self.is_writer:

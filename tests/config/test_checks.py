@@ -45,6 +45,15 @@ FUSED = ("optimizer.fused_backward=true", "optimizer.max_grad_norm=0")
             ["parallel.tensor=4", "model.hidden_size=136"],
             "model.hidden_size: 136 is not divisible by 4 * parallel.tensor = 16",
         ),
+        (["logging.profile_steps=[5,3]"], "logging.profile_steps: [5, 3] ends before it begins; write [first, last]"),
+        (
+            ["training.steps=500", "logging.profile_steps=[1,101]"],
+            "logging.profile_steps: [1, 101] are 101 steps, and a trace holds every operation of each; use at most 100",
+        ),
+        (
+            ["training.steps=30", "logging.profile_steps=[29,31]"],
+            "logging.profile_steps: [29, 31] ends after training.steps = 30; use steps of 1 to 30",
+        ),
         (["parallel.sequence=true"], "parallel.sequence: true needs parallel.tensor > 1, which is 1"),
         (
             ["parallel.sequence=true", "parallel.tensor=2", "model.seq_length=127"],

@@ -10,6 +10,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = {
+    "compare_runs": "tools/compare_runs.py runs/ternary runs/bf16",
     "convert_ckpt": "tools/convert_ckpt.py --checkpoint runs/1b_ternary --output export/1b",
     "evaluate": "tools/evaluate.py --checkpoint runs/1b_ternary --data book.txt",
     "generate": 'tools/generate.py --checkpoint runs/1b_ternary --prompt "A list is"',

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dqt_dist.training.curves import GROUPS
 from tests.training.conftest import ROOT, Train
 
 PAGE = (ROOT / "docs/metrics.md").read_text(encoding="utf-8")
@@ -21,7 +22,7 @@ MATRIX = re.compile(r"layers\.\d+\.\w+\.\w+|embed_tokens|lm_head")
 
 def unnamed(names: Iterable[str]) -> set[str]:
     """Names that no row of a table of the page begins with; MATRIX and NAME of a tag stand for what it says they do."""
-    known = NAMED | {f"{kind}/{name}" for kind in ("train", "checkpoint", "low_bit") for name in NAMED}
+    known = NAMED | {f"{group}/{name}" for group in (*GROUPS, "8_over_matrices") for name in NAMED}
     return {name for name in names if MATRIX.sub("MATRIX", name) not in known}
 
 
@@ -43,7 +44,7 @@ def test_every_number_of_a_run_is_explained(run: Path) -> None:
     events = EventAccumulator(str(run / "tb")).Reload()
     tags = {*events.Tags()["scalars"], *events.Tags()["histograms"]}
     assert {"loss", "valid_loss", "save_bytes", "latent_flip_rate"} <= keys
-    assert {"train/loss", "codes/layers.0.self_attn.q_proj", "saturation/lm_head"} <= tags
+    assert {"1_loss/loss", "9_codes_of_matrices/layers.0.self_attn.q_proj", "9_saturation_of_matrices/lm_head"} <= tags
     assert unnamed(keys) == unnamed(summary) == unnamed(tags) == set()
     # The other way: what the page names is recorded, so a key that is gone leaves the page too.
     recorded = keys | summary.keys() | {MATRIX.sub("MATRIX", tag) for tag in tags}
@@ -52,5 +53,6 @@ def test_every_number_of_a_run_is_explained(run: Path) -> None:
 
 def test_what_the_page_does_not_name_is_found() -> None:
     """Negative control."""
-    names = ["loss", "losses", "train/loss", "train/losses", "codes/layers.0.mlp.up_proj", "code/layers.0.mlp.up_proj"]
-    assert unnamed(names) == {"losses", "train/losses", "code/layers.0.mlp.up_proj"}
+    of_matrices = ["9_codes_of_matrices/layers.0.mlp.up_proj", "9_code_of_matrices/layers.0.mlp.up_proj"]
+    names = ["loss", "losses", "1_loss/loss", "1_loss/losses", *of_matrices]
+    assert unnamed(names) == {"losses", "1_loss/losses", "9_code_of_matrices/layers.0.mlp.up_proj"}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import subprocess
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,9 +20,21 @@ from dqt_dist.config import load_config
 from dqt_dist.errors import EXIT_CODE, STOPPED_EXIT_CODE
 from tests.small import small_config
 from tests.training.conftest import Train, command, environment
+from tests.training.ranks import Ranks
 
 METRICS = {
-    *("step", "loss", "grad_norm", "lr", "low_bit_lr", "tokens", "tokens_per_s", "mfu", "peak_memory_bytes"),
+    *(
+        "step",
+        "loss",
+        "grad_norm",
+        "lr",
+        "low_bit_lr",
+        "tokens",
+        "tokens_per_s",
+        "tflops_per_s",
+        "mfu",
+        "peak_memory_bytes",
+    ),
     *("skipped_steps", "flip_rate", "zero_fraction", "saturation"),
     *("gradients_sent_bytes", "codes_sent_bytes", "activation_maxima_sent_bytes", "activations_sent_bytes"),
 }
@@ -41,6 +55,7 @@ def step_lines(run: Path) -> dict[int, tuple]:
     }
 
 
+VALID = {"step", "valid_loss", "valid_perplexity"}
 SAVE = {"step", "save_blocked_seconds", "save_seconds", "save_bytes"}
 
 
@@ -155,15 +170,23 @@ def test_tensorboard_has_the_numbers_and_the_histograms(train: Train, tmp_path: 
     assert train().returncode == 0
     events = EventAccumulator(str(tmp_path / "run" / "tb"), size_guidance={"histograms": 0})
     events.Reload()
-    assert {f"train/{name}" for name in METRICS - {"step"}} <= set(events.Tags()["scalars"])
-    assert {f"checkpoint/{name}" for name in SAVE - {"step"}} <= set(events.Tags()["scalars"])
-    losses = [(event.step, event.value) for event in events.Scalars("train/loss")]
+    scalars, histograms = events.Tags()["scalars"], events.Tags()["histograms"]
+    of_matrices = [name for name in scalars + histograms if name.startswith("9_")]
+    assert {"9_codes_of_matrices/layers.0.self_attn.q_proj", "9_codes_of_matrices/layers.1.mlp.down_proj"} <= set(
+        of_matrices
+    )
+    assert "9_flip_rate_of_matrices/layers.1.mlp.down_proj" in of_matrices
+    # All other tags are few: those of the metrics, and one histogram over the matrices per metric of codes.
+    assert {name.split("/")[1] for name in scalars if name not in of_matrices} == (METRICS | SAVE | VALID) - {"step"}
+    assert {name for name in histograms if name not in of_matrices} == {
+        f"8_over_matrices/{name}" for name in ("flip_rate", "zero_fraction", "saturation")
+    }
+    first = {name for name in scalars if name < "2"}
+    assert first == {f"1_loss/{name}" for name in ("loss", "grad_norm", "skipped_steps", *VALID - {"step"})}
+    losses = [(event.step, event.value) for event in events.Scalars("1_loss/loss")]
     logged = [(line["step"], line["loss"]) for line in metrics(tmp_path / "run") if "loss" in line]
     assert [step for step, _ in losses] == [step for step, _ in logged]
-    assert {"codes/layers.0.self_attn.q_proj", "codes/layers.1.mlp.down_proj", "low_bit/flip_rate"} <= set(
-        events.Tags()["histograms"]
-    )
-    histogram = events.Histograms("codes/layers.0.mlp.up_proj")[-1].histogram_value
+    histogram = events.Histograms("9_codes_of_matrices/layers.0.mlp.up_proj")[-1].histogram_value
     assert histogram.num == 48 * 32 and sum(histogram.bucket) == 48 * 32
 
 
@@ -279,3 +302,26 @@ def test_a_signal_to_one_rank_saves_and_stops_all(config_file: Path, tmp_path: P
     )
     assert again.returncode == 0 and f"at step {stopped_at}" in again.stdout
     assert [line["step"] for line in metrics(run) if "loss" in line] == list(range(1, stopped_at + 3))
+
+
+def warn_of_something() -> None:
+    """Lets every rank say what a library might, while the model is built and from a logger."""
+    from dqt_dist.training import loop
+
+    build = loop.build_model
+
+    def warned(*arguments):
+        warnings.warn("a library is deprecated", stacklevel=1)
+        logging.getLogger("a_library").warning("a library falls back")
+        logging.getLogger("a_library").error("a library fails")
+        return build(*arguments)
+
+    loop.build_model = warned
+
+
+def test_what_libraries_warn_of_is_shown_once(config_file: Path, tmp_path: Path) -> None:
+    with Ranks(config_file, tmp_path / "logs", "training.steps=1", prepare=warn_of_something) as ranks:
+        assert ranks.exit_codes() == [0, 0], ranks.output()
+        for text in ("UserWarning: a library is deprecated", "a library falls back"):
+            assert [text in log.read_text() for log in ranks.logs] == [True, False]
+        assert all("a library fails" in log.read_text() for log in ranks.logs)
