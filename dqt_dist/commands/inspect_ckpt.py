@@ -7,7 +7,6 @@ time.
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +17,7 @@ from dqt_dist.errors import UserError
 if TYPE_CHECKING:  # the functions import what they need when they run, so that --help is quick
     from collections.abc import Callable
 
+    from rich.console import Console
     from rich.table import Table
     from torch import Tensor
 
@@ -44,6 +44,7 @@ exit code: 0, or 2 when PATH is no complete checkpoint of this format or --verif
 FP16_BYTES = 2
 BARS = "".join(chr(0x2581 + height) for height in range(8))
 BINS = 16
+MOST_COLUMNS = 1000
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -120,11 +121,10 @@ def show(path: Path, plot_file: Path | None) -> None:
     reader = CheckpointReader(path)
     grid = make_grid(reader.config.quantization.bits)
     matrices = read_matrices(reader, grid)
-    # A file or pipe gets whole lines, a terminal its width.
-    console = Console(width=None if sys.stdout.isatty() else 180, highlight=False)
+    console = Console(highlight=False)
     console.print(about(reader), soft_wrap=True, markup=False)
     if matrices:
-        console.print(matrix_table(matrices, grid))
+        print_whole(console, matrix_table(matrices, grid))
     console.print(sizes(reader, matrices), soft_wrap=True, markup=False)
     if draw is not None:
         if not matrices:
@@ -132,6 +132,14 @@ def show(path: Path, plot_file: Path | None) -> None:
             raise UserError(f"--plot: {reader.path} has no low-bit weights to draw (quantization.method {method!r})")
         draw(matrices, grid)
         print(f"drew {plot_file}")
+
+
+def print_whole(console: Console, table: Table) -> None:
+    """Prints a table at its own width. At a smaller one rich cuts names and numbers, and leaves columns out; a terminal
+    that is narrower shows each row on two lines."""
+    unbounded = console.options.update(width=MOST_COLUMNS)
+    console.width = max(console.width, console.measure(table, options=unbounded).maximum)
+    console.print(table)
 
 
 def read_matrices(reader: CheckpointReader, grid: Grid) -> list[MatrixFigures]:
@@ -196,11 +204,13 @@ def about(reader: CheckpointReader) -> str:
 
 def matrix_table(matrices: list[MatrixFigures], grid: Grid) -> Table:
     """A row a matrix: shape, bits, scale, shares of its codes, size on disk against fp16; what its latents are."""
+    from rich.box import SIMPLE
     from rich.table import Table
 
     few = grid.qmax - grid.qmin < 4
     codes = [f"{code:+d}" if code else "0" for code in range(grid.qmin, grid.qmax + 1)]
-    table = Table(title=f"{len(matrices)} matrices of {grid.bits} codes, {grid.qmin} to {grid.qmax}")
+    title = f"{len(matrices)} matrices of {grid.bits} codes, {grid.qmin} to {grid.qmax}"
+    table = Table(title=title, box=SIMPLE, padding=(0, 0, 0, 1), pad_edge=False)
     table.add_column("matrix")
     for title in ("shape", "bits", "scale", *([f"share {c}" for c in codes] if few else ["codes", "share 0"])):
         table.add_column(title, justify="right")
@@ -258,12 +268,13 @@ def plotter(file: Path) -> Callable[[list[MatrixFigures], Grid], None]:
     def draw(matrices: list[MatrixFigures], grid: Grid) -> None:
         import torch
 
-        height = max(3.0, 0.16 * len(matrices) + 1.5)
+        height = max(4.0, 0.16 * len(matrices) + 1.5)
         figure, (codes, scales) = pyplot.subplots(1, 2, sharey=True, figsize=(11, height), layout="constrained")
         shares = torch.stack([m.shares for m in matrices]).numpy()
         edges = (grid.qmin - 0.5, grid.qmax + 0.5, len(matrices) - 0.5, -0.5)
         image = codes.imshow(shares, aspect="auto", extent=edges, cmap="viridis", vmin=0, interpolation="nearest")
-        figure.colorbar(image, ax=codes, label="share of the matrix")
+        # Beside the panel its label would be read as that of the other panel's axis.
+        figure.colorbar(image, ax=codes, label="share of the codes of a matrix", location="bottom")
         codes.set(xlabel="code", title="codes", yticks=range(len(matrices)))
         codes.locator_params(axis="x", integer=True)
         codes.set_yticklabels([m.name for m in matrices], fontsize=6)

@@ -338,7 +338,8 @@ class TrainingConfig(Section):
     eval_interval: NonNegativeInt = 0
     """Steps between validations; 0 for one at the end only."""
     eval_batches: PositiveInt = 20
-    """Global batches of one validation."""
+    """Global batches of one validation: always the same samples of data.valid, in most runs a small part of it.
+    tools/evaluate.py scores a whole text."""
     sample_prompt: str | None = None
     """When given, the report at the end shows a continuation of this text. For it, rank 0 loads the whole last
     checkpoint after training (4 bytes per weight, on the GPU where there is one). Leave the prompt out where one

@@ -5,6 +5,7 @@ launchers/pretrain.py shows the parts in order: summary, sample, next.
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +47,22 @@ def show_sample(text: str | None, explanation: str, prompt: str) -> None:
 
 
 def show_next(config: Config) -> None:
-    _line(f"next: tensorboard --logdir {Path(config.checkpoint.dir) / 'tb'}")
+    """Prints the commands that use what the run has left, and how it goes on."""
+    run = Path(config.checkpoint.dir)
+    checkpoint, export = shlex.quote(str(run)), shlex.quote(str(run / "export"))
+    prompt = shlex.quote(config.training.sample_prompt or "A list is")
+    commands = [
+        f"tools/generate.py --checkpoint {checkpoint} --prompt {prompt}",
+        f"tools/convert_ckpt.py --checkpoint {checkpoint} --output {export}",
+        f"the command of this run with --set training.steps={2 * config.training.steps} goes on from here",
+    ]
+    if config.data.valid is not None:
+        valid = shlex.quote(config.data.valid[0].path)
+        commands.insert(0, f"tools/evaluate.py --checkpoint {checkpoint} --data {valid}")
+    if config.logging.tensorboard:
+        commands.insert(0, f"tensorboard --logdir {shlex.quote(str(run / 'tb'))}")
+    for lead, command in zip(["next: ", *["      "] * len(commands)], commands, strict=False):
+        _line(lead + command)
 
 
 def _line(text: str) -> None:
@@ -60,9 +76,11 @@ def _rows(summary: dict[str, Any], config: Config) -> list[tuple[str, str]]:
     losses = "not recorded in metrics.jsonl" if first is None else f"{first:.3f} -> {last:.3f} nats per token"
     speed = summary["tokens_per_s"]
     tokens_per_s = "not recorded in metrics.jsonl" if speed is None else f"{speed:,.0f} tokens/s"
+    training = config.training
+    scored = f"{training.eval_batches * training.global_batch_size * config.model.seq_length:,} tokens"
     rows = [
         ("loss, first to last step", losses),
-        ("validation", f"loss {summary['valid_loss']:.3f}, perplexity {summary['valid_perplexity']:.1f}"),
+        ("validation", f"loss {summary['valid_loss']:.3f}, perplexity {summary['valid_perplexity']:.1f}, {scored}"),
         ("speed", f"{tokens_per_s}, {summary['steps']} steps"),
         ("layout", f"tensor {layout['tensor']} x pipeline {layout['pipeline']} x data {layout['data']}"),
     ]

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 from dqt_dist.checkpoint.digest import digest
+from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.commands import inspect_ckpt
 from dqt_dist.errors import EXIT_CODE
 from dqt_dist.lowbit.grid import make_grid
@@ -38,6 +42,22 @@ def test_the_command_shows_what_is_inside(run: Path) -> None:
     for cell in ("48 x 32", "1.58", "0.25", "25.0%", "50.0%", "0.0625", "0.0%"):
         assert cell in row
     assert "1,536 low-bit weights" in words and "in fp16 3,072 bytes" in words
+
+
+@pytest.mark.parametrize("width", [60, 180])
+def test_a_narrow_terminal_cuts_nothing(run: Path, width: int) -> None:
+    (matrix,) = inspect_ckpt.read_matrices(CheckpointReader(run), make_grid("ternary"))[:1]
+    names = [f"layers.10.mlp.{part}_proj" for part in ("gate", "up", "down")]
+    table = inspect_ckpt.matrix_table([replace(matrix, name=name) for name in names], make_grid("ternary"))
+    shown = StringIO()
+    inspect_ckpt.print_whole(Console(file=shown, width=width), table)
+    rows = [line.split() for line in shown.getvalue().splitlines() if "_proj" in line]
+    assert [row[0] for row in rows] == names
+    assert all(
+        row[1:4] == [str(matrix.rows), "x", str(matrix.columns)] and row[-1].endswith("%") and len(row) == 14
+        for row in rows
+    )
+    assert max(map(len, shown.getvalue().splitlines())) <= max(width, 150)
 
 
 def test_digest_ends_with_the_total_alone(run: Path, capsys: pytest.CaptureFixture) -> None:

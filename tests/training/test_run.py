@@ -98,6 +98,15 @@ def test_a_run_folder_holds_everything(train: Train, config_file: Path, tmp_path
     assert [done.stdout.count(part) for part in parts] == [1] * len(parts)
     assert sorted(parts, key=done.stdout.index) == parts
     assert str(run / "tb") in done.stdout.replace("\n", "")
+    following = done.stdout[done.stdout.index("next: ") :].splitlines()
+    assert [line[6:].split(" --")[0] for line in following] == [
+        "tensorboard",
+        "tools/evaluate.py",
+        "tools/generate.py",
+        "tools/convert_ckpt.py",
+        "the command of this run with",
+    ]
+    assert f"--checkpoint {run} --prompt Sentence" in following[2] and "training.steps=20 goes on" in following[4]
 
 
 def test_a_complete_run_says_so_and_keeps_its_summary(train: Train, tmp_path: Path) -> None:
