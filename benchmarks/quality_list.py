@@ -250,8 +250,9 @@ def ternary(size: str = "S") -> list[Run]:
     """Recipes for ternary codes, at 100 M tokens each.
 
     Codes alone have no memory of what they did not round to. A first moment that decays slowly is such a memory, and
-    its update of a noisy gradient is smaller by sqrt((1 - beta1) / (1 + beta1)), so the rate may rise with beta1.
-    Latents are such a memory as well; with them the first moment may be what is superfluous.
+    its update of a noisy gradient is smaller by sqrt((1 - beta1) / (1 + beta1)). Gradients that agree move as many
+    codes as before: at 2e-3 and above codes run into the ends of the grid in the first steps. Latents are such a memory
+    as well; with them the first moment may be what is superfluous.
     """
     steps = 1526
     order = (
@@ -263,6 +264,9 @@ def ternary(size: str = "S") -> list[Run]:
         ("ternary_of_8", 2e-3, "adafactor", ("optimizer.name=adafactor",)),
         ("dqt_ternary", 2e-3, "beta1_0.98", ("optimizer.low_bit_beta1=0.98",)),
         ("dqt_ternary", 1e-3, "beta1_0.99", ("optimizer.low_bit_beta1=0.99",)),
+        ("dqt_ternary", 5e-4, "beta1_0.98", ("optimizer.low_bit_beta1=0.98",)),
+        ("dqt_ternary", 5e-4, "beta1_0.99", ("optimizer.low_bit_beta1=0.99",)),
+        ("dqt_ternary", 1e-3, "beta1_0.995", ("optimizer.low_bit_beta1=0.995",)),
         ("dqt_ternary", 6e-3, "beta1_0.998", ("optimizer.low_bit_beta1=0.998",)),
         ("ternary_of_8", 2e-3, "beta1_0", ("optimizer.low_bit_beta1=0",)),
     )
