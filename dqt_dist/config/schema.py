@@ -377,6 +377,9 @@ class LoggingConfig(Section):
     """Steps between TensorBoard's per-layer histograms."""
     tensorboard: bool = True
     """Write TensorBoard files."""
+    wandb_project: Annotated[str, Field(min_length=1)] | None = None
+    """Project of Weights & Biases that gets the curves too; needs the package wandb. WANDB_MODE=offline keeps them in
+    wandb/ of the run folder. Default: none."""
     peak_tflops: PositiveFloat | None = None
     """Peak of one device in TFLOP/s, for the MFU. Default: from a table of devices, or measured."""
     profile_steps: tuple[PositiveInt, PositiveInt] | None = None

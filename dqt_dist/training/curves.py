@@ -1,4 +1,4 @@
-"""The numbers of metrics.jsonl as curves, for TensorBoard: which group each stands in, and the figures of each matrix.
+"""The numbers of metrics.jsonl as curves, for TensorBoard and Weights & Biases: which group each stands in.
 
 TensorBoard sorts groups by name and opens the first ones, so the groups are numbered by how often one looks at them.
 What exists once per matrix, some hundred curves in a large model, comes last.
@@ -11,12 +11,17 @@ What exists once per matrix, some hundred curves in a large model, comes last.
 
 from __future__ import annotations
 
+import hashlib
+import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from dqt_dist.config import Config
+from dqt_dist.errors import UserError
 from dqt_dist.training.low_bit_metrics import METRIC_OF_COUNT, LowBitMetrics
 
 GROUPS = {
@@ -78,3 +83,48 @@ class TensorBoard:
 
     def close(self) -> None:
         self.writer.close()
+
+
+class WeightsAndBiases:
+    """Sends the curves, without those of matrices, to the project logging.wandb_project; in offline mode to wandb/.
+
+    A run folder is one run there: its id is the folder's absolute path, hashed, so a resumed run goes on in its curves.
+    The step is a value beside the others, because a resumed run repeats steps, and wandb's own step cannot go back.
+    """
+
+    def __init__(self, config: Config) -> None:
+        assert config.logging.wandb_project is not None
+        folder = Path(config.checkpoint.dir).absolute()
+        self.run = _wandb().init(
+            project=config.logging.wandb_project,
+            name=folder.name,
+            id=hashlib.sha256(str(folder).encode()).hexdigest()[:16],
+            resume="allow",
+            dir=str(folder),
+            config=config.model_dump(mode="json"),
+        )
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
+
+    def add_numbers(self, step: int, numbers: dict[str, float]) -> None:
+        """A point of each metric."""
+        self.run.log({"step": step} | {tag(metric): value for metric, value in numbers.items()})
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def check_wandb(config: Config) -> None:
+    """Raises UserError when the config asks for wandb and the package is not there."""
+    if config.logging.wandb_project is not None:
+        _wandb()
+
+
+def _wandb() -> Any:
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise UserError(
+            "logging.wandb_project: the package wandb is not installed; install it with: pip install "
+            "'dqt_dist[wandb]', or leave the field out"
+        ) from error

@@ -32,6 +32,7 @@ from dqt_dist.parallel.groups import Groups, finalize, initialize
 from dqt_dist.plan.arithmetic import flops_per_token
 from dqt_dist.training import cost
 from dqt_dist.training.cuda_graph import choose_forward_backward
+from dqt_dist.training.curves import check_wandb
 from dqt_dist.training.health import unhealthy
 from dqt_dist.training.low_bit_metrics import LowBitMetricsCollector
 from dqt_dist.training.profile import StepProfiler
@@ -128,6 +129,7 @@ class Trainer:
     ) -> None:
         self.config, self.groups, self.stop, self.watchdog = config, groups, stop, watchdog
         self.process_grid: ProcessGrid = process_grid(config, groups.world.size())
+        check_wandb(config)
         self.tokenizer = load_tokenizer(config.data.tokenizer)
         store.check_tokenizer_of(checkpoint, self.tokenizer)
         self.progress = store.start_of(checkpoint)

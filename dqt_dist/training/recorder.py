@@ -21,7 +21,7 @@ from dqt_dist.config import Config, to_json
 from dqt_dist.data.tokenizer import Tokenizer
 from dqt_dist.errors import naming
 from dqt_dist.progress_line import ProgressLine
-from dqt_dist.training.curves import TensorBoard
+from dqt_dist.training.curves import TensorBoard, WeightsAndBiases
 from dqt_dist.training.low_bit_metrics import LowBitMetrics
 from dqt_dist.training.metrics_file import METRICS_FILE, read_lines
 from dqt_dist.training.summary import SUMMARY
@@ -55,6 +55,7 @@ class Recorder:
         if config.logging.tensorboard:
             self.tensorboard = TensorBoard(self.folder / "tb", start_step + 1)
         steps = config.training.steps
+        self.wandb = WeightsAndBiases(config) if config.logging.wandb_project is not None else None
         self.progress = ProgressLine(desc="train", total=steps, initial=start_step, unit="step", mininterval=0.5)
         if damaged:
             self.say(f"warning: {damaged} lines of {self.metrics_path} are damaged and left out")
@@ -75,9 +76,10 @@ class Recorder:
         """Writes one line of metrics.jsonl, and the same numbers as curves."""
         with naming(self.metrics_path):
             self.metrics_file.write(json.dumps(metrics) + "\n")
-        if self.tensorboard is not None:
-            numbers = {name: value for name, value in metrics.items() if name != "step" and value is not None}
-            self.tensorboard.add_numbers(metrics["step"], numbers)
+        numbers = {name: value for name, value in metrics.items() if name != "step" and value is not None}
+        for curves in (self.tensorboard, self.wandb):
+            if curves is not None:
+                curves.add_numbers(metrics["step"], numbers)
 
     def step_done(self) -> None:
         if self.is_writer and self.progress.is_live:
@@ -132,5 +134,6 @@ class Recorder:
         if self.is_writer:
             self.progress.close()
             self.metrics_file.close()
-            if self.tensorboard is not None:
-                self.tensorboard.close()
+            for curves in (self.tensorboard, self.wandb):
+                if curves is not None:
+                    curves.close()

@@ -17,7 +17,7 @@ from dqt_dist.config import Config
 from dqt_dist.folder_lock import FolderLock
 
 # What a course leaves; its checkpoints first, because --resume auto looks for them.
-COURSE = ("checkpoints", "metrics.jsonl", "tb", "traces", "summary.json", "config.json")
+COURSE = ("checkpoints", "metrics.jsonl", "tb", "wandb", "traces", "summary.json", "config.json")
 
 
 @contextlib.contextmanager
