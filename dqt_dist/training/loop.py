@@ -166,7 +166,10 @@ class Trainer:
             self.recorder.say(f"resumed from {checkpoint.path} at step {self.step}")
         self.peak = cost.peak_flops(config, groups)
         self.valid_loss = math.nan
-        self.saved_step = self.step
+        # A checkpoint of another run is saved here too, also by a run that has no step left to make.
+        folder = store.checkpoints_folder(config).resolve()
+        is_own = checkpoint is None or checkpoint.path.resolve().parent == folder
+        self.saved_step = self.step if is_own else -1
         self.logged_skipped_steps = 0
         self.said_unhealthy = False
         self.clock, self.clock_step, self.training_seconds = time.perf_counter(), self.step, 0.0

@@ -74,6 +74,19 @@ def test_twenty_steps_equal_ten_a_kill_and_ten_more_at_any_stage(config_file: Pa
         assert digests(folder) == wanted
 
 
+def test_a_complete_run_goes_on_in_another_folder_with_a_checkpoint_of_its_own(train: Train, tmp_path: Path) -> None:
+    """No step is left to make, but the folder of the second run holds all that a run leaves."""
+    settings = ("training.steps=2", "training.sample_prompt=null")
+    assert train(*settings).returncode == 0
+    second = train(*settings, f"checkpoint.dir={tmp_path / 'second'}", resume=str(tmp_path / "run"))
+    assert second.returncode == 0, second.stderr
+    assert digests(tmp_path / "second") == digests(tmp_path / "run")
+    # Control: started again where it is, a complete run saves nothing.
+    before = (tmp_path / "second/checkpoints/step_00000002/manifest.json").stat().st_mtime_ns
+    assert train(*settings, f"checkpoint.dir={tmp_path / 'second'}").returncode == 0
+    assert (tmp_path / "second/checkpoints/step_00000002/manifest.json").stat().st_mtime_ns == before
+
+
 SPIKES = ("training.spike_deviations=0.5", "training.spike_window=4", "training.sample_prompt=null")
 # Losses go up and down around that of a guess.
 SPIKES += ("optimizer.learning_rate=1e-5", "optimizer.low_bit_learning_rate=1e-5")
