@@ -19,7 +19,7 @@ from dqt_dist.config import load_config
 from tests.kernels.launches import Launch, Specialised, distinct, launches_of, triton_modules
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.json"))
-# Overrides of 130m_ternary.json. The last one has rows that fill no block.
+# Overrides of 130m_pure_ternary.json. The last one has rows that fill no block.
 VARIANTS = [
     ("optimizer.name=adafactor",),
     ("optimizer.name=adafactor", "quantization.bits=4"),
@@ -48,7 +48,7 @@ VARIANTS = [
 def launches() -> tuple[Launch, ...]:
     """Every distinct launch of the configs and the variants."""
     configs = [load_config(path) for path in CONFIGS]
-    configs += [load_config(CONFIGS[0].with_name("130m_ternary.json"), overrides) for overrides in VARIANTS]
+    configs += [load_config(CONFIGS[0].with_name("130m_pure_ternary.json"), overrides) for overrides in VARIANTS]
     return tuple(dict.fromkeys(one for config in configs for one in launches_of(config)))
 
 
