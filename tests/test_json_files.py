@@ -17,7 +17,7 @@ from dqt_dist.errors import UserError
 from dqt_dist.export.hf_reader import HfFolder
 from dqt_dist.folder_lock import LOCK_FILE, FolderLock
 from dqt_dist.json_files import MOST_LEVELS, parse_json, read_json_object
-from dqt_dist.training.recorder import Recorder
+from dqt_dist.training.metrics_file import METRICS_FILE, read_lines
 from dqt_dist.training.summary import SUMMARY, read_summary
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,10 +64,9 @@ def test_a_damaged_summary_is_warned_of(tmp_path: Path, content: bytes, capsys: 
 
 
 def test_a_damaged_line_of_the_metrics_is_left_out(tmp_path: Path, content: bytes) -> None:
-    recorder = Recorder.__new__(Recorder)  # only its reading
-    recorder.metrics_path = tmp_path / "metrics.jsonl"
-    recorder.metrics_path.write_bytes(b'{"step": 1, "loss": 2.0}\n' + content + b'\n{"step": 2, "loss": 1.5}\n')
-    assert recorder._drop_lines_after(2) == 1 and recorder.column("loss") == [2.0, 1.5]
+    (tmp_path / METRICS_FILE).write_bytes(b'{"step": 1, "loss": 2.0}\n' + content + b'\n{"step": 2, "loss": 1.5}\n')
+    lines, damaged = read_lines(tmp_path)
+    assert damaged == 1 and [line["loss"] for line in lines] == [2.0, 1.5]
 
 
 def test_a_damaged_lock_names_nobody(tmp_path: Path, content: bytes) -> None:

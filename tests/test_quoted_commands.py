@@ -1,8 +1,8 @@
 """Commands that the README and the pages quote run: tools on a tiny run, training commands as a dry run.
 
 A tool runs as it is quoted, in a folder that has what the commands name: runs/demo_cpu and runs/1b_ternary (a model of
-two steps), a corpus, a book and prepared data. Training commands of any launcher are checked with --dry-run for as many
-processes as their layout needs; benchmarks and commands of other programs are not run.
+two steps), runs to compare, a corpus, a book and prepared data. Training commands of any launcher are checked with
+--dry-run for as many processes as their layout needs; benchmarks and commands of other programs are not run.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from tests.export.conftest import (
     tokenizer_file,  # noqa: F401
     trained,  # noqa: F401
 )
+from tests.tools.test_compare_runs import write_run
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "configs/README.md", *(str(p.relative_to(ROOT)) for p in sorted((ROOT / "docs").glob("*.md")))]
@@ -68,9 +69,11 @@ def test_the_commands_are_found() -> None:
 def folder(trained: Trained, tokenizer_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
     """What the commands of tools name."""
     folder = tmp_path_factory.mktemp("user")
+    (folder / "runs").mkdir()
     for name in ("demo_cpu", "1b_ternary"):
-        (folder / "runs").mkdir(exist_ok=True)
         (folder / "runs" / name).symlink_to(trained())
+    for name in ("a", "b", "ternary", "bf16"):
+        write_run(folder / "runs" / name, 0.01)
     paragraphs = [part for text in list(topics.values())[:60] for part in text.split("\n\n")]
     (folder / "book.txt").write_text("\n\n".join(paragraphs[:8]))
     (folder / "corpus").mkdir()

@@ -13,6 +13,8 @@ from tests.small import small_config
 from tests.training.conftest import ROOT, Train
 
 STUDY = sorted((ROOT / "docs/benchmarks/quality").glob("S_*.json"))
+# The clamped share is 0.70 after the warm-up, and the loss is behind that of every other ternary run.
+TOO_FAST = "S_dqt_ternary_beta1_0.995_3e-3_1526steps"
 DQT = [path for path in STUDY if "flip_rate" in json.loads(path.read_text())["train"]]
 
 
@@ -23,14 +25,17 @@ def said(metrics: dict[str, float], rate: float, *overrides: str) -> list[str]:
 
 @pytest.mark.parametrize("path", DQT, ids=lambda path: path.stem)
 def test_runs_of_the_study_that_learned_are_healthy(path: Path) -> None:
+    """Control: the run that was too fast is not."""
     run = json.loads(path.read_text())
     total, curves = run["planned_tokens"] // run["tokens_per_step"], run["train"]
     steps = (f"training.steps={total}", "optimizer.schedule=cosine", f"optimizer.warmup_steps={total // 20}")
     config = small_config(*run["settings"], *steps)
     assert len(curves["tokens"]) > 20
+    found: list[str] = []
     for tokens, flips, saturation in zip(curves["tokens"], curves["flip_rate"], curves["saturation"], strict=True):
         rates = step_rates(tokens // run["tokens_per_step"], config)
-        assert unhealthy({"flip_rate": flips, "saturation": saturation}, rates, config) == []
+        found += unhealthy({"flip_rate": flips, "saturation": saturation}, rates, config)
+    assert bool(found) == (path.stem == TOO_FAST), found
 
 
 def test_each_figure_has_its_line() -> None:
