@@ -65,16 +65,15 @@ from benchmarks.common import (
 
 SMALL = ["optimizer.state_bits=8"]
 FP8 = [*SMALL, "quantization.compute=fp8"]
-CODES_ONLY = [
-    "quantization.latent_bits=null",
-    "quantization.scale_refit_interval=0",
-    "optimizer.low_bit_weight_decay=0",
-]
+NO_LATENTS = ["quantization.latent_bits=null", "quantization.scale_refit_interval=0"]
+CODES_ONLY = [*NO_LATENTS, "optimizer.low_bit_weight_decay=0"]
 VARIANTS: dict[str, list[str]] = {
-    "none-fp32": ["quantization.method=none", "quantization.compute=fp32", "optimizer.gradient_dtype=fp32"],
+    "none-fp32": [
+        *NO_LATENTS, "quantization.method=none", "quantization.compute=fp32", "optimizer.gradient_dtype=fp32",
+    ],
     "dqt-fp32": ["quantization.compute=fp32", "optimizer.gradient_dtype=fp32"],
-    "none-bf16": ["quantization.method=none", "quantization.compute=bf16"],
-    "bitnet-bf16": ["quantization.method=bitnet", "quantization.compute=bf16"],
+    "none-bf16": [*NO_LATENTS, "quantization.method=none", "quantization.compute=bf16"],
+    "bitnet-bf16": [*NO_LATENTS, "quantization.method=bitnet", "quantization.compute=bf16"],
     "dqt-bf16": [*SMALL, "quantization.compute=bf16"],
     "dqt-int8": [*SMALL, "quantization.compute=int8"],
     "dqt-fp8": FP8,

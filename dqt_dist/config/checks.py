@@ -219,7 +219,7 @@ def _latent_problems(config: Config) -> Iterable[str]:
     if bits != "ternary" and bits >= min(latent_bits, 5):
         yield (
             f"quantization.latent_bits: {latent_bits} bits are stored for codes of quantization.bits = {bits}; latents "
-            f'are for codes of at most 4 bits and have more bits than these; use "ternary", or leave latent_bits out'
+            f'are for codes of at most 4 bits and have more bits than these; use "ternary", or latent_bits = null'
         )
     if quantization.latent_threshold is not None:
         largest = 2 ** (latent_bits - 1) - 1
