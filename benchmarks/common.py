@@ -178,13 +178,3 @@ def one_line(error: BaseException) -> str:
     """Type and first line of an error, for a table."""
     first = (str(error).strip().splitlines() or [""])[0]
     return f"{type(error).__name__}: {first[:160]}"
-
-
-def drawing() -> Any:
-    """matplotlib.pyplot, for files; imported only when something is drawn."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt

@@ -23,7 +23,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
 from benchmarks import ceilings
-from benchmarks.common import append, device_name, drawing, markdown, median_seconds, one_line, provenance, write_json
+from benchmarks.common import append, device_name, markdown, median_seconds, one_line, provenance, write_json
+from dqt_dist.command_line import pyplot
 
 EXAMPLES = """\
 examples:
@@ -368,7 +369,7 @@ def cells(r: dict[str, Any]) -> list[str]:
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:
     """Share of the ceiling, a bar an operation, with its time."""
-    plt = drawing()
+    plt = pyplot()
     rows = [r for r in rows if "of_ceiling" in r][::-1]
     figure, axis = plt.subplots(figsize=(10, 1 + 0.32 * len(rows)), layout="constrained")
     colors = ["#dd8452" if r["operations"] else "#4c72b0" for r in rows]

@@ -39,8 +39,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a clone works without being installed
 
-from benchmarks.common import ROOT, append, drawing, markdown, provenance, write_json
+from benchmarks.common import ROOT, append, markdown, provenance, write_json
 from benchmarks.train_step import has_corpus, prepare
+from dqt_dist.command_line import pyplot
 
 DEFAULTS = {
     "cuda": ("configs/1b_ternary_fp8.json", "none-bf16;dqt-bf16;dqt-fp8"),
@@ -287,7 +288,7 @@ def compared(layout: dict[str, Any], row: dict[str, Any], found: dict[str, Any])
 
 def plot(found: dict[str, Any], path: str) -> None:
     """Bars of tokens/s by layout and method, with the ideal of each as a line above its bar."""
-    plt = drawing()
+    plt = pyplot()
     done = [layout for layout in found["layouts"] if any("tokens_per_s" in row for row in layout["rows"])]
     variants = list(dict.fromkeys(row["variant"] for layout in done for row in layout["rows"]))
     figure, axes = plt.subplots(figsize=(1.6 * len(done) + 3, 4.2), layout="constrained")

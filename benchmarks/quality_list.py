@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -227,11 +227,11 @@ def study(size: str = "S") -> list[Run]:
         "decay_0.1": ("optimizer.low_bit_weight_decay=0.1",),
         "ends_at_80_percent": (f"optimizer.low_bit_schedule_steps={steps * 4 // 5}",),
         "two_stages": ("optimizer.schedule=two_stage",),
-        "beta1_0.95": ("optimizer.low_bit_beta1=0.95",),
-        "beta1_0.98": ("optimizer.low_bit_beta1=0.98",),
     }
     runs += [Run(size, "dqt_ternary", 5e-4, label=label, settings=settings) for label, settings in of_ternary.items()]
-    runs.append(Run(size, "dqt_ternary", 1e-3, label="beta1_0.98", settings=of_ternary["beta1_0.98"]))
+    runs += [
+        with_beta1(Run(size, "dqt_ternary", rate), beta1) for rate, beta1 in ((5e-4, 0.95), (5e-4, 0.98), (1e-3, 0.98))
+    ]
     # 4-bit codes are clamped often (saturation 0.08 at half the run): a wider range, or decay.
     runs += [
         Run(size, method, 1e-3, label=label, settings=settings)
@@ -246,6 +246,11 @@ def study(size: str = "S") -> list[Run]:
     return runs
 
 
+def with_beta1(run: Run, beta1: float) -> Run:
+    """The run with another decay of the first moment of its linears."""
+    return replace(run, label=f"beta1_{beta1:g}", settings=(f"optimizer.low_bit_beta1={beta1:g}",))
+
+
 def ternary(size: str = "S") -> list[Run]:
     """Recipes for ternary codes, at 100 M tokens each.
 
@@ -255,23 +260,16 @@ def ternary(size: str = "S") -> list[Run]:
     as well; with them the first moment may be what is superfluous.
     """
     steps = 1526
-    order = (
-        ("dqt_ternary", 1e-3, "", ()),
-        ("dqt_ternary", 1e-3, "beta1_0.98", ("optimizer.low_bit_beta1=0.98",)),
-        ("dqt_ternary", 2e-3, "beta1_0.99", ("optimizer.low_bit_beta1=0.99",)),
-        ("dqt_ternary", 3e-3, "beta1_0.995", ("optimizer.low_bit_beta1=0.995",)),
-        ("ternary_of_8", 2e-3, "", ()),
-        ("ternary_of_8", 2e-3, "adafactor", ("optimizer.name=adafactor",)),
-        ("dqt_ternary", 2e-3, "beta1_0.98", ("optimizer.low_bit_beta1=0.98",)),
-        ("dqt_ternary", 1e-3, "beta1_0.99", ("optimizer.low_bit_beta1=0.99",)),
-        ("dqt_ternary", 5e-4, "beta1_0.98", ("optimizer.low_bit_beta1=0.98",)),
-        ("dqt_ternary", 5e-4, "beta1_0.99", ("optimizer.low_bit_beta1=0.99",)),
-        ("dqt_ternary", 1e-3, "beta1_0.995", ("optimizer.low_bit_beta1=0.995",)),
-        ("dqt_ternary", 6e-3, "beta1_0.998", ("optimizer.low_bit_beta1=0.998",)),
-        ("ternary_of_8", 2e-3, "beta1_0", ("optimizer.low_bit_beta1=0",)),
-    )
+    codes = {rate: Run(size, "dqt_ternary", rate, steps=steps) for rate in (5e-4, 1e-3, 2e-3, 3e-3, 6e-3)}
+    latents = Run(size, "ternary_of_8", 2e-3, steps=steps)
     return [
-        Run(size, method, rate, label=label, settings=settings, steps=steps) for method, rate, label, settings in order
+        codes[1e-3],
+        *(with_beta1(codes[rate], beta1) for rate, beta1 in ((1e-3, 0.98), (2e-3, 0.99), (3e-3, 0.995))),
+        latents,
+        replace(latents, label="adafactor", settings=("optimizer.name=adafactor",)),
+        *(with_beta1(codes[rate], beta1) for rate, beta1 in ((2e-3, 0.98), (1e-3, 0.99), (5e-4, 0.98), (5e-4, 0.99))),
+        *(with_beta1(codes[rate], beta1) for rate, beta1 in ((1e-3, 0.995), (6e-3, 0.998))),
+        with_beta1(latents, 0),
     ]
 
 

@@ -13,7 +13,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import drawing, markdown
+from benchmarks.common import markdown
+from dqt_dist.command_line import pyplot
 
 Facts = dict[str, Any]
 
@@ -232,7 +233,7 @@ def colours(recipes: list[str]) -> dict[str, str]:
 
 def draw_curves(path: Path, best: list[Facts]) -> Path:
     """Validation and training loss of the best run of each recipe, and its flips."""
-    plt = drawing()
+    plt = pyplot()
     figure, (losses, flips) = plt.subplots(1, 2, figsize=(12, 4.6), layout="constrained")
     colour_of = colours([run["recipe"] for run in best])
     for run in best:
@@ -260,7 +261,7 @@ def draw_curves(path: Path, best: list[Facts]) -> Path:
 
 def draw_rates(path: Path, finished: list[Facts]) -> Path:
     """Final validation loss against the rate of the linears; a line a recipe and rate of the rest, a dot a seed."""
-    plt = drawing()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     colour_of = colours([run["recipe"] for run in finished])
     lines: dict[tuple[str, float], list[Facts]] = defaultdict(list)
@@ -281,7 +282,7 @@ def draw_rates(path: Path, finished: list[Facts]) -> Path:
 
 def draw_frontier(path: Path, best: list[Facts], finished: list[Facts]) -> Path:
     """Validation loss against bytes of a linear weight between steps; a point a recipe."""
-    plt = drawing()
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 4.6), layout="constrained")
     colour_of = colours([run["recipe"] for run in best])
     for run in best:

@@ -54,7 +54,6 @@ from benchmarks.common import (
     append,
     chosen,
     device_name,
-    drawing,
     free_memory,
     markdown,
     one_line,
@@ -62,6 +61,7 @@ from benchmarks.common import (
     waiting_is_an_error,
     write_json,
 )
+from dqt_dist.command_line import pyplot
 
 SMALL = ["optimizer.state_bits=8"]
 FP8 = [*SMALL, "quantization.compute=fp8"]
@@ -545,7 +545,7 @@ def cells(row: dict[str, Any], first: dict[str, Any]) -> list[str]:
 
 def plot(found: dict[str, Any], path: str) -> None:
     """Speed and memory as bars, and the parts of a step stacked; one line per variant."""
-    plt = drawing()
+    plt = pyplot()
     rows = [row for row in found["rows"] if "tokens_per_s" in row][::-1]
     bars = [("tokens_per_s", "tokens/s", "{:,.0f}", "#4c72b0")]
     if all(row["peak_memory_gib"] for row in rows):

@@ -11,7 +11,6 @@ that folders answer from the table in docs/architecture.md, the imports from the
 
 from __future__ import annotations
 
-import argparse
 import re
 import sys
 from html import escape
@@ -19,6 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from docs.generated import write_or_check
 from tests.test_import_layers import MODULES, ORDER, imported, layer_of, module_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -114,15 +114,5 @@ def picture() -> str:
     return "\n".join([head, background, *folder_panel(), *step_panel(), "</svg>"]) + "\n"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare with the picture that is there")
-    drawn = picture()
-    if parser.parse_args().check:
-        return int(PICTURE.read_text(encoding="utf-8") != drawn)
-    PICTURE.write_text(drawn, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PICTURE, picture(), __doc__))

@@ -9,7 +9,6 @@ Types, limits and defaults come from the pydantic models, sentences from the doc
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import textwrap
@@ -24,6 +23,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
+from docs.generated import write_or_check
 from dqt_dist.config.checks import DERIVED_DEEPSPEED_KEYS
 from dqt_dist.config.schema import Config, DataSource, Section
 
@@ -118,15 +118,5 @@ def page() -> str:
     return "\n".join(parts)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="compare with the page that is there")
-    written = page()
-    if parser.parse_args().check:
-        return int(PAGE.read_text(encoding="utf-8") != written)
-    PAGE.write_text(written, encoding="utf-8")
-    return 0
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write_or_check(PAGE, page(), __doc__))

@@ -61,6 +61,16 @@ def side_matter(what: str) -> Iterator[None]:
         print(f"warning: {what} failed: {type(error).__name__}: {lines[0]}", file=sys.stderr)
 
 
+def pyplot() -> Any:
+    """matplotlib.pyplot, for files; imported only when something is drawn."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
 def drawing(option: str, file: Path) -> Any:
     """matplotlib.pyplot, for a picture that `option` of a tool names. Call it before the work.
 
@@ -71,13 +81,9 @@ def drawing(option: str, file: Path) -> Any:
     if not file.absolute().parent.is_dir():
         raise UserError(f"{option} {file}: the folder {file.absolute().parent} does not exist")
     try:
-        import matplotlib
+        return pyplot()
     except ImportError as error:
         raise UserError(f"{option} needs matplotlib; install it with: pip install 'dqt_dist[bench]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
 
 
 def save_picture(figure: Any, file: Path) -> None:

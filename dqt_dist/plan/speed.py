@@ -18,6 +18,7 @@ tests/plan/test_measured.py holds the tables against the pages.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from dqt_dist.config import Config, ProcessGrid, uses_cuda_graph
@@ -96,7 +97,7 @@ def expected_speed(config: Config, grid: ProcessGrid, device: Device) -> Speed |
     seconds = flops / (grid.world_size * device.bf16_tflops * 1e12 * mfu)
     layout_page = LAYOUTS if uses_cuda_graph(config) else PLANNING
     method = "dqt-fp8" if quantization.method == "dqt" else "none"
-    factors = LAYOUT_FACTORS[f"{method}, CUDA graph" if uses_cuda_graph(config) else method]
+    factors = LAYOUT_FACTORS[_row(method, LAYOUT_FACTORS, config)]
     if quantization.method == "dqt" and quantization.compute != "fp8" and grid.tensor * grid.pipeline > 1:
         notes.append(f"tensor and pipeline parallel with {quantization.compute}: unmeasured, as fp8")
     if quantization.latent_bits is not None:
@@ -131,14 +132,18 @@ def expected_speed(config: Config, grid: ProcessGrid, device: Device) -> Speed |
     return Speed(seconds, tokens / seconds, mfu, tuple(notes))
 
 
+def _row(name: str, table: Collection[str], config: Config) -> str:
+    """The row of a table for a method: that with CUDA graphs for a run with graphs, where the table has one."""
+    with_graph = f"{name}, CUDA graph"
+    return with_graph if uses_cuda_graph(config) and with_graph in table else name
+
+
 def _single_gpu(config: Config) -> tuple[float, list[str]]:
     quantization, training = config.quantization, config.training
     variant = f"{quantization.method}-{quantization.compute}"
     if quantization.compute == "fp8" and quantization.weight_gradient == "bf16":
         variant += ", dW in bf16"
-    with_graph = f"{variant}, CUDA graph"
-    if uses_cuda_graph(config) and with_graph in MFU:
-        variant = with_graph
+    variant = _row(variant, MFU, config)
     weights = config.model.num_layers * config.model.linear_weights_per_block
     weights += 2 * config.model.vocab_size * config.model.hidden_size
     size = min(MFU[variant], key=lambda measured: abs(math.log(measured / weights)))
@@ -170,7 +175,7 @@ def _exchange_key(config: Config) -> str:
         return "none"
     if quantization.compute != "fp8":
         return "dqt-bf16"
-    return "dqt-fp8, CUDA graph" if uses_cuda_graph(config) else "dqt-fp8"
+    return _row("dqt-fp8", SECONDS_PER_BYTE, config)
 
 
 def _exchange_seconds(config: Config, grid: ProcessGrid, key: str) -> float:

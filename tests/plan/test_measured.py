@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.train_step import CODES_ONLY
 from dqt_dist.config import Config, load_config, process_grid
 from dqt_dist.plan import speed
 from dqt_dist.plan.arithmetic import device_named, flops_per_token
@@ -18,12 +19,6 @@ from tests.config.test_shipped import WORLD_SIZES
 ROOT = Path(__file__).resolve().parents[2]
 LARGE, SMALL = ROOT / "configs/1b_ternary_fp8.json", ROOT / "configs/130m_ternary.json"
 EIGHT_BITS = ("optimizer.state_bits=8", "optimizer.gradient_dtype=bf16")
-CODES_ONLY = (
-    "quantization.latent_bits=null",
-    "quantization.scale_refit_interval=0",
-    "optimizer.low_bit_weight_decay=0",
-)
-"""The measured models had no latents."""
 BASELINE = ("optimizer.state_bits=32",)
 FUSED = ("optimizer.fused_backward=true", "optimizer.max_grad_norm=0")
 NO_GRAPH = ("training.cuda_graph=false",)
@@ -60,7 +55,7 @@ def measured() -> list[tuple[Path, str, dict[str, str]]]:
 
 
 def config_of(path: Path, variant: str) -> Config:
-    """One micro-batch on one GPU, as the page says."""
+    """One micro-batch on one GPU, as the page says, of a model without latents."""
     samples = 8 if path == LARGE else 32
     batch = (f"training.micro_batch_size={samples}", f"training.global_batch_size={samples}")
     return load_config(path, [*batch, *EIGHT_BITS, *CODES_ONLY, *NO_GRAPH, *VARIANTS[variant]])

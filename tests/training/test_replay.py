@@ -27,38 +27,38 @@ LOW_BIT, HIGH_BIT = 0, 30
 
 
 @contextmanager
-def flipped_once(monkeypatch: pytest.MonkeyPatch, bit: int) -> Iterator[None]:
-    """Flips `bit` of one element of the gradient of MATRIX that this rank sends next."""
-    send, left = GradientBuffer.send, [MATRIX]
+def flipped_once(
+    monkeypatch: pytest.MonkeyPatch, method: str, bit: int, flipped: Callable[..., torch.Tensor]
+) -> Iterator[None]:
+    """Flips `bit` of one element the next time that `method` of the buffer of MATRIX is called. `flipped` gives the
+    memory, fp32, from the arguments of the call."""
+    call, left = getattr(GradientBuffer, method), [MATRIX]
 
-    def flip_and_go_on(buffer: GradientBuffer) -> torch.Tensor:
+    def flip_and_go_on(buffer: GradientBuffer, *arguments: torch.Tensor) -> torch.Tensor | None:
         if buffer.name in left:
             left.remove(buffer.name)
-            assert buffer.local is not None
-            buffer.local.view(-1).view(torch.int32)[7] ^= 1 << bit
-        return send(buffer)
+            flipped(buffer, *arguments).view(-1).view(torch.int32)[7] ^= 1 << bit
+        return call(buffer, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(GradientBuffer, "send", flip_and_go_on)
+        patch.setattr(GradientBuffer, method, flip_and_go_on)
         yield
     assert not left
 
 
-@contextmanager
-def transfer_flipped_once(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Flips a bit of the next mean of MATRIX that this rank receives."""
-    receive, left = GradientBuffer.receive, [MATRIX]
+def gradient_flipped_once(monkeypatch: pytest.MonkeyPatch, bit: int):
+    """In the gradient that this rank sends next."""
 
-    def flip_and_go_on(buffer: GradientBuffer, mean: torch.Tensor) -> None:
-        if buffer.name in left:
-            left.remove(buffer.name)
-            mean.view(-1).view(torch.int32)[7] ^= 1
-        receive(buffer, mean)
+    def local(buffer: GradientBuffer) -> torch.Tensor:
+        assert buffer.local is not None
+        return buffer.local
 
-    with monkeypatch.context() as patch:
-        patch.setattr(GradientBuffer, "receive", flip_and_go_on)
-        yield
-    assert not left
+    return flipped_once(monkeypatch, "send", bit, local)
+
+
+def transfer_flipped_once(monkeypatch: pytest.MonkeyPatch):
+    """In the next mean that this rank receives."""
+    return flipped_once(monkeypatch, "receive", LOW_BIT, lambda buffer, mean: mean)
 
 
 @contextmanager
@@ -67,11 +67,11 @@ def nothing(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def low_bit_flipped(monkeypatch: pytest.MonkeyPatch):
-    return flipped_once(monkeypatch, LOW_BIT)
+    return gradient_flipped_once(monkeypatch, LOW_BIT)
 
 
 def high_bit_flipped(monkeypatch: pytest.MonkeyPatch):
-    return flipped_once(monkeypatch, HIGH_BIT)
+    return gradient_flipped_once(monkeypatch, HIGH_BIT)
 
 
 Fault = Callable[[pytest.MonkeyPatch], object]
