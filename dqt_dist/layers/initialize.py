@@ -85,7 +85,7 @@ def _initialize_low_bit(weight: LowBitMatrix, config: Config, group: Group) -> N
         chosen = [choose_scale(s, grid, rule, sigmas=sigmas, power_of_two=power_of_two) for s in complete]
         return torch.tensor(chosen, device=device)
 
-    weight.set_scale(scales(weight.grid, quantization.scale_rule, quantization.scale_sigmas))
+    weight.scale.copy_(scales(weight.grid, quantization.scale_rule, quantization.scale_sigmas))
     if weight.latent_grid is not None:
         assert quantization.latent_sigmas is not None
         weight.latent_scale.copy_(scales(weight.latent_grid, "sigma", quantization.latent_sigmas))

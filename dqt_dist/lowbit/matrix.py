@@ -18,6 +18,7 @@ owner of a row, beside its moments, and are never gathered.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,17 @@ from dqt_dist.lowbit.grid import Grid, make_grid
 from dqt_dist.lowbit.latent import codes_of_latents, codes_per_latent
 from dqt_dist.lowbit.packing import pack, storage_dtype, unpack
 from dqt_dist.lowbit.rounding import round_nearest
+
+
+class ScaleTensors(NamedTuple):
+    """The scale of a matrix with latents, and what follows from it."""
+
+    scale: Tensor
+    """fp32 [matrices]"""
+    row_scale: Tensor
+    """fp32 [rows]"""
+    row_codes_per_latent: Tensor
+    """fp32 [rows]"""
 
 
 class LowBitMatrix(nn.Module):
@@ -97,28 +109,25 @@ class LowBitMatrix(nn.Module):
 
     def row_scale(self) -> Tensor:
         """The scale of each row, fp32 [rows]. Applied in the GEMM's epilogue, never multiplied into stored codes."""
-        return self._expanded("scale", lambda: self.scale, self.scale)
+        return self._expanded("scale", lambda: self.scale)
 
     def row_latent_scale(self) -> Tensor:
         """The latent scale of each row, fp32 [rows]."""
-        return self._expanded("latent_scale", lambda: self.latent_scale, self.latent_scale)
+        return self._expanded("latent_scale", lambda: self.latent_scale)
 
     def row_codes_per_latent(self) -> Tensor:
         """r of each row, fp32 [rows]; see latent.py."""
         return self._expanded(
-            "codes_per_latent",
-            lambda: codes_per_latent(self.scale, self.latent_scale, self.latent_threshold),
-            self.scale,
-            self.latent_scale,
+            "codes_per_latent", lambda: codes_per_latent(self.scale, self.latent_scale, self.latent_threshold)
         )
 
-    def _expanded(self, name: str, of_matrices: Callable[[], Tensor], *sources: Tensor) -> Tensor:
+    def _expanded(self, name: str, of_matrices: Callable[[], Tensor]) -> Tensor:
         """A value of each matrix for each of its rows, fp32 [rows].
 
-        The result is kept, because a step asks for it several times. After a source has been written, it is written
+        The result is kept, because a step asks for it several times. After a scale has been written, it is written
         again to the same memory: CUDA graphs read it there.
         """
-        versions = tuple(number for source in sources for number in (id(source), source._version))
+        versions = self._scale_versions()
         kept = self._of_rows.get(name)
         if kept is not None and kept[0] == versions:
             return kept[1]
@@ -128,10 +137,19 @@ class LowBitMatrix(nn.Module):
         self._of_rows[name] = (versions, values)
         return values
 
-    def set_scale(self, scale: Tensor) -> None:
-        """Overwrites the scales of the matrices, and of each row."""
-        self.scale.copy_(scale)
-        self.row_scale()
+    def _scale_versions(self) -> tuple[int, ...]:
+        """What tells whether a scale has been written, or replaced."""
+        sources = self.scale, self.latent_scale
+        return tuple(number for source in sources if source is not None for number in (id(source), source._version))
+
+    def scale_tensors(self) -> ScaleTensors:
+        """The tensors that a refit of the scale writes, to be marked as written by `scale_was_refitted`."""
+        return ScaleTensors(self.scale, self.row_scale(), self.row_codes_per_latent())
+
+    def scale_was_refitted(self) -> None:
+        """Says that all of `scale_tensors` have been written."""
+        versions = self._scale_versions()
+        self._of_rows = {name: (versions, values) for name, (_, values) in self._of_rows.items()}
 
     def packed(self, start: int, stop: int) -> Tensor:
         """View of the packed codes of held rows [start, stop)."""

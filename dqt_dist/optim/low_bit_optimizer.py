@@ -13,10 +13,9 @@ In every stage the owner of a row takes the mean in rank order (gradient_reducer
 Moments and latents exist for owned rows only. They lie on the device or, with
 deepspeed.zero_optimization.offload_optimizer, in pinned memory of the host.
 
-With quantization.scale_refit_interval some steps refit the scales (lowbit/latent.py). A refit needs the sums of |L|
-after the step before. That step's update has counted them, so there is no pass over the latents. Two all-reduces of 8
-bytes per matrix complete the sums, over TP and over the owners of rows. The new scale is written together with the new
-codes, when the matrix is updated.
+With quantization.scale_refit_interval some steps refit the scales (scale_refit.py). A refit needs the sums of |L| after
+the step before. That step's update has counted them, so there is no pass over the latents. The new scale is written
+together with the new codes, when the matrix is updated.
 
 `CombinedOptimizer.step` runs the phases; this class has phases 3 and 4. The update itself is a rule of `adamw.py` or
 `adafactor.py`:
@@ -39,7 +38,6 @@ from collections import deque
 from functools import partial
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from dqt_dist.config import Config
@@ -47,13 +45,13 @@ from dqt_dist.dtypes import TORCH_DTYPES
 from dqt_dist.layers.initialize import initial_latents
 from dqt_dist.lowbit.gradient_buffer import GradientBuffer
 from dqt_dist.lowbit.grid import make_grid
-from dqt_dist.lowbit.latent import refit_scale, scale_multiple
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.update import RoundingKey
 from dqt_dist.optim.adafactor import AdafactorRule
 from dqt_dist.optim.adamw import AdamWRule
 from dqt_dist.optim.gradient_reducer import GradientReducer, reduce_when
 from dqt_dist.optim.owned_rows import OwnedRows, UpdateSettings
+from dqt_dist.optim.scale_refit import ScaleRefit
 from dqt_dist.optim.schedule import StepRates
 from dqt_dist.parallel.code_shards import CodeGatherer
 from dqt_dist.parallel.groups import Groups
@@ -73,7 +71,7 @@ class LowBitOptimizer:
         groups: Groups,
         reducer: GradientReducer,
     ) -> None:
-        self.config, self.group, self.tensor_group = config, groups.data, groups.tensor
+        self.config, self.group = config, groups.data
         self.stage = config.zero_stage
         self.enabled = config.quantization.method == "dqt"
         self.grid = make_grid(config.quantization.bits)
@@ -84,12 +82,7 @@ class LowBitOptimizer:
             else AdafactorRule(optimizer, groups, self.sharded)
         )
         self.rows = [self._register(index, weight, reducer) for index, weight in enumerate(weights)]
-        matrices = [weight.layout.matrices for weight in weights if weight.layout is not None]
-        self._num_matrices = [len(of_shard) for of_shard in matrices]
-        numel = [matrix.rows * matrix.columns for of_shard in matrices for matrix in of_shard]
-        self._matrix_numel = torch.tensor(numel, device=groups.device)
-        self._new_scales: tuple[Tensor, ...] | None = None
-        """Refitted scales of each shard, where this step has some."""
+        self.scale_refit = ScaleRefit(self.rows, config.quantization, groups, self.sharded)
         self.gatherer = CodeGatherer(weights, self.group) if self.stage == 3 and self.group.size() > 1 else None
         self._gathers: list[tuple[Tensor, PendingGather]] = []
         """Codes of a shard, and the rows of all ranks on their way to these codes."""
@@ -128,21 +121,7 @@ class LowBitOptimizer:
     def begin_step(self, rates: StepRates) -> None:
         """Sets rates and new scales. Called before the first backward pass of a step: fused_backward updates there."""
         self.rates = rates
-        interval = self.config.quantization.scale_refit_interval
-        self._new_scales = self._refitted_scales() if interval and rates.step % interval == 0 else None
-
-    @torch.no_grad()
-    def _refitted_scales(self) -> tuple[Tensor, ...]:
-        """The refitted scales of each shard's matrices. A collective call."""
-        quantization = self.config.quantization
-        multiple = scale_multiple(self.grid, quantization.scale_sigmas)
-        weights = [rows.weight for rows in self.rows]
-        abs_sum = torch.cat([rows.latent_abs_sum() for rows in self.rows])
-        dist.all_reduce(abs_sum, group=self.tensor_group)
-        if self.sharded:
-            dist.all_reduce(abs_sum, group=self.group)
-        scale, latent_scale = (torch.cat([getattr(w, name) for w in weights]) for name in ("scale", "latent_scale"))
-        return refit_scale(abs_sum, self._matrix_numel, latent_scale, scale, multiple).split(self._num_matrices)
+        self.scale_refit.begin_step(rates.step)
 
     @torch.no_grad()
     def update(self, clip: Tensor, norm: Tensor) -> None:
@@ -154,6 +133,7 @@ class LowBitOptimizer:
         settings = self._settings(clip, norm)
         means = deque(rows.gradient.take() for rows in self.rows)
         self.rule.prepare(self.rows, list(means), settings)
+        self.scale_refit.write()
         for index in range(len(self.rows)):
             # Each gradient is freed as soon as it has been used.
             self._update(index, means.popleft(), settings)
@@ -162,6 +142,7 @@ class LowBitOptimizer:
         """Phase 3 for one matrix, as soon as the mean of its gradient is known."""
         if self.gatherer is not None:
             self.gatherer.invalidate(index)
+        self.scale_refit.write(index)
         self._update(index, mean, self._settings(None, None))
 
     def _settings(self, clip: Tensor | None, norm: Tensor | None) -> UpdateSettings:
@@ -170,8 +151,6 @@ class LowBitOptimizer:
 
     def _update(self, index: int, mean: Tensor, settings: UpdateSettings) -> None:
         rows = self.rows[index]
-        if self._new_scales is not None:
-            rows.weight.set_scale(self._new_scales[index])
         rows.row_counts = list(self.rule.update(rows, mean, settings))
         if self.stage in (1, 2) and self.group.size() > 1:
             codes = rows.weight.codes

@@ -100,7 +100,7 @@ def test_the_multiple_of_n_bits_is_the_sigma_rule_of_a_normal_distribution() -> 
 def matrix(latent_bits: int, rows: int, columns: int, latent_scale: float) -> LowBitMatrix:
     weight = LowBitMatrix(rows, columns, TERNARY, latent_grid=make_grid(latent_bits))
     weight.assign(ShardLayout((LogicalMatrix("m", rows, columns),), (RowBlock(0, 0, rows),), columns))
-    weight.set_scale(torch.tensor([0.5]))
+    weight.scale.fill_(0.5)
     weight.latent_scale.fill_(latent_scale)
     weight.set_codes(torch.zeros(rows, columns, dtype=torch.int8))
     return weight
@@ -116,7 +116,7 @@ def test_what_does_not_suffice_for_a_flip_is_remembered() -> None:
     plain = LowBitMatrix(4, 8, TERNARY)
     plain.assign(weight.layout)  # type: ignore[arg-type]
     plain.set_codes(torch.zeros(4, 8, dtype=torch.int8))
-    plain.set_scale(torch.tensor([0.5]))
+    plain.scale.fill_(0.5)
     down = torch.full((4, 8), -1.0)
     for step in range(1, 17):
         key = RoundingKey(1, step, "nearest")
