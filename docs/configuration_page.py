@@ -60,7 +60,7 @@ def in_words(annotation: Any, metadata: Sequence[Any] = ()) -> str:
     if origin is tuple:
         return "list of sources, at least one"
     if origin is dict:
-        return "object"
+        return "object" if parts[1] is Any else f"object, of each name a {in_words(parts[1])}"
     return ", ".join([TYPES[annotation], *limits(metadata)])
 
 
@@ -111,7 +111,10 @@ def page() -> str:
         else:
             parts.append(textwrap.fill(" ".join((field.description or "").split()), WIDTH) + "\n")
         if name == "data":
-            parts += ["### A source of `data.train` and `data.valid`\n", f"{section_text(DataSource)}\n"]
+            parts += [
+                "### A source of `data.train`, `data.valid` and `data.valid_texts`\n",
+                f"{section_text(DataSource)}\n",
+            ]
             parts.append(fields_of(DataSource) + "\n")
     rows = [f"| `{key}` | {use} |" for key, use in DERIVED_DEEPSPEED_KEYS.items()]
     parts.append("\n".join(["| refused here | use |", "|---|---|", *rows]) + "\n")

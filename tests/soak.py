@@ -268,7 +268,7 @@ class Soak:
     @functools.cache  # noqa: B019
     def samples(self) -> list[str]:
         """SHA-256 of every sample of the training set, in order, read here anew."""
-        train, _ = build_datasets(
+        train = build_datasets(
             train=[(str(self.folder / "train"), 1.0)],
             valid=None,
             valid_fraction=0.0,
@@ -281,7 +281,7 @@ class Soak:
             cache_dir=self.folder / "cache",
             build_here=True,
             barrier=lambda: None,
-        )
+        ).train
         return [sha256(train[number]["tokens"]) for number in range(self.steps * GLOBAL_BATCH)]
 
     def losses(self, name: str) -> list[float]:

@@ -413,8 +413,8 @@ def _checkpoint_problems(config: Config) -> Iterable[str]:
 
 def _path_problems(config: Config) -> Iterable[str]:
     paths = {"data.tokenizer": config.data.tokenizer, "checkpoint.dir": config.checkpoint.dir}
-    for name, sources in (("train", config.data.train), ("valid", config.data.valid or ())):
-        paths |= {f"data.{name}.{number}.path": source.path for number, source in enumerate(sources)}
+    for field, sources in config.data.blends.items():
+        paths |= {f"{field}.{number}.path": source.path for number, source in enumerate(sources)}
     for name, path in paths.items():
         if path.startswith("~"):
             yield f"{name}: {shown(path)} begins with ~, which only a shell replaces; write the whole path"

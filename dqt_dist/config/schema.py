@@ -270,6 +270,9 @@ class DataSource(Section):
 Blend = Annotated[tuple[DataSource, ...], Field(min_length=1)]
 
 
+TextName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]+$")]
+
+
 class DataConfig(Section):
     """What the run reads: tokenised text, and the tokenizer."""
 
@@ -280,10 +283,19 @@ class DataConfig(Section):
     for it."""
     valid_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Part of the training corpus held out when valid is not given."""
+    valid_texts: dict[TextName, Blend] = Field(default_factory=dict)
+    """Further texts, by name, whose losses each validation measures one by one: `{"code": [{"path": "data/code"}]}`
+    gives the metric valid_loss.code. Each takes the time of a validation."""
     tokenizer: Annotated[str, Field(min_length=1)]
     """SentencePiece .model file with which the corpora were tokenised."""
     num_workers: NonNegativeInt = 2
     """Processes of each rank that read samples; 0: the rank reads them itself."""
+
+    @property
+    def blends(self) -> dict[str, Blend]:
+        """All that the run reads, by field."""
+        texts = {f"data.valid_texts.{name}": blend for name, blend in self.valid_texts.items()}
+        return {"data.train": self.train} | ({} if self.valid is None else {"data.valid": self.valid}) | texts
 
 
 class TrainingConfig(Section):
@@ -338,7 +350,7 @@ class TrainingConfig(Section):
     eval_interval: NonNegativeInt = 0
     """Steps between validations; 0 for one at the end only."""
     eval_batches: PositiveInt = 20
-    """Global batches of one validation: always the same samples of data.valid, in most runs a small part of it.
+    """Global batches of one validation: always the same samples of a text, in most runs a small part of it.
     tools/evaluate.py scores a whole text."""
     sample_prompt: str | None = None
     """When given, the report at the end shows a continuation of this text. For it, rank 0 loads the whole last

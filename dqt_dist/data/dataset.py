@@ -33,10 +33,11 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -63,11 +64,21 @@ SPLIT_SEED = 1
 Blend = Sequence[tuple[str, float]]
 
 
+class Datasets(NamedTuple):
+    """The samples of a run. An item is a dict with `tokens` and `labels` int64 [sequence_length] and `loss_mask`
+    float32 [sequence_length]."""
+
+    train: torch.utils.data.Dataset
+    valid: torch.utils.data.Dataset | None
+    valid_texts: dict[str, torch.utils.data.Dataset]
+
+
 def build_datasets(
     *,
     train: Blend,
     valid: Blend | None,
     valid_fraction: float,
+    valid_texts: Mapping[str, Blend] | None = None,
     sequence_length: int,
     vocab_size: int,
     tokenizer_path: str | Path | None,
@@ -77,17 +88,17 @@ def build_datasets(
     cache_dir: str | Path,
     build_here: bool,
     barrier: Callable[[], None],
-) -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset | None]:
-    """The training and validation samples, of exactly `num_train_samples` and `num_valid_samples`.
+) -> Datasets:
+    """Exactly `num_train_samples` samples of training, and `num_valid_samples` of each validation.
 
-    Item i of either is a dict with `tokens` and `labels` int64 [sequence_length] and `loss_mask` float32
-    [sequence_length]. To be called by every process; `barrier` must hold them all until the slowest has come.
+    To be called by every process; `barrier` must hold them all until the slowest has come.
 
     train, valid: (path prefix, weight > 0) of each source. valid None: the fraction `valid_fraction` of each training
-    source's documents is held out for validation (0: no validation, and the second result is None, as it is for
-    num_valid_samples 0). Validation is the same whatever `seed` and layout; where it has fewer samples than asked for,
-    it starts again from its beginning. vocab_size: the model's. tokenizer_path: None skips the checks against it.
-    build_here: True in one process a node, which writes the index into `cache_dir`.
+    source's documents is held out for validation (0: no validation, and `valid` of the result is None, as it is for
+    num_valid_samples 0). valid_texts: further texts to validate on, by name. Validation is the same whatever `seed` and
+    layout; where a text has fewer samples than asked for, it starts again from its beginning. vocab_size: the model's.
+    tokenizer_path: None skips the checks against it. build_here: True in one process a node, which writes the index
+    into `cache_dir`.
 
     Raises UserError: missing, truncated or mismatched files (indexed.check_indexed), ids outside of the model's
     vocabulary (indexed.check_ids), a source too small for one sample.
@@ -98,19 +109,26 @@ def build_datasets(
     open_blend = functools.partial(_open_blend, held_out=held_out, vocab_size=vocab_size, tokenizer=tokenizer)
     # Every process checks all files before any waits for another, so that all of them stop for the same reason.
     training = open_blend("data.train", train, split=Split.train, num_samples=num_train_samples, config=config)
-    validation = None
-    if num_valid_samples and (valid is not None or held_out):
-        field, blend = ("data.train", train) if valid is None else ("data.valid", valid)
-        fixed = dataclasses.replace(config, random_seed=VALIDATION_SEED)
-        validation = open_blend(field, blend, split=Split.valid, num_samples=num_valid_samples, config=fixed)
+    fixed = dataclasses.replace(config, random_seed=VALIDATION_SEED)
+    open_fixed = functools.partial(open_blend, split=Split.valid, num_samples=num_valid_samples, config=fixed)
+    opened, validation, texts = {"data.train": train}, None, {}
+    if num_valid_samples:
+        if valid is not None:
+            opened["data.valid"] = valid
+            validation = open_fixed("data.valid", valid)
+        elif held_out:
+            validation = open_fixed("data.train", train)
+        for name, blend in (valid_texts or {}).items():
+            opened[f"data.valid_texts.{name}"] = blend
+            # Nothing is held out of a text of its own.
+            texts[name] = open_fixed(f"data.valid_texts.{name}", blend, held_out=0.0)
 
-    def build() -> tuple[torch.utils.data.Dataset, torch.utils.data.Dataset | None]:
-        return training(), None if validation is None else validation()
-
-    opened = [("data.train", train), *([("data.valid", valid)] if validation is not None and valid is not None else [])]
+    def build() -> Datasets:
+        built = {name: build_text() for name, build_text in texts.items()}
+        return Datasets(training(), None if validation is None else validation(), built)
 
     def check_all_ids() -> None:
-        for field, blend in opened:
+        for field, blend in opened.items():
             for index, (prefix, _) in enumerate(blend):
                 where = f"{field}[{index}].path"
                 check_ids(prefix, where=where, vocab_size=vocab_size, cache_folder=Path(cache_dir))

@@ -349,7 +349,7 @@ def check_files(data: DataConfig, vocab_size: int, cache_folder: Path) -> None:
     That a source is large enough for one sample shows only when a run opens it.
     """
     tokenizer = check_tokenizer(data.tokenizer, vocab_size)
-    for field, sources in (("data.train", data.train), ("data.valid", data.valid or ())):
+    for field, sources in data.blends.items():
         for index, source in enumerate(sources):
             where = f"{field}[{index}].path"
             check_indexed(source.path, where=where, vocab_size=vocab_size, tokenizer=tokenizer)

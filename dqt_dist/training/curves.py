@@ -25,7 +25,7 @@ from dqt_dist.errors import UserError
 from dqt_dist.training.low_bit_metrics import METRIC_OF_COUNT, LowBitMetrics
 
 GROUPS = {
-    "1_loss": r"loss|valid_loss|valid_perplexity|grad_norm|skipped_steps",
+    "1_loss": r"loss|valid_loss(\.[\w-]+)?|valid_perplexity|grad_norm|skipped_steps",
     "2_learning_rates": r"lr|low_bit_lr",
     "3_codes": "|".join(METRIC_OF_COUNT.values()),
     "4_speed": r"tokens|tokens_per_s|tflops_per_s|mfu",

@@ -135,7 +135,7 @@ class Trainer:
         self.progress = store.start_of(checkpoint)
         self.start_step = self.step
         self._start_up_phase("preparing the data")
-        self.train_loader, self.valid_loader = build_loaders(config, groups, self.progress)
+        self.train_loader, self.valid_loader, self.valid_text_loaders = build_loaders(config, groups, self.progress)
         self._start_up_phase("building the model")
         self.model_chunks = build_model(config, groups)
         self.engine = build_engine(self.model_chunks, config, groups)
@@ -165,7 +165,7 @@ class Trainer:
                 self.recorder.say(line)
             self.recorder.say(f"resumed from {checkpoint.path} at step {self.step}")
         self.peak = cost.peak_flops(config, groups)
-        self.valid_loss = math.nan
+        self.valid_loss, self.valid_text_losses = math.nan, dict[str, float]()
         # A checkpoint of another run is saved here too, also by a run that has no step left to make.
         folder = store.checkpoints_folder(config).resolve()
         is_own = checkpoint is None or checkpoint.path.resolve().parent == folder
@@ -353,17 +353,22 @@ class Trainer:
             if any(agree(missing)):
                 self._validate()
 
-    def _validation_batches(self) -> Iterator[list[Batch]]:
+    def _validation_batches(self, loader: Loader) -> Iterator[list[Batch]]:
         """The batches of a validation. Between them all ranks see whether a signal came."""
-        for batch in self.valid_loader.iterate():
+        for batch in loader.iterate():
             self._stop_if_asked()
             self.watchdog.mark("validation", self.step)
             yield batch
 
     def _validate(self) -> None:
+        def loss_on(loader: Loader) -> float:
+            return evaluate(self.model_chunks, self._validation_batches(loader), self.config, self.groups)
+
         self._stop_clock()
-        self.valid_loss = evaluate(self.model_chunks, self._validation_batches(), self.config, self.groups)
-        self.recorder.log_validation(self.step, self.valid_loss, math.exp(min(self.valid_loss, 700.0)))
+        self.valid_loss = loss_on(self.valid_loader)
+        self.valid_text_losses = {name: loss_on(loader) for name, loader in self.valid_text_loaders.items()}
+        perplexity = math.exp(min(self.valid_loss, 700.0))
+        self.recorder.log_validation(self.step, self.valid_loss, perplexity, self.valid_text_losses)
         self._start_clock()
 
     def _save_if_trained(self) -> None:
@@ -441,6 +446,7 @@ class Trainer:
             "last_loss": losses[-1] if losses else None,
             "valid_loss": self.valid_loss,
             "valid_perplexity": math.exp(min(self.valid_loss, 700.0)),
+            "valid_text_losses": self.valid_text_losses,
             "uniform_loss": uniform_loss,
             "diverged": self.valid_loss > uniform_loss + DIVERGED_BY,
             "skipped_steps": sum(column("skipped_steps")),
@@ -459,15 +465,17 @@ class Trainer:
         }
 
 
-def build_loaders(config: Config, groups: Groups, start: store.Progress) -> tuple[Loader, Loader]:
-    """Loaders of the training set and the validation set of a run that begins at `start`.
+def build_loaders(config: Config, groups: Groups, start: store.Progress) -> tuple[Loader, Loader, dict[str, Loader]]:
+    """Loaders of the training set, the validation set and data.valid_texts of a run that begins at `start`.
 
     Raises UserError for files that are missing or do not fit the config.
     """
     training, data = config.training, config.data
-    train_set, valid_set = build_datasets(
-        train=[(source.path, source.weight) for source in data.train],
-        valid=None if data.valid is None else [(source.path, source.weight) for source in data.valid],
+    blends = {field: [(source.path, source.weight) for source in blend] for field, blend in data.blends.items()}
+    datasets = build_datasets(
+        train=blends["data.train"],
+        valid=blends.get("data.valid"),
+        valid_texts={name: blends[f"data.valid_texts.{name}"] for name in data.valid_texts},
         valid_fraction=data.valid_fraction,
         sequence_length=config.model.seq_length,
         vocab_size=config.model.vocab_size,
@@ -492,4 +500,5 @@ def build_loaders(config: Config, groups: Groups, start: store.Progress) -> tupl
             pin_memory=groups.device.type == "cuda",
         )
 
-    return loader(train_set, data.num_workers), loader(valid_set, 0)
+    texts = {name: loader(dataset, 0) for name, dataset in datasets.valid_texts.items()}
+    return loader(datasets.train, data.num_workers), loader(datasets.valid, 0), texts

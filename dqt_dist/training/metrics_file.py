@@ -1,7 +1,7 @@
 """metrics.jsonl: one JSON object a line, each with its step. The one place that reads it.
 
     a logged step    step, loss, tokens, tokens_per_s, learning rates, flip_rate ...      (Trainer._log)
-    a validation     step, valid_loss, valid_perplexity
+    a validation     step, valid_loss, valid_perplexity, valid_loss.NAME of data.valid_texts
     a save           step, save_seconds, save_bytes ...
 
 A run that was killed may leave a part of a line, and a disk that was full a hole. Such a line is no line: the readers

@@ -96,12 +96,14 @@ class Recorder:
         else:
             self.say(f"step {metrics['step']} of {self.progress.total}: loss {loss}, {speed} tokens/s")
 
-    def log_validation(self, step: int, loss: float, perplexity: float) -> None:
-        """Records a validation: step, valid_loss, valid_perplexity."""
+    def log_validation(self, step: int, loss: float, perplexity: float, text_losses: dict[str, float]) -> None:
+        """Records a validation: step, valid_loss, valid_perplexity, and valid_loss.NAME of data.valid_texts."""
         if not self.is_writer:
             return
-        self._record({"step": step, "valid_loss": loss, "valid_perplexity": perplexity})
-        self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}")
+        of_texts = {f"valid_loss.{name}": value for name, value in text_losses.items()}
+        self._record({"step": step, "valid_loss": loss, "valid_perplexity": perplexity, **of_texts})
+        texts = "".join(f"; {name} {value:.4f}" for name, value in text_losses.items())
+        self.say(f"step {step}: validation loss {loss:.4f}, perplexity {perplexity:.2f}{texts}")
 
     def log_save(self, metrics: dict[str, float]) -> None:
         """Records a save: step, save_blocked_seconds, save_seconds, save_bytes."""

@@ -81,6 +81,7 @@ def _rows(summary: dict[str, Any], config: Config) -> list[tuple[str, str]]:
     rows = [
         ("loss, first to last step", losses),
         ("validation", f"loss {summary['valid_loss']:.3f}, perplexity {summary['valid_perplexity']:.1f}, {scored}"),
+        *((f"validation, {name}", f"loss {value:.3f}") for name, value in summary["valid_text_losses"].items()),
         ("speed", f"{tokens_per_s}, {summary['steps']} steps"),
         ("layout", f"tensor {layout['tensor']} x pipeline {layout['pipeline']} x data {layout['data']}"),
     ]

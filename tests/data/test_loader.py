@@ -41,7 +41,7 @@ def build(prepared, tmp_path: Path):
             "seed": 7, "num_train_samples": num_train_samples, "num_valid_samples": 40, "cache_dir": tmp_path / "cache",
             "build_here": True, "barrier": lambda: None,
         }  # fmt: skip
-        return build_datasets(**(arguments | changes))
+        return build_datasets(**(arguments | changes))[:2]
 
     return build
 

@@ -35,7 +35,7 @@ def whole(prepared: Path, folder: Path) -> None:
 
 def use(folder: Path, num_samples: int = 40, seed: int = 1) -> None:
     """Opens the data as a run does and reads all samples."""
-    train, valid = build_datasets(
+    train, valid, _ = build_datasets(
         train=[(str(folder / "train"), 1.0)],
         valid=None,
         valid_fraction=0.1,

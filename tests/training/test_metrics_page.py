@@ -18,23 +18,34 @@ NAMED = {
     name for cell in re.findall(r"^\| (`[^|]+`) \|", PAGE, re.MULTILINE) for name in re.findall(r"`([^`]+)`", cell)
 }
 MATRIX = re.compile(r"layers\.\d+\.\w+\.\w+|embed_tokens|lm_head")
+TEXT = re.compile(r"(?<=valid_loss\.)[\w-]+")
 
 
 def unnamed(names: Iterable[str]) -> set[str]:
-    """Names that no row of a table of the page begins with; MATRIX and NAME of a tag stand for what it says they do."""
+    """Names that no row of a table of the page begins with; MATRIX and NAME stand for what the page says they do."""
     known = NAMED | {f"{group}/{name}" for group in (*GROUPS, "8_over_matrices") for name in NAMED}
-    return {name for name in names if MATRIX.sub("MATRIX", name) not in known}
+    return {name for name in names if TEXT.sub("NAME", MATRIX.sub("MATRIX", name)) not in known}
 
 
 @pytest.fixture
-def run(train: Train, tmp_path: Path) -> Path:
-    """With latents, which add a key, a matrix of the embedding, two checkpoints and two validations."""
+def run(train: Train, corpus: Path, tmp_path: Path) -> Path:
+    """With latents, which add a key, a matrix of the embedding, two checkpoints, two validations, two further texts."""
     settings = ("training.steps=2", "training.eval_interval=1", "training.sample_prompt=null", "checkpoint.interval=1")
     settings += ("logging.interval=1", "logging.histogram_interval=1")
     settings += ("quantization.latent_bits=4", "quantization.embeddings=true")
-    done = train(*settings)
+    texts = {"same-text": [{"path": str(corpus / "valid")}], "train": [{"path": str(corpus / "train")}]}
+    done = train(*settings, f"data.valid_texts={json.dumps(texts)}")
     assert done.returncode == 0, done.stderr
     return tmp_path / "run"
+
+
+def assert_each_text_has_a_loss_of_its_own(lines: list[dict], summary: dict) -> None:
+    """The same text has the same loss, to the bit."""
+    found = [line for line in lines if "valid_loss" in line]
+    assert len(found) == 2
+    for line in found:
+        assert line["valid_loss.same-text"] == line["valid_loss"] != line["valid_loss.train"]
+    assert summary["valid_text_losses"] == {name: found[-1][f"valid_loss.{name}"] for name in ("same-text", "train")}
 
 
 def test_every_number_of_a_run_is_explained(run: Path) -> None:
@@ -49,6 +60,7 @@ def test_every_number_of_a_run_is_explained(run: Path) -> None:
     # The other way: what the page names is recorded, so a key that is gone leaves the page too.
     recorded = keys | summary.keys() | {MATRIX.sub("MATRIX", tag) for tag in tags}
     assert recorded >= {name for name in NAMED if "NAME" not in name}
+    assert_each_text_has_a_loss_of_its_own(lines, summary)
 
 
 def test_what_the_page_does_not_name_is_found() -> None:
