@@ -102,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     add("--per-gpu", type=int, default=2, metavar="K", help="runs at once on each GPU (default: %(default)s)")
     add("--gpus", type=int, metavar="N", help="use the first N GPUs (default: all; without any, the CPU)")
     add("--done", type=Path, metavar="DIR", help="leave out runs that have a finished JSON file there")
+    add("--collect", type=Path, metavar="DIR", help="collect into DIR too, every minute and at the end")
     add("--discard-checkpoints", action="store_true", help="remove the checkpoints of a finished run")
     add("--commit", default=None, metavar="HASH", help="commit of this code, where it is a copy without a repository")
     add("--dry-run", action="store_true", help="print the runs and stop")
@@ -233,7 +234,8 @@ RUN_HELP = """\
 Each run is a process of launchers/pretrain.py in the folder OUT/NAME, with a log in OUT/NAME.log. A run that has
 finished is not repeated. After --seconds the runs save and stop; the same command goes on with them. When a run has
 finished, its loss on the second text is measured, if the text has one. A line is printed for each run that ends, and
-one a minute with the time that is left.
+one a minute with the time that is left. With --collect a machine that is taken away in the middle leaves what its runs
+have measured until then, if DIR lies elsewhere.
 
 A JSON file of --list holds the fields of `Run` in benchmarks/quality_list.py, for example
     [{"size": "S", "method": "dqt4", "rate": 0.001, "seed": 2},
@@ -370,6 +372,7 @@ def work(machine: Machine) -> None:
             shown = machine.seconds
             at = ", ".join(f"{task.run.name} {step_of(task.run, machine.args)}" for task in machine.running)
             print(f"{time_left(machine)}; at step: {at}", flush=True)
+            collect_on_the_way(machine)
         time.sleep(0.2)
 
 
@@ -476,6 +479,12 @@ def ended(machine: Machine, task: Task) -> None:
     if args.discard_checkpoints and finished(task.run, args) and not wants_second_text(task.run, args):
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     print(f"{about}; {time_left(machine)}", flush=True)
+    collect_on_the_way(machine)
+
+
+def collect_on_the_way(machine: Machine) -> None:
+    if machine.args.collect:
+        collect_into(machine.args.output, machine.args.collect)
 
 
 def step_of(item: Run, args: argparse.Namespace) -> int:
@@ -508,24 +517,35 @@ def time_left(machine: Machine) -> str:
 COLLECT_HELP = """\
 A file holds what was asked for, the losses, the shares of codes that flip, are zero or were clamped, the bytes of a
 linear weight, speed, commit, device, versions, date, and the sha256 of the text. A run that has not finished is
-written with "finished": false and takes no part in the page's comparisons. A finished file is not replaced by an
-unfinished one.
+written with "finished": false and takes no part in the page's comparisons. A file of more tokens is not replaced.
 """
 
 
 def collect(args: argparse.Namespace) -> int:
-    args.to.mkdir(parents=True, exist_ok=True)
-    found = sorted(args.output.glob(f"*/{RUN_FILE}"))
-    if not found:
+    collected = collect_into(args.output, args.to)
+    if not collected:
         raise SystemExit(f"{args.output}: no run folder with a {RUN_FILE}")
-    for path in found:
-        facts = small_form(path.parent)
-        target = args.to / f"{facts['name']}.json"
-        if not facts["finished"] and target.exists() and json.loads(target.read_text())["finished"]:
-            continue
-        target.write_text(one_line_a_field(facts))
+    for target, facts in collected:
         print(f"{target}: {'finished' if facts['finished'] else 'not finished'}, step {facts['step']}")
     return 0
+
+
+def collect_into(output: Path, to: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Writes the file of each run and returns what it has written, or kept because it says more."""
+    to.mkdir(parents=True, exist_ok=True)
+    collected = []
+    for path in sorted(output.glob(f"*/{RUN_FILE}")):
+        facts = small_form(path.parent)
+        target = to / f"{facts['name']}.json"
+        kept = json.loads(target.read_text()) if target.exists() else {"finished": False, "tokens": 0}
+        if (facts["finished"], facts["tokens"]) >= (kept["finished"], kept["tokens"]):
+            temporary = target.with_suffix(".tmp")
+            temporary.write_text(one_line_a_field(facts))
+            temporary.replace(target)
+        else:
+            facts = kept
+        collected.append((target, facts))
+    return collected
 
 
 def small_form(folder: Path) -> dict[str, Any]:

@@ -82,13 +82,22 @@ def test_two_runs_become_files_and_a_page(data: Path, tmp_path: Path, capfd: pyt
         "2",
         "--gpus",
         "0",
+        "--collect",
+        str(small),
     ]
     assert main(words) == 0, capfd.readouterr().out
     assert "2 of 2 runs finished" in capfd.readouterr().out
     assert main(words) == 0
     assert "0 of 2 runs to do" in capfd.readouterr().out
 
+    collected = {path.name: path.read_bytes() for path in small.iterdir()}
     assert main(["collect", str(out), "--to", str(small)]) == 0
+    assert {path.name: path.read_bytes() for path in small.iterdir()} == collected
+    # A run that was begun anew, elsewhere, does not take the place of one that went further.
+    shutil.copytree(out / "tiny_dqt_ternary_1e-3", tmp_path / "anew" / "tiny_dqt_ternary_1e-3")
+    (tmp_path / "anew" / "tiny_dqt_ternary_1e-3" / "summary.json").unlink()
+    assert main(["collect", str(tmp_path / "anew"), "--to", str(small)]) == 0
+    assert {path.name: path.read_bytes() for path in small.iterdir()} == collected
     runs = {path.stem: json.loads(path.read_text()) for path in small.glob("*.json")}
     assert set(runs) == {run.name for run in LISTS["tiny"]()}
     for run in runs.values():
