@@ -62,7 +62,6 @@ class Method:
 OF_LATENTS = (
     "quantization.method=dqt",
     "quantization.bits=ternary",
-    "quantization.scale_refit_interval=1",
     "optimizer.low_bit_weight_decay=0.1",
 )
 

@@ -65,7 +65,7 @@ from dqt_dist.command_line import pyplot
 
 SMALL = ["optimizer.state_bits=8"]
 FP8 = [*SMALL, "quantization.compute=fp8"]
-NO_LATENTS = ["quantization.latent_bits=null", "quantization.scale_refit_interval=0"]
+NO_LATENTS = ["quantization.latent_bits=null"]
 CODES_ONLY = [*NO_LATENTS, "optimizer.low_bit_weight_decay=0"]
 VARIANTS: dict[str, list[str]] = {
     "none-fp32": [

@@ -123,9 +123,9 @@ class QuantizationConfig(Section):
     latent_threshold: PositiveInt | None = None
     """Smallest |latent| whose ternary code is not 0. Default: none, each latent has the code whose weight is nearest,
     so the threshold follows the scale."""
-    scale_refit_interval: NonNegativeInt = 0
+    scale_refit_interval: NonNegativeInt = Field(default_factory=lambda data: 0 if data["latent_bits"] is None else 1)
     """Steps between refits of the codes' scale from the mean magnitude of the latents, the rule that BitNet b1.58
-    applies to its master weights. 0: the scale is fixed at initialisation."""
+    applies to its master weights. 0: the scale is fixed at initialisation. Default: 1 with latents, 0 without."""
     embeddings: bool = False
     """Store embedding and head as codes too, as the DQT authors' code does. By default both stay in high precision."""
     compute: Literal["fp32", "bf16", "fp8", "int8"] = "bf16"

@@ -11,7 +11,8 @@ a ring would: one pass for a gather, a scatter or an all-to-all, two for an all-
 
 Four more kinds are not counted by a run. They are computed with the same formulas:
 
-    means               factored second moment: sums of squares over owners and over tensor-parallel ranks
+    means               over owners and over tensor-parallel ranks: sums of squares for a factored second moment, sums of
+                        |L| for a refit of the scales (in a step that has one)
     pipeline            between stages: outputs forward, gradients backward (tests/test_plan.py counts them too)
     megatron            tensor parallel: megatron-core's linears, embedding and head
     weights             ZeRO: DeepSpeed's gathers of ordinary weights
@@ -45,8 +46,8 @@ def bytes_sent(config: Config, grid: ProcessGrid, stage: int | None = None) -> d
     for times, calls in _tensor_calls(config, stage):
         for kind, full, passes in calls:
             sent[kind] += grid.num_microbatches * times * _ring(full, grid.tensor, passes)
-    over_owners, over_tensor_ranks = _sums_of_squares(config, grid, stage)
-    sent["means"] = _ring(over_owners, grid.data, 2) + _ring(over_tensor_ranks, grid.tensor, 2)
+    for over_owners, over_tensor_ranks in (_sums_of_squares(config, grid, stage), _latent_sums(config, stage)):
+        sent["means"] += _ring(over_owners, grid.data, 2) + _ring(over_tensor_ranks, grid.tensor, 2)
     sent["pipeline"] = _pipeline_bytes(config, grid, stage)
     return sent
 
@@ -157,6 +158,15 @@ def _sums_of_squares(config: Config, grid: ProcessGrid, stage: int) -> tuple[int
         over_owners += (columns + rms) if config.zero_stage else 0
         over_tensor_ranks += matrix.logical + rms + (matrix.owned_rows(owners) if matrix.splits_columns else columns)
     return 8 * over_owners, 8 * over_tensor_ranks
+
+
+def _latent_sums(config: Config, stage: int) -> tuple[int, int]:
+    """The same of the int64 sums of |L| from which scales are refitted."""
+    if not config.quantization.scale_refit_interval:
+        return 0, 0
+    low_bit, _ = stage_weights(config, stage)
+    sums = 8 * sum(matrix.logical for matrix in low_bit)
+    return sums if config.zero_stage else 0, sums
 
 
 # ---- over tensor-parallel ranks, for one micro-batch ----

@@ -17,7 +17,7 @@ from dqt_dist.lowbit.packing import unpack
 from tests.distributed import run_distributed
 from tests.parallel.runs import Run, start
 
-LATENTS = ("quantization.latent_bits=8", "quantization.scale_refit_interval=1")
+LATENTS = ("quantization.latent_bits=8",)
 FIRST_STEP, NEXT_STEP = 1, 2
 
 

@@ -66,7 +66,7 @@ _RUNS: list[tuple] = [
     (2, TENSOR, SEQUENCE, *FP8, "quantization.weight_gradient=bf16"),
     (2, PIPELINE, "model.sub_norm=true"),
     (4, TENSOR, SEQUENCE, PIPELINE, "parallel.virtual_pipeline=2", "model.num_layers=4", MORE_MICRO_BATCHES),
-    (4, TENSOR, stage(1), "quantization.bits=4", BF16),
+    (4, TENSOR, stage(1), "quantization.bits=4", "quantization.latent_bits=6", BF16),
     (4, PIPELINE, stage(1), "quantization.bits=8"),
 ]
 
