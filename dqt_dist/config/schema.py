@@ -281,7 +281,7 @@ class DataConfig(Section):
     valid_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.01
     """Part of the training corpus held out when valid is not given."""
     tokenizer: Annotated[str, Field(min_length=1)]
-    """SentencePiece .model file with which the corpora were tokenised."""
+    """SentencePiece .model file, or tokenizer.json of Hugging Face, with which the corpora were tokenised."""
     num_workers: NonNegativeInt = 2
     """Processes of each rank that read samples; 0: the rank reads them itself."""
 

@@ -6,7 +6,6 @@ Weights(reader) -> entries of the format -> safetensors, config, tokenizer, mode
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dqt_dist.checkpoint.reader import CheckpointReader
-from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_FILE, check_tokenizer
-from dqt_dist.data.tokenizer import Tokenizer, load_tokenizer
+from dqt_dist.checkpoint.run_tokenizer import check_tokenizer
+from dqt_dist.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from dqt_dist.dtypes import TORCH_DTYPES
 from dqt_dist.errors import UserError
 from dqt_dist.export import bitnet, compressed, hf, plain, tokenizer_check, verify
@@ -70,7 +69,7 @@ def convert(request: Request) -> None:
             from dqt_dist.export import gguf_file
 
             lines = gguf_file.export(folder, weights, tokenizer_model, request.gguf_type, request.verify, _progress)
-            shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+            (folder / tokenizer.file_name).write_bytes(tokenizer.model)
         else:
             lines = _export_hf(folder, weights, tokenizer_model, export_format, request)
         record = record_of(weights, export_format, tokenizer)
@@ -134,18 +133,18 @@ def _check_weights(request: Request, reader: CheckpointReader) -> None:
 
 
 def find_tokenizer(given: Path | None, reader: CheckpointReader) -> Tokenizer:
-    """The tokenizer of a run: `given` by --tokenizer, tokenizer.model in the run folder, or the file that the config
+    """The tokenizer of a run: `given` by --tokenizer, the one that the run folder keeps, or the file that the config
     names.
 
     Raises UserError when there is none, or one that the model was not trained with.
     """
     run = reader.path.parent.parent
     configured = Path(reader.config.data.tokenizer)
-    candidates = [given] if given else [run / TOKENIZER_FILE, configured]
+    candidates = [given] if given else [*(run / name for name in TOKENIZER_FILES), configured]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         places = " and ".join(str(path) for path in candidates)
-        raise UserError(f"tokenizer: no file {places}; give the SentencePiece .model of the run by --tokenizer")
+        raise UserError(f"tokenizer: no file {places}; give the tokenizer of the run by --tokenizer")
     tokenizer = load_tokenizer(found)
     check_tokenizer(tokenizer, reader.manifest, reader.path, run, where="--tokenizer" if given else "tokenizer")
     check_pieces(tokenizer, reader.config.model.vocab_size)

@@ -75,7 +75,7 @@ def test_dtype_is_that_of_the_run_unless_given(trained: Trained, tmp_path: Path)
         ((NONE,), ("--format", "hf-bitnet"), "has no codes; use hf or gguf"),
         ((NONE,), ("--format", "hf-compressed"), "has no codes; use hf or gguf"),
         ((NONE,), ("--bits", "ternary"), "no codes"),
-        ((), ("--tokenizer", "none.model"), "no file none.model; give the SentencePiece .model of the run"),
+        ((), ("--tokenizer", "none.model"), "no file none.model; give the tokenizer of the run"),
         (("model.vocab_size=64",), (), "400 pieces, model.vocab_size is 64: not its tokenizer"),
     ],
 )
