@@ -31,7 +31,6 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,6 @@ USUAL_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "<
 _PROBE = "The quick  brown\tfox\r\n\n caf\u00e9 e\u0301 \u4f60\u597d \u0915\u093c \uff46 \U0001f600 123 </s> <0x41> \0"
 # What is not about text and ids.
 _SETTINGS = {"truncation": None, "padding": None, "post_processor": None}
-_BYTE = re.compile("<0x([0-9A-F]{2})>")
 
 
 def looks_like_json(content: bytes) -> bool:
@@ -59,7 +57,7 @@ def looks_like_json(content: bytes) -> bool:
 class JsonTokenizer:
     """A loaded tokenizer.json.
 
-    fast: the library's tokenizer. byte_level: whether pieces are written byte by byte.
+    fast: the library's tokenizer. form: the values of `model`. byte_level: whether pieces are written byte by byte.
     """
 
     file_name = "tokenizer.json"
@@ -75,15 +73,15 @@ class JsonTokenizer:
             self.vocab_size = max(vocabulary.values()) + 1
             end = _end_of_document(path, values, self.fast, end_of_text)
             self.eod_id = vocabulary[end]
-            form = _form(values, end, self.eod_id)
-            self.fast = _loaded(form)
+            self.form = _form(values, end, self.eod_id)
+            self.fast = _loaded(self.form)
             # As for SentencePiece: the text of a mark is no mark.
             self.fast.encode_special_tokens = True
-            self.unknown_id = _unknown_id(form["model"], vocabulary)
-            self.byte_level = _is_byte_level(path, form.get("decoder"))
+            self.unknown_id = _unknown_id(self.form["model"], vocabulary)
+            self.byte_level = _is_byte_level(path, self.form.get("decoder"))
             self.decode(self.encode(_PROBE))
             self._refuse_ends_in_text(end)
-        self.model = _dumped(form).encode()
+        self.model = _dumped(self.form).encode()
         self.sha256 = hashlib.sha256(self.model).hexdigest()
 
     def _refuse_ends_in_text(self, end: str) -> None:
@@ -121,25 +119,6 @@ class JsonTokenizer:
         if not 0 <= token_id < self.vocab_size:
             raise IndexError(f"piece id {token_id} is out of range")
         return self.fast.id_to_token(int(token_id)) or ""
-
-    def piece_bytes(self, token_id: int) -> bytes:
-        """The bytes of text that one id stands for; none for special tokens."""
-        piece, added = self.piece(token_id), self.fast.get_added_tokens_decoder().get(token_id)
-        if added is not None and added.special:
-            return b""
-        if self.byte_level:
-            table = byte_of_letter()
-            return bytes(table[c] for c in piece) if all(c in table for c in piece) else piece.encode()
-        byte = _BYTE.fullmatch(piece)
-        return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE, " ").encode()
-
-
-@cache
-def byte_of_letter() -> dict[str, int]:
-    """GPT-2's letters for bytes: printable ones of Latin-1 stand for themselves, the rest is U+0100 and on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
 # ---- reading the file ----

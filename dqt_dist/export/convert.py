@@ -25,8 +25,8 @@ from dqt_dist.export.model_card import model_card
 from dqt_dist.export.perplexity import compare_with_trained
 from dqt_dist.export.record import RECORD, record_of, write_json
 from dqt_dist.export.safetensors_writer import SHARD_BYTES, Entry, write_model
-from dqt_dist.export.sentencepiece_model import SentencePieceModel, read_model, refuse
 from dqt_dist.export.tokenizer_files import generation_config, known_limits, write_tokenizer
+from dqt_dist.export.tokenizer_model import TokenizerModel, read_tokenizer, refuse
 from dqt_dist.export.trainer_model import trainer_model
 from dqt_dist.export.weights import Weights
 from dqt_dist.progress_line import ProgressLine
@@ -62,7 +62,7 @@ def convert(request: Request) -> None:
     export_format = request.format or default_format(weights)
     tokenizer = find_tokenizer(request.tokenizer, reader)
     require_packages(export_format, request.verify)
-    tokenizer_model = read_model(tokenizer)
+    tokenizer_model = read_tokenizer(tokenizer)
     refuse(tokenizer_model, export_format)
     with new_folder(request.output) as folder:
         if export_format == "gguf":
@@ -103,7 +103,7 @@ def default_format(weights: Weights) -> str:
 
 def require_packages(export_format: str, verified: bool) -> None:
     """Raises UserError naming what the format needs and is not installed."""
-    needed = ["gguf"] if export_format == "gguf" else ["tokenizers"]
+    needed = ["gguf"] if export_format == "gguf" else []
     if verified:
         # transformers asks for accelerate when it loads packed weights.
         needed += ["transformers", "accelerate"]
@@ -174,7 +174,7 @@ def _plan(weights: Weights, export_format: str) -> tuple[list[Entry], dict[str, 
 
 
 def _export_hf(
-    folder: Path, weights: Weights, tokenizer: SentencePieceModel, export_format: str, request: Request
+    folder: Path, weights: Weights, tokenizer: TokenizerModel, export_format: str, request: Request
 ) -> list[str]:
     entries, quantization, bits = _plan(weights, export_format)
     write_model(folder, entries, _progress, request.shard_bytes)
@@ -187,7 +187,7 @@ def _export_hf(
     return known_limits(tokenizer) + _verify_hf(folder, weights, tokenizer, export_format)
 
 
-def _verify_hf(folder: Path, weights: Weights, tokenizer: SentencePieceModel, export_format: str) -> list[str]:
+def _verify_hf(folder: Path, weights: Weights, tokenizer: TokenizerModel, export_format: str) -> list[str]:
     lines = [tokenizer_check.check_hf(folder, tokenizer)]
     tokens = verify.sample_tokens(tokenizer, weights.config.model.seq_length)
     with trainer_model(weights, "none") as trainer:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from dqt_dist.data.tokenizer import load_tokenizer
-from dqt_dist.export.sentencepiece_model import read_model
+from dqt_dist.export.tokenizer_model import read_tokenizer
 from tests.fuzz.damage import budget, changed_bytes, held
 
 TEXT = "the quick\n\n brown w\u00f6rld \u6f22\u5b57 \uff46\uff55 \0 \u2581"
@@ -31,7 +31,7 @@ def use(path: Path) -> None:
     assert isinstance(tokenizer.decode(ids), str) and tokenizer.decode_batch(tokenizer.encode_batch([TEXT, ""]))
     for token_id in everything:
         assert tokenizer.piece(token_id) is not None and tokenizer.decode([token_id]) is not None
-    assert len(read_model(tokenizer).pieces) == tokenizer.vocab_size
+    assert len(read_tokenizer(tokenizer).piece_bytes()) == tokenizer.vocab_size
 
 
 def names(path: Path) -> Any:
