@@ -26,14 +26,16 @@ class ByteCounter:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.eod_id = tokenizer.eod_id
         model = read_tokenizer(tokenizer)
-        self.lengths = np.array([len(piece) for piece in model.piece_bytes()])
-        self.added = int(model.space_added)
+        pieces = model.piece_bytes()
+        self.lengths = np.array([len(piece) for piece in pieces])
+        # No space is put before a piece that a tokenizer.json looks for before all else.
+        self.added = np.array([model.space_added and (piece[:1] == b" " or not model.space_first) for piece in pieces])
 
     def count(self, stream: np.ndarray) -> int:
         """Bytes of text of `stream`, ids [tokens], whose first entry is a mark."""
         is_mark = stream == self.eod_id
-        documents = int((is_mark[:-1] & ~is_mark[1:]).sum())
-        return int(self.lengths[stream].sum()) - self.added * documents
+        first_of_document = stream[1:][is_mark[:-1] & ~is_mark[1:]]
+        return int(self.lengths[stream].sum()) - int(self.added[first_of_document].sum())
 
 
 class TextStream:
@@ -43,13 +45,13 @@ class TextStream:
         model = read_tokenizer(tokenizer)
         self._pieces = model.piece_bytes()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._skip = int(model.space_first)
+        self._skip = model.space_first
 
     def put(self, token_id: int) -> str:
         """The text that this id completes, often its own, sometimes none; ids beyond the tokenizer's have none."""
         data = self._pieces[token_id] if token_id < len(self._pieces) else b""
         if data:
-            data, self._skip = data[self._skip :], 0
+            data, self._skip = data.removeprefix(b" ") if self._skip else data, False
         return self._decoder.decode(data)
 
     def end(self) -> str:
