@@ -218,7 +218,8 @@ def _end_of_document(path: Path, values: dict[str, Any], fast: Any, given: str |
     where, end = found[0]
     if end not in special:
         raise UserError(
-            f"{where}: tokenizer {path} has no special token {end!r} to end documents with; it has {_some(special)}"
+            f"tokenizer {path}: {where} names {end!r} as the end of a document, which is none of its special tokens"
+            f" {_some(special)}"
         )
     return end
 
