@@ -34,13 +34,13 @@ def llama3(documents: Iterable[str], vocab_size: int = 400) -> dict[str, Any]:
     )
     values = _trained(tokenizer, documents, vocab_size, [])
     # As in Llama 3, special tokens come last and are no words of the model.
-    begin, end = "<|begin_of_text|>", "<|end_of_text|>"
-    values["added_tokens"] = [special(begin, vocab_size), special(end, vocab_size + 1)]
+    begin, end, first = "<|begin_of_text|>", "<|end_of_text|>", len(values["model"]["vocab"])
+    values["added_tokens"] = [special(begin, first), special(end, first + 1)]
     values["post_processor"] = {
         "type": "TemplateProcessing",
         "single": [{"SpecialToken": {"id": begin, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
         "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
-        "special_tokens": {begin: {"id": begin, "ids": [vocab_size], "tokens": [begin]}},
+        "special_tokens": {begin: {"id": begin, "ids": [first], "tokens": [begin]}},
     }
     return values
 
@@ -67,7 +67,20 @@ def llama2(documents: Iterable[str], vocab_size: int = 500) -> dict[str, Any]:
     return json.loads(tokenizer.to_str())
 
 
+def t5(documents: Iterable[str], vocab_size: int = 400) -> dict[str, Any]:
+    """A unigram model, in which marks are pieces as others, and line ends become spaces."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=["<pad>", "</s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    return json.loads(tokenizer.to_str())
+
+
 MAKERS = {"gpt2": gpt2, "llama3": llama3, "llama2": llama2}
+"""Those from which any text comes back."""
 
 
 def special(content: str, token_id: int, **fields: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ ends a document. So a file is brought into one form, and this form is what a fol
 
     truncation, padding    null
     model.dropout          null
+    model.vocab            of a unigram model: special tokens have a score that no text takes
     added_tokens           as they are; the token that ends a document is special
     post_processor         TemplateProcessing "$A END": the text, then the token that ends a document
 
@@ -44,6 +45,8 @@ USUAL_ENDS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "<|eos|>", "<
 """LLaMA and T5, GPT-2, Llama 3, Gemma and others."""
 # Characters of every width, marks and line ends: what a damaged rule of a file would meet first.
 _PROBE = "The quick  brown\tfox\r\n\n caf\u00e9 e\u0301 \u4f60\u597d \u0915\u093c \uff46 \U0001f600 123 </s> <0x41> \0"
+NO_TEXT_SCORE = -1e5
+"""Below any sum of log probabilities of a few pieces."""
 # What is not about text and ids.
 _SETTINGS = {"truncation": None, "padding": None, "post_processor": None}
 
@@ -85,7 +88,7 @@ class JsonTokenizer:
         self.sha256 = hashlib.sha256(self.model).hexdigest()
 
     def _refuse_ends_in_text(self, end: str) -> None:
-        """A model that knows whole words (unigram, word level) may know the mark as one of them."""
+        """A model that knows whole words may know the mark as one of them."""
         for text in (end, f"a {end} b", f"a{end}b", f"{end}\n{end}{end}"):
             if self.eod_id in self.encode(text):
                 raise UserError(
@@ -257,9 +260,12 @@ def _form(values: dict[str, Any], end: str, end_id: int) -> dict[str, Any]:
         "special_tokens": {end: {"id": end, "ids": [end_id], "tokens": [end]}},
     }
     added = [token | {"special": True} if token["content"] == end else token for token in values["added_tokens"]]
-    model = values["model"]
+    model = dict(values["model"])
     if "dropout" in model:
-        model = model | {"dropout": None}
+        model["dropout"] = None
+    if isinstance(model["vocab"], list):  # unigram: pairs of a piece and its score
+        special = {token["content"] for token in added if token["special"]}
+        model["vocab"] = [[piece, NO_TEXT_SCORE if piece in special else score] for piece, score in model["vocab"]]
     return values | _SETTINGS | {"added_tokens": added, "post_processor": template, "model": model}
 
 

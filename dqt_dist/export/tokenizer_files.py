@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from dqt_dist.data.tokenizer import SentencePieceTokenizer
-from dqt_dist.data.tokenizer_json import JsonTokenizer
+from dqt_dist.data.tokenizer_json import NO_TEXT_SCORE, JsonTokenizer
 from dqt_dist.export.sentencepiece_model import SPACE, Algorithm, PieceKind, SentencePieceModel
 from dqt_dist.export.tokenizer_json_model import TokenizerJsonModel
 from dqt_dist.export.tokenizer_model import TokenizerModel
@@ -41,8 +41,6 @@ BREAK = "\ufff0"
 # Pieces that no text has, though it may have their letters. `tokenizers` knows no kinds of pieces.
 NO_TEXT = (PieceKind.UNKNOWN, PieceKind.CONTROL, PieceKind.BYTE)
 MANY = 1000
-# Below any sum of log probabilities of a few pieces.
-NO_TEXT_SCORE = -1e5
 
 
 def write_tokenizer(folder: Path, model: TokenizerModel, sequence_length: int) -> None:

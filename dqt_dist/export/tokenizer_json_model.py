@@ -154,9 +154,10 @@ def read_model(tokenizer: JsonTokenizer) -> TokenizerJsonModel:
 def gguf_limits(model: TokenizerJsonModel) -> Limits:
     """Properties that a GGUF file cannot express."""
     rules = model.full["model"]
-    if not model.byte_level or rules["type"] != "BPE":
-        kind = "with byte fallback" if rules.get("byte_fallback") else f"of type {rules['type']}"
-        return [(True, f"it is {kind}, not byte-level BPE (a SentencePiece .model of it can be expressed)")]
+    if rules["type"] != "BPE":
+        return [(True, f"its model is {rules['type']}, not byte-level BPE")]
+    if not model.byte_level:
+        return [(True, "it is not byte-level BPE (the SentencePiece .model that it was made from may fit)")]
     if model.pre_tokenizer is None:
         known = " and ".join(f"{name!r}" for name in PRE_TOKENIZERS)
         return [(True, f"its pre-tokenizer is none of those known by llama.cpp's names {known}")]

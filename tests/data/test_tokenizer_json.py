@@ -17,7 +17,7 @@ from dqt_dist.data.tokenizer import SentencePieceTokenizer, load_tokenizer
 from dqt_dist.data.tokenizer_json import JsonTokenizer
 from dqt_dist.errors import UserError
 from tests.data.test_tokenizer import AWKWARD
-from tests.json_tokenizers import GPT2_END, MAKERS, special, write
+from tests.json_tokenizers import GPT2_END, MAKERS, special, t5, write
 
 Values = dict[str, Any]
 Load = Callable[..., JsonTokenizer]
@@ -76,6 +76,21 @@ def test_the_text_of_a_special_token_is_text(load: Load, made: dict[str, Values]
         # Negative control: the library, left alone, finds them.
         assert special_ids & set(FastTokenizer.from_str(json.dumps(made[name])).encode(text).ids)
     assert tokenizer.decode([*tokenizer.encode("a"), tokenizer.eod_id]) == "a"
+
+
+def test_marks_of_a_unigram_model_are_no_text(documents: list[str], tmp_path: Path) -> None:
+    values = t5(documents[:20])
+    tokenizer = load_tokenizer(write(tmp_path / "tokenizer.json", values))
+    text = "the end </s> of<unk></s> it"
+    ids = tokenizer.encode(text)
+    assert tokenizer.eod_id == 1 and tokenizer.unknown_id == 2
+    assert tokenizer.decode(ids) == text and not {0, 1, 2} & set(ids)
+    (tmp_path / "form").write_bytes(tokenizer.model)
+    assert load_tokenizer(tmp_path / "form").model == tokenizer.model
+    # Negative control: with the scores as they are the library takes the marks.
+    library = FastTokenizer.from_str(json.dumps(values))
+    library.encode_special_tokens = True
+    assert 1 in library.encode(text).ids
 
 
 def test_a_token_that_is_not_special_is_found_in_text_unless_it_ends_documents(load: Load) -> None:

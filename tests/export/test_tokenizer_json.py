@@ -33,7 +33,7 @@ from dqt_dist.export.tokenizer_json_model import TokenizerJsonModel
 from dqt_dist.export.tokenizer_model import read_tokenizer, refuse
 from tests import json_tokenizers
 from tests.export.test_tokenizers import ROWS, gguf_file, hf_folder
-from tests.json_tokenizers import MAKERS, special
+from tests.json_tokenizers import MAKERS, special, t5
 from tests.json_tokenizers import write as write_json
 
 TEXTS = list(topics.values())[:40]
@@ -120,6 +120,15 @@ def test_another_file_in_the_export_is_found(make: Make, tmp_path: Path) -> None
         check_hf(tmp_path, model)
 
 
+def test_a_unigram_model_goes_to_hugging_face(tmp_path: Path) -> None:
+    model = read_tokenizer(load_tokenizer(write_json(tmp_path / "given" / "tokenizer.json", t5(TEXTS, 500))))
+    folder = tmp_path / "export"
+    folder.mkdir()
+    check_hf(hf_folder(model, folder), model)
+    with pytest.raises(UserError, match="its model is Unigram, not byte-level BPE"):
+        refuse(model, "gguf")
+
+
 # ---- GGUF ----
 
 
@@ -165,7 +174,7 @@ def a_byte_less(values: dict[str, Any]) -> None:
 
 
 REFUSED: dict[str, tuple[str, Callable[[dict[str, Any]], object], str]] = {
-    "byte fallback": ("llama2", lambda _: None, r"it is with byte fallback, not byte-level BPE"),
+    "byte fallback": ("llama2", lambda _: None, "it is not byte-level BPE (the SentencePiece .model"),
     "normalizer": ("gpt2", lambda v: v.update(normalizer={"type": "NFC"}), "it has a normalizer"),
     "space before": (
         "gpt2",
