@@ -290,7 +290,8 @@ def _is_byte_level(path: Path, decoder: dict[str, Any] | None) -> bool:
         kinds & {"Metaspace", "Replace"}
         and kinds <= {"Metaspace", "Replace", "ByteFallback", "Fuse", "Strip"}
         and all(step.get("replacement", SPACE) == SPACE for step in steps)
-        and all((step["pattern"], step["content"]) == ({"String": SPACE}, " ") for step in replaced)
+        and all(step["pattern"] == {"String": SPACE} for step in replaced)
+        and all(step.get("content", " ") == " " for step in steps)
     ):
         return False
     named = " and ".join(sorted(kinds)) or "none"
