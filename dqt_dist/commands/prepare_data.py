@@ -216,11 +216,15 @@ def up_to_date(output: Path, names: list[str], request: str) -> bool:
 
 
 def sha256_of_tokenizer(output: Path) -> str | None:
-    """Of the bytes of the tokenizer that a folder keeps; None where there is none."""
-    from dqt_dist.data.tokenizer import kept_tokenizer
+    """Of the tokenizer that a folder keeps, "" where that cannot be used; None where there is none."""
+    from dqt_dist.data.tokenizer import kept_tokenizer, load_tokenizer
 
     kept = kept_tokenizer(output)
-    return None if kept is None else hashlib.sha256(kept.read_bytes()).hexdigest()
+    if kept is None:
+        return None
+    with contextlib.suppress(UserError):
+        return load_tokenizer(kept).sha256
+    return ""
 
 
 def progress(documents: Iterable[str], what: str, total: int | None = None) -> Generator[str]:
@@ -395,12 +399,14 @@ def refuse_empty(args: argparse.Namespace, is_train: bool, documents: int, skipp
 
 
 def install(tokenizer: Tokenizer, scratch: dict[str, Path], output: Path) -> None:
-    """Rename the finished files into place. Manifests go last: until then an old one disagrees with the new files'
+    """Rename the finished files into place. A tokenizer that is there already stays, as somebody else's tokenizer.json
+    may be written in another way. Manifests go last: until then an old one disagrees with the new files'
     sizes, which both this tool and training notice."""
     from dqt_dist.data.tokenizer import drop_other_tokenizer
 
-    os.replace(tokenizer.path, output / tokenizer.file_name)
-    drop_other_tokenizer(output, tokenizer)
+    if sha256_of_tokenizer(output) != tokenizer.sha256:
+        os.replace(tokenizer.path, output / tokenizer.file_name)
+        drop_other_tokenizer(output, tokenizer)
     for suffix in (".bin", ".idx", ".json"):
         for name, folder in scratch.items():
             os.replace(folder / f"{name}{suffix}", output / f"{name}{suffix}")

@@ -66,6 +66,20 @@ def test_one_folder_holds_one_tokenizer_of_either_kind(texts, corpus: Path, tmp_
     assert set(digests(output)) == FILES - {"tokenizer.json"} | {"tokenizer.model"}
 
 
+def test_the_folder_of_the_tokenizer_may_be_the_output(texts, corpus: Path, tmp_path: Path, capsys):
+    """The file that came from elsewhere stays as it is; it is the tokenizer of the data."""
+    given = write(tmp_path / "hub" / "tokenizer.json", gpt2(texts))
+    before = given.read_bytes()
+    arguments = ("--input", corpus, "--tokenizer", given, "--valid-fraction", 0.3, "--workers", 1)
+    assert prepare(*arguments, "--output", given.parent) == 0
+    assert set(digests(given.parent)) == FILES and given.read_bytes() == before
+    manifest = json.loads((given.parent / "train.json").read_text())
+    assert manifest["tokenizer_sha256"] == load_tokenizer(given).sha256
+    capsys.readouterr()
+    assert prepare(*arguments, "--output", given.parent) == 0
+    assert "up to date" in capsys.readouterr().out
+
+
 def test_the_end_of_text_can_be_named(texts, corpus: Path, tmp_path: Path, capsys):
     values = gpt2(texts)
     values["added_tokens"].append(special("</s>", 400))
