@@ -64,7 +64,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="of a run with quantization.latent_bits: its codes, which it was trained to compute with, or its latents "
         "as floats (format hf)",
     )
-    add("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model; default: data.tokenizer of the run")
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="SentencePiece .model or tokenizer.json; default: data.tokenizer of the run",
+    )
     add("--config", type=Path, metavar="FILE", help="with --from-hf: the run; an export brings its own")
     add("--verify", action=argparse.BooleanOptionalAction, default=True, help="compare with the trainer's model")
     args = parser.parse_args(argv)

@@ -51,7 +51,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--stride", type=positive, metavar="N", help="tokens from window to window (default: the window)")
     add("--max-tokens", type=positive, metavar="N", help="score the first N tokens only")
     add("--batch-size", type=positive, default=4, metavar="N", help="windows of one forward pass (default: 4)")
-    add("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model (default: that of the run or export)")
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="SentencePiece .model or tokenizer.json (default: that of the run or export)",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the products (default: fp32)")
     add("--json", action="store_true", help="print one JSON object")

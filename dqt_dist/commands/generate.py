@@ -50,7 +50,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--top-p", type=number(float, 0, 1, above=True), default=0.95, metavar="P", help="nucleus (default: 0.95)")
     add("--top-k", type=number(int, 1), metavar="K", help="draw from the K best tokens (default: from all)")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="of the draws (default: 0)")
-    add("--tokenizer", type=Path, metavar="FILE", help="SentencePiece model (default: that of the run or export)")
+    add(
+        "--tokenizer",
+        type=Path,
+        metavar="FILE",
+        help="SentencePiece .model or tokenizer.json (default: that of the run or export)",
+    )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto: CUDA where there is one")
     add("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the products (default: fp32)")
     return parser.parse_args(argv)

@@ -1,9 +1,10 @@
 """Turn text into the token files that training reads.
 
-Reads documents (dqt_dist/data/ingest.py), trains a SentencePiece tokenizer on them or takes one (tokenizer.py),
-tokenises in parallel processes and writes Megatron's indexed format with a manifest (indexed.py). In the output folder:
+Reads documents (dqt_dist/data/ingest.py), trains a SentencePiece tokenizer on them or takes one, a SentencePiece model
+or a tokenizer.json of Hugging Face (tokenizer.py), tokenises in parallel processes and writes Megatron's indexed format
+with a manifest (indexed.py). In the output folder:
 
-    tokenizer.model                       the tokenizer, trained or copied
+    tokenizer.model  or  tokenizer.json   the tokenizer, trained or taken
     train.bin  train.idx  train.json      tokens, index, manifest of the training documents
     valid.bin  valid.idx  valid.json      the same of the validation documents
 
@@ -24,7 +25,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
@@ -39,6 +39,7 @@ from dqt_dist.progress_line import ProgressLine
 if TYPE_CHECKING:  # the functions import what they need when they run, so that --help is quick
     from dqt_dist.data.indexed import EncodedBatch, IndexedWriter, Manifest, TextLoss
     from dqt_dist.data.ingest import Source
+    from dqt_dist.data.tokenizer import Tokenizer
 
 DESCRIPTION = "Turn text into the token files that training reads: trains or takes a tokenizer, then tokenises."
 PREPARE_VERSION = 2  # raise it when the same inputs and options would give other files
@@ -94,7 +95,14 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     tokenizer = parser.add_mutually_exclusive_group(required=True)
     tokenizer.add_argument("--vocab-size", type=int, metavar="N", help="train a tokenizer of N pieces on this text")
-    tokenizer.add_argument("--tokenizer", type=Path, metavar="MODEL", help="take this SentencePiece .model file")
+    tokenizer.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="take this SentencePiece .model or Hugging Face tokenizer.json"
+    )
+    add(
+        "--end-of-text",
+        metavar="TOKEN",
+        help="the special token of a tokenizer.json that ends a document (default: what it or the files beside it say)",
+    )
     valid = parser.add_mutually_exclusive_group()
     valid.add_argument(
         "--valid-fraction", type=float, default=0.02, metavar="F",
@@ -113,6 +121,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--workers {args.workers}: must be at least 1")
     if args.vocab_size is not None and args.vocab_size < 1:
         parser.error(f"--vocab-size {args.vocab_size}: must be at least 1")
+    if args.end_of_text is not None and args.tokenizer is None:
+        parser.error(f"--end-of-text {args.end_of_text}: is of a tokenizer.json; a tokenizer trained here has </s>")
     if not 0 <= args.valid_fraction < 1:
         parser.error(f"--valid-fraction {args.valid_fraction}: must be at least 0 and below 1")
     if not 0 <= args.max_loss <= 1:
@@ -137,21 +147,20 @@ def prepare(args: argparse.Namespace) -> None:
     names = [args.name, valid_name] if valid_source or args.valid_fraction else [args.name]
     request = request_hash(args, source, valid_source)
     if not args.force and up_to_date(args.output, names, request):
-        print(f"{args.output}: {', '.join(names)} and tokenizer.model are up to date (--force prepares them again)")
+        print(f"{args.output}: {', '.join(names)} and the tokenizer are up to date (--force prepares them again)")
         return
 
     with naming(args.output), contextlib.ExitStack() as held:
         scratch = {name: held.enter_context(scratch_folder(args.output, name)) for name in names}
-        model = scratch[args.name] / "tokenizer.model"
         refuse_other_data(args, names, request)
-        count = make_tokenizer(args, source, model)
-        refuse_other_tokenizer(args, names, model)
-        loss = write_tokens(args, source, valid_source, request, count, scratch)
+        tokenizer, count = make_tokenizer(args, source, scratch[args.name])
+        refuse_other_tokenizer(args, names, tokenizer)
+        loss = write_tokens(args, tokenizer, source, valid_source, request, count, scratch)
         # Another name may have been prepared meanwhile: look again, and let nobody come between looking and doing.
         with FolderLock(args.output, program_name(), wait=True):
             refuse_other_data(args, names, request)
-            refuse_other_tokenizer(args, names, model)
-            install(scratch, args.output)
+            refuse_other_tokenizer(args, names, tokenizer)
+            install(tokenizer, scratch, args.output)
     report(args.output, names, loss, time.perf_counter() - start)
 
 
@@ -182,11 +191,9 @@ def remove_if_empty(folder: Path) -> None:
 
 def request_hash(args: argparse.Namespace, source: Source, valid_source: Source | None) -> str:
     """Identifies inputs and options; equal when running again would write the same files."""
-    tokenizer = args.vocab_size
-    if args.tokenizer is not None:
-        from dqt_dist.data.tokenizer import load_tokenizer
+    from dqt_dist.data.tokenizer import load_tokenizer
 
-        tokenizer = load_tokenizer(args.tokenizer).sha256
+    tokenizer = args.vocab_size or load_tokenizer(args.tokenizer, args.end_of_text).sha256
     held_out = valid_source.identity() if valid_source else args.valid_fraction
     described = json.dumps([PREPARE_VERSION, source.identity(), tokenizer, held_out, args.skip_bad_rows])
     return hashlib.sha256(described.encode()).hexdigest()
@@ -198,8 +205,7 @@ def up_to_date(output: Path, names: list[str], request: str) -> bool:
     def size(path: Path) -> int:
         return path.stat().st_size if path.is_file() else -1
 
-    model = output / "tokenizer.model"
-    sha256 = hashlib.sha256(model.read_bytes()).hexdigest() if model.is_file() else None
+    sha256 = sha256_of_tokenizer(output)
     for name in names:
         manifest = manifest_of(output / name)
         if manifest is None or manifest.request != request or manifest.tokenizer_sha256 != sha256:
@@ -207,6 +213,18 @@ def up_to_date(output: Path, names: list[str], request: str) -> bool:
         if (size(output / f"{name}.bin"), size(output / f"{name}.idx")) != (manifest.bin_bytes, manifest.idx_bytes):
             return False
     return True
+
+
+def sha256_of_tokenizer(output: Path) -> str | None:
+    """Of the tokenizer that a folder keeps, "" where that cannot be used; None where there is none."""
+    from dqt_dist.data.tokenizer import kept_tokenizer, load_tokenizer
+
+    kept = kept_tokenizer(output)
+    if kept is None:
+        return None
+    with contextlib.suppress(UserError):
+        return load_tokenizer(kept).sha256
+    return ""
 
 
 def progress(documents: Iterable[str], what: str, total: int | None = None) -> Generator[str]:
@@ -229,18 +247,19 @@ class BadRows:
             print(f"\nleft out, as are others like it: {message}", file=sys.stderr)
 
 
-def make_tokenizer(args: argparse.Namespace, source: Source, model: Path) -> int | None:
-    """Write `model`: a copy of the given one, or trained on the documents that are not held out.
+def make_tokenizer(args: argparse.Namespace, source: Source, folder: Path) -> tuple[Tokenizer, int | None]:
+    """Write a tokenizer into `folder`: the given one, or one trained on the documents that are not held out.
 
-    Returns the number of documents of `source`, or None when they were not read.
+    Returns it as it lies there, and the number of documents of `source`, or None when they were not read.
     """
     from dqt_dist.data.indexed import belongs_to_valid
     from dqt_dist.data.ingest import read_documents
-    from dqt_dist.data.tokenizer import HashSample, train_tokenizer
+    from dqt_dist.data.tokenizer import HashSample, SentencePieceTokenizer, load_tokenizer, train_tokenizer
 
     if args.tokenizer is not None:
-        shutil.copyfile(args.tokenizer, model)
-        return None
+        given = load_tokenizer(args.tokenizer, args.end_of_text)
+        (folder / given.file_name).write_bytes(given.model)
+        return load_tokenizer(folder / given.file_name), None
     held_out_fraction = 0.0 if args.valid_input else args.valid_fraction
     sample, count = HashSample(), 0
     for text in progress(read_documents(source, BadRows(args.skip_bad_rows)), "reading"):
@@ -251,8 +270,9 @@ def make_tokenizer(args: argparse.Namespace, source: Source, model: Path) -> int
         raise UserError("the input holds no document with text in it")
     chosen = sample.documents()
     print(f"training a tokenizer of {args.vocab_size} pieces on {len(chosen)} of {count} documents", file=sys.stderr)
+    model = folder / SentencePieceTokenizer.file_name
     model.write_bytes(train_tokenizer(chosen, args.vocab_size))
-    return count
+    return load_tokenizer(model), count
 
 
 def manifest_of(prefix: Path) -> Manifest | None:
@@ -275,13 +295,14 @@ def refuse_other_data(args: argparse.Namespace, names: list[str], request: str) 
             )
 
 
-def refuse_other_tokenizer(args: argparse.Namespace, names: list[str], model: Path) -> None:
-    """One folder holds one tokenizer.model: raise UserError when this one would replace another, unless --force is
-    given and no file that stays was prepared with the other."""
-    there = args.output / "tokenizer.model"
-    if not there.is_file() or there.read_bytes() == model.read_bytes():
+def refuse_other_tokenizer(args: argparse.Namespace, names: list[str], tokenizer: Tokenizer) -> None:
+    """One folder holds one tokenizer: raise UserError when this one would replace another, unless --force is given and
+    no file that stays was prepared with the other."""
+    from dqt_dist.data.tokenizer import kept_tokenizer
+
+    there, sha256 = kept_tokenizer(args.output), tokenizer.sha256
+    if there is None or sha256_of_tokenizer(args.output) == sha256:
         return
-    sha256 = hashlib.sha256(model.read_bytes()).hexdigest()
     for path in sorted(args.output.glob("*.json")):
         manifest = manifest_of(path.with_suffix("")) if path.stem not in names else None
         if manifest is not None and manifest.tokenizer_sha256 != sha256:
@@ -292,7 +313,7 @@ def refuse_other_tokenizer(args: argparse.Namespace, names: list[str], model: Pa
             )
     if not args.force:
         raise UserError(
-            f"--output {args.output}: another tokenizer.model lies there, which this run would replace; runs that were"
+            f"--output {args.output}: another {there.name} lies there, which this run would replace; runs that were"
             f" trained with it need it. Give --tokenizer {there} to use the same one, another --output, or replace it"
             " with --force"
         )
@@ -300,6 +321,7 @@ def refuse_other_tokenizer(args: argparse.Namespace, names: list[str], model: Pa
 
 def write_tokens(
     args: argparse.Namespace,
+    tokenizer: Tokenizer,
     source: Source,
     valid_source: Source | None,
     request: str,
@@ -313,10 +335,7 @@ def write_tokens(
     """
     from dqt_dist.data.indexed import IndexedWriter, TextLoss, encode_documents
     from dqt_dist.data.ingest import read_documents
-    from dqt_dist.data.tokenizer import load_tokenizer
 
-    model = scratch[args.name] / "tokenizer.model"
-    tokenizer = load_tokenizer(model)
     loss = TextLoss()
 
     def tokenise(
@@ -326,7 +345,9 @@ def write_tokens(
         nonlocal loss
         bad_rows = BadRows(args.skip_bad_rows)
         with contextlib.closing(progress(read_documents(source, bad_rows), what, count)) as documents:
-            for batch in encode_documents(documents, model, workers=args.workers, valid_fraction=held_out_fraction):
+            for batch in encode_documents(
+                documents, tokenizer.path, workers=args.workers, valid_fraction=held_out_fraction
+            ):
                 loss += batch.loss
                 if loss.characters >= _CHARACTERS_TO_JUDGE_BY:
                     refuse_loss(args, loss)
@@ -377,10 +398,15 @@ def refuse_empty(args: argparse.Namespace, is_train: bool, documents: int, skipp
     )
 
 
-def install(scratch: dict[str, Path], output: Path) -> None:
-    """Rename the finished files into place. Manifests go last: until then an old one disagrees with the new files'
+def install(tokenizer: Tokenizer, scratch: dict[str, Path], output: Path) -> None:
+    """Rename the finished files into place. A tokenizer that is there already stays, as somebody else's tokenizer.json
+    may be written in another way. Manifests go last: until then an old one disagrees with the new files'
     sizes, which both this tool and training notice."""
-    os.replace(next(iter(scratch.values())) / "tokenizer.model", output / "tokenizer.model")
+    from dqt_dist.data.tokenizer import drop_other_tokenizer
+
+    if sha256_of_tokenizer(output) != tokenizer.sha256:
+        os.replace(tokenizer.path, output / tokenizer.file_name)
+        drop_other_tokenizer(output, tokenizer)
     for suffix in (".bin", ".idx", ".json"):
         for name, folder in scratch.items():
             os.replace(folder / f"{name}{suffix}", output / f"{name}{suffix}")

@@ -287,7 +287,7 @@ class DataConfig(Section):
     """Further texts, by name, whose losses each validation measures one by one: `{"code": [{"path": "data/code"}]}`
     gives the metric valid_loss.code. Each takes the time of a validation."""
     tokenizer: Annotated[str, Field(min_length=1)]
-    """SentencePiece .model file with which the corpora were tokenised."""
+    """SentencePiece .model file, or tokenizer.json of Hugging Face, with which the corpora were tokenised."""
     num_workers: NonNegativeInt = 2
     """Processes of each rank that read samples; 0: the rank reads them itself."""
 

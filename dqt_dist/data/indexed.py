@@ -262,6 +262,7 @@ def _start_worker(tokenizer_path: str, valid_fraction: float) -> None:
     global _worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallel ones
     _worker = (load_tokenizer(tokenizer_path), valid_fraction)
 
 
@@ -554,8 +555,8 @@ def _check_manifest(
     if tokenizer is not None and manifest.tokenizer_sha256 != tokenizer.sha256:
         raise UserError(
             f"{where}: {prefix} was prepared with the tokenizer of sha256 {manifest.tokenizer_sha256[:16]}..., but"
-            f" data.tokenizer {tokenizer.path} is {tokenizer.sha256[:16]}...; set data.tokenizer to the tokenizer.model"
-            " that was used (it lies beside the data) or prepare the data again with --tokenizer"
+            f" data.tokenizer {tokenizer.path} is {tokenizer.sha256[:16]}...; set data.tokenizer to the one that was"
+            " used (it lies beside the data) or prepare the data again with --tokenizer"
         )
 
 

@@ -1,7 +1,12 @@
-"""Text to token ids and back: a thin layer over SentencePiece.
+"""Text to token ids and back: a thin layer over SentencePiece and over Hugging Face's tokenizers.
 
-One kind of tokenizer is used, the kind LLaMA was trained with: byte-pair merges (BPE) with byte fallback. A character
-that is not in the vocabulary becomes its UTF-8 bytes (<0xE6> <0xBC> ...), so every text can be encoded and
+    SentencePieceTokenizer    a SentencePiece .model                    in this file; `train_tokenizer` makes one
+    JsonTokenizer             a tokenizer.json of Hugging Face          in tokenizer_json.py
+
+Everything else speaks `Tokenizer`, and `load_tokenizer` tells the two apart by what the file holds.
+
+The tokenizers trained here are of the kind LLaMA was trained with: byte-pair merges (BPE) with byte fallback. A
+character that is not in the vocabulary becomes its UTF-8 bytes (<0xE6> <0xBC> ...), so every text can be encoded and
 `decode(encode(text))` gives the text back, spaces and newlines included. Ids 0, 1 and 2 are <unk>, <s> and </s>; there
 is no padding token, because documents are packed and nothing is padded. </s> ends each document in the prepared data
 (`eod_id`).
@@ -19,7 +24,9 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Protocol
 
+from dqt_dist.data.tokenizer_json import JsonTokenizer, looks_like_json
 from dqt_dist.errors import UserError
 
 # Text that the tokenizer is trained on, at most: SentencePiece keeps it in memory together with its counts of words.
@@ -28,14 +35,49 @@ TRAINING_SAMPLE_BYTES = 64 * 2**20
 _MAX_LINE_CHARACTERS = 4000
 
 
-class Tokenizer:
-    """A loaded SentencePiece model; `load_tokenizer` makes it.
+class Tokenizer(Protocol):
+    """What a tokenizer is to everything else; `load_tokenizer` makes one.
 
-    vocab_size: number of pieces, so ids are in [0, vocab_size). eod_id: the id that ends a document (</s>).
-    unknown_id: the id that stands for whatever has no piece (<unk>); our own models never need it.
-    model: the bytes of the file. sha256: of them, in hexadecimal; prepared data and checkpoints carry it, so that a
-    wrong pair is noticed.
+    vocab_size: ids are in [0, vocab_size). eod_id: the id that ends a document; no text is encoded to it. unknown_id:
+    the id that stands for whatever has no piece; None where there is none.
+    model: the bytes that a folder keeps as `file_name`. sha256: of them, in hexadecimal; prepared data and checkpoints
+    carry it, so that a wrong pair is noticed.
     """
+
+    path: Path
+    file_name: str
+    model: bytes
+    sha256: str
+    vocab_size: int
+    eod_id: int
+    unknown_id: int | None
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`, without begin or end marks."""
+        ...
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text, without begin or end marks."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of token ids; marks such as <s> and </s> give nothing."""
+        ...
+
+    def decode_batch(self, ids: list[list[int]]) -> list[str]:
+        """The text of each list of token ids."""
+        ...
+
+    def piece(self, token_id: int) -> str:
+        """The piece of one id as the vocabulary writes it (a leading space may be U+2581). Raises IndexError outside
+        the vocabulary."""
+        ...
+
+
+class SentencePieceTokenizer:
+    """A loaded SentencePiece model."""
+
+    file_name = "tokenizer.model"
 
     def __init__(self, path: Path, model: bytes) -> None:
         import sentencepiece
@@ -43,22 +85,23 @@ class Tokenizer:
         self.path = path
         self.model = model
         self.sha256 = hashlib.sha256(model).hexdigest()
+        foreign = f"tokenizer {path}: neither a SentencePiece .model file nor a tokenizer.json ({len(model)} bytes)"
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
             self.vocab_size: int = self._processor.vocab_size()
             self.eod_id: int = self._processor.eos_id()
-            self.unknown_id: int = self._processor.unk_id()
+            self.unknown_id: int | None = self._processor.unk_id()
         except (RuntimeError, UnicodeDecodeError) as error:  # the second: SentencePiece's message quotes the file
-            raise UserError(f"tokenizer {path}: not a SentencePiece model file ({len(model)} bytes)") from error
+            raise UserError(foreign) from error
         if self.vocab_size == 0:  # what SentencePiece makes of an empty file, without an error
-            raise UserError(f"tokenizer {path}: not a SentencePiece model file ({len(model)} bytes)")
+            raise UserError(foreign)
         try:
             for token_id in range(self.vocab_size):
                 self.piece(token_id)
         except UnicodeDecodeError as error:
             raise UserError(f"tokenizer {path}: piece {token_id} is no text in UTF-8; copy the file again") from error
-        if self.unknown_id < 0:
-            raise UserError(f"tokenizer {path}: has no piece for what is unknown (unk_id is {self.unknown_id})")
+        if (unknown_id := self._processor.unk_id()) < 0:
+            raise UserError(f"tokenizer {path}: has no piece for what is unknown (unk_id is {unknown_id})")
         if self.eod_id < 0:
             raise UserError(
                 f"tokenizer {path}: has no end-of-sentence piece (eos_id is {self.eod_id}), which has to mark the end"
@@ -87,15 +130,44 @@ class Tokenizer:
         return self._processor.id_to_piece(int(token_id))
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
-    """Load a SentencePiece .model file. Raises UserError when it is missing, is not one, or has no end-of-sentence
-    piece."""
+TOKENIZER_FILES = (SentencePieceTokenizer.file_name, JsonTokenizer.file_name)
+"""Names under which a folder keeps its tokenizer. An export holds both where the second was made from the first."""
+
+
+def kept_tokenizer(folder: Path) -> Path | None:
+    """The file of the tokenizer that a folder of data, a run or a model keeps; None where there is none."""
+    return next((folder / name for name in TOKENIZER_FILES if (folder / name).is_file()), None)
+
+
+def drop_other_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
+    """Remove a tokenizer of the other kind: a folder of data or a run keeps one."""
+    for name in TOKENIZER_FILES:
+        if name != tokenizer.file_name:
+            (folder / name).unlink(missing_ok=True)
+
+
+def load_tokenizer(path: str | Path, end_of_text: str | None = None) -> Tokenizer:
+    """Load a SentencePiece .model or a tokenizer.json, whatever its name.
+
+    end_of_text: the special token of a tokenizer.json that ends a document, where the file does not say so. Raises
+    UserError when the file is missing, is neither, or has no token to end a document.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(
             f"tokenizer {path}: no such file; it must be a SentencePiece .model file (tools/prepare_data.py makes one)"
+            " or a tokenizer.json of Hugging Face"
         )
-    return Tokenizer(path, path.read_bytes())
+    model = path.read_bytes()
+    if looks_like_json(model):
+        return JsonTokenizer(path, model, end_of_text)
+    tokenizer = SentencePieceTokenizer(path, model)
+    if end_of_text is not None:
+        raise UserError(
+            f"--end-of-text {end_of_text}: tokenizer {path} is a SentencePiece model, which names its own"
+            f" ({tokenizer.piece(tokenizer.eod_id)}); leave --end-of-text out"
+        )
+    return tokenizer
 
 
 def document_hash(text: str) -> tuple[float, float]:

@@ -6,7 +6,6 @@ Weights(reader) -> entries of the format -> safetensors, config, tokenizer, mode
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +15,8 @@ import torch
 from torch import Tensor
 
 from dqt_dist.checkpoint.reader import CheckpointReader
-from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_FILE, check_tokenizer
-from dqt_dist.data.tokenizer import Tokenizer, load_tokenizer
+from dqt_dist.checkpoint.run_tokenizer import check_tokenizer
+from dqt_dist.data.tokenizer import TOKENIZER_FILES, Tokenizer, load_tokenizer
 from dqt_dist.dtypes import TORCH_DTYPES
 from dqt_dist.errors import UserError
 from dqt_dist.export import bitnet, compressed, hf, plain, tokenizer_check, verify
@@ -26,8 +25,8 @@ from dqt_dist.export.model_card import model_card
 from dqt_dist.export.perplexity import compare_with_trained
 from dqt_dist.export.record import RECORD, record_of, write_json
 from dqt_dist.export.safetensors_writer import SHARD_BYTES, Entry, write_model
-from dqt_dist.export.sentencepiece_model import SentencePieceModel, read_model, refuse
 from dqt_dist.export.tokenizer_files import generation_config, known_limits, write_tokenizer
+from dqt_dist.export.tokenizer_model import TokenizerModel, read_tokenizer, refuse
 from dqt_dist.export.trainer_model import trainer_model
 from dqt_dist.export.weights import Weights
 from dqt_dist.progress_line import ProgressLine
@@ -63,14 +62,14 @@ def convert(request: Request) -> None:
     export_format = request.format or default_format(weights)
     tokenizer = find_tokenizer(request.tokenizer, reader)
     require_packages(export_format, request.verify)
-    tokenizer_model = read_model(tokenizer)
+    tokenizer_model = read_tokenizer(tokenizer)
     refuse(tokenizer_model, export_format)
     with new_folder(request.output) as folder:
         if export_format == "gguf":
             from dqt_dist.export import gguf_file
 
             lines = gguf_file.export(folder, weights, tokenizer_model, request.gguf_type, request.verify, _progress)
-            shutil.copyfile(tokenizer.path, folder / "tokenizer.model")
+            (folder / tokenizer.file_name).write_bytes(tokenizer.model)
         else:
             lines = _export_hf(folder, weights, tokenizer_model, export_format, request)
         record = record_of(weights, export_format, tokenizer)
@@ -104,7 +103,7 @@ def default_format(weights: Weights) -> str:
 
 def require_packages(export_format: str, verified: bool) -> None:
     """Raises UserError naming what the format needs and is not installed."""
-    needed = ["gguf"] if export_format == "gguf" else ["tokenizers"]
+    needed = ["gguf"] if export_format == "gguf" else []
     if verified:
         # transformers asks for accelerate when it loads packed weights.
         needed += ["transformers", "accelerate"]
@@ -134,18 +133,18 @@ def _check_weights(request: Request, reader: CheckpointReader) -> None:
 
 
 def find_tokenizer(given: Path | None, reader: CheckpointReader) -> Tokenizer:
-    """The tokenizer of a run: `given` by --tokenizer, tokenizer.model in the run folder, or the file that the config
+    """The tokenizer of a run: `given` by --tokenizer, the one that the run folder keeps, or the file that the config
     names.
 
     Raises UserError when there is none, or one that the model was not trained with.
     """
     run = reader.path.parent.parent
     configured = Path(reader.config.data.tokenizer)
-    candidates = [given] if given else [run / TOKENIZER_FILE, configured]
+    candidates = [given] if given else [*(run / name for name in TOKENIZER_FILES), configured]
     found = next((path for path in candidates if path.is_file()), None)
     if found is None:
         places = " and ".join(str(path) for path in candidates)
-        raise UserError(f"tokenizer: no file {places}; give the SentencePiece .model of the run by --tokenizer")
+        raise UserError(f"tokenizer: no file {places}; give the tokenizer of the run by --tokenizer")
     tokenizer = load_tokenizer(found)
     check_tokenizer(tokenizer, reader.manifest, reader.path, run, where="--tokenizer" if given else "tokenizer")
     check_pieces(tokenizer, reader.config.model.vocab_size)
@@ -175,7 +174,7 @@ def _plan(weights: Weights, export_format: str) -> tuple[list[Entry], dict[str, 
 
 
 def _export_hf(
-    folder: Path, weights: Weights, tokenizer: SentencePieceModel, export_format: str, request: Request
+    folder: Path, weights: Weights, tokenizer: TokenizerModel, export_format: str, request: Request
 ) -> list[str]:
     entries, quantization, bits = _plan(weights, export_format)
     write_model(folder, entries, _progress, request.shard_bytes)
@@ -188,7 +187,7 @@ def _export_hf(
     return known_limits(tokenizer) + _verify_hf(folder, weights, tokenizer, export_format)
 
 
-def _verify_hf(folder: Path, weights: Weights, tokenizer: SentencePieceModel, export_format: str) -> list[str]:
+def _verify_hf(folder: Path, weights: Weights, tokenizer: TokenizerModel, export_format: str) -> list[str]:
     lines = [tokenizer_check.check_hf(folder, tokenizer)]
     tokens = verify.sample_tokens(tokenizer, weights.config.model.seq_length)
     with trainer_model(weights, "none") as trainer:

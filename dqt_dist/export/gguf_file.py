@@ -25,8 +25,8 @@ from dqt_dist.export.errors import VerificationError
 from dqt_dist.export.gguf_blocks import TYPES, BlockType, pack, teach_gguf
 from dqt_dist.export.gguf_tokenizer import add_tokenizer
 from dqt_dist.export.safetensors_writer import Entry
-from dqt_dist.export.sentencepiece_model import SentencePieceModel
 from dqt_dist.export.tokenizer_check import check_gguf
+from dqt_dist.export.tokenizer_model import TokenizerModel
 from dqt_dist.export.trainer_model import trainer_model
 from dqt_dist.export.weights import Weights
 
@@ -152,9 +152,7 @@ def _blocks(weights: Weights, name: str, ffn: int, block: BlockType) -> Tensor:
 # ---- the file ----
 
 
-def write(
-    path: Path, weights: Weights, tokenizer: SentencePieceModel, block: BlockType | None, progress: Progress
-) -> None:
+def write(path: Path, weights: Weights, tokenizer: TokenizerModel, block: BlockType | None, progress: Progress) -> None:
     """Writes the file, a tensor at a time."""
     import gguf
 
@@ -201,8 +199,8 @@ def _add_metadata(writer: Any, weights: Weights, block: BlockType | None) -> Non
 # ---- verification ----
 
 
-def verify_file(folder: Path, weights: Weights, block: BlockType | None, tokenizer: SentencePieceModel) -> list[str]:
-    """Compares token ids with SentencePiece's, tensors with the checkpoint, size with bits, logits with the trainer's.
+def verify_file(folder: Path, weights: Weights, block: BlockType | None, tokenizer: TokenizerModel) -> list[str]:
+    """Compares token ids with training's, tensors with the checkpoint, size with bits, logits with the trainer's.
 
     The engine is transformers, which reads GGUF into floats. Raises VerificationError.
     """
@@ -247,7 +245,7 @@ def _check_tensors(path: Path, weights: Weights, block: BlockType | None) -> Non
 def export(
     folder: Path,
     weights: Weights,
-    tokenizer: SentencePieceModel,
+    tokenizer: TokenizerModel,
     wanted: str | None,
     verified: bool,
     progress: Progress,

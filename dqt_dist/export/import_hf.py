@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,9 @@ import torch
 from pydantic import ValidationError
 
 from dqt_dist.checkpoint.folder import Progress
-from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_FILE, TOKENIZER_SHA256, check_tokenizer
+from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_SHA256, check_tokenizer
 from dqt_dist.config import Config, load_config, to_json
-from dqt_dist.data.tokenizer import load_tokenizer
+from dqt_dist.data.tokenizer import kept_tokenizer, load_tokenizer
 from dqt_dist.errors import UserError
 from dqt_dist.export.folder import check_output, new_folder
 from dqt_dist.export.hf_reader import HfFolder, HfWeights
@@ -39,15 +38,15 @@ def import_hf(source: Path, output: Path, config_file: Path | None, tokenizer: P
     weights = HfWeights(folder, config)
     progress = _progress(folder)
     provenance: dict[str, Any] = {"figures": (folder.record or {}).get("figures", {})}
-    model_file = tokenizer or source / TOKENIZER_FILE
-    if model_file.is_file():
-        loaded = load_tokenizer(model_file)
+    tokenizer_file, loaded = tokenizer or kept_tokenizer(source), None
+    if tokenizer_file is not None:
+        loaded = load_tokenizer(tokenizer_file)
         where = "--tokenizer" if tokenizer else "tokenizer"
         check_tokenizer(loaded, folder.record or {}, source, source, where)
         provenance[TOKENIZER_SHA256] = loaded.sha256
     with new_folder(output) as scratch:
-        if model_file.is_file():
-            shutil.copyfile(model_file, scratch / TOKENIZER_FILE)
+        if loaded is not None:
+            (scratch / loaded.file_name).write_bytes(loaded.model)
         (scratch / "config.json").write_text(to_json(config))
         _save(weights, config, scratch, progress, provenance)
     print(

@@ -4,8 +4,8 @@
     marks           ids of <s>, </s>, <unk> and <pad>, wherever the model has them; None where it has none
     normalisation   the rules (a compiled table; empty for "identity") and the treatment of spaces
 
-Exports write tokenizers for other programs from this and from nothing else. What a format cannot express is refused by
-the name of the property and with the formats that can (`refuse`).
+Exports write tokenizers for other programs from this and from nothing else. `limits` names what a format cannot
+express.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
-from dqt_dist.data.tokenizer import Tokenizer
-from dqt_dist.errors import UserError
+from dqt_dist.data.tokenizer import SentencePieceTokenizer
 
 SPACE = "\u2581"
 BYTES = 256
+Limits = list[tuple[bool, str]]
+"""Whether a tokenizer has a property, and its name."""
 # The normalisation rules of SentencePiece, by the names that its trainer takes; the rules of another name are a
 # user's own.
 NFKC_RULES = ("nmt_nfkc", "nfkc", "nmt_nfkc_cf", "nfkc_cf")
@@ -56,11 +58,22 @@ class Piece:
     """BPE: minus the rank of the merge that makes it. Unigram: log probability. 0 for marks and bytes."""
     kind: PieceKind
 
+    @property
+    def bytes(self) -> bytes:
+        """The bytes of text that the piece stands for; none for marks."""
+        if self.kind in (PieceKind.NORMAL, PieceKind.USER_DEFINED, PieceKind.UNUSED):
+            return self.text.replace(SPACE, " ").encode()
+        if self.kind == PieceKind.BYTE:
+            return bytes([int(self.text[1:-1], 16)])  # <0xE6>
+        return b""
+
 
 @dataclass(frozen=True)
 class SentencePieceModel:
     """One model file, read."""
 
+    library: ClassVar = "SentencePiece"
+    engine: ClassVar = "llama.cpp's tokenizer for SentencePiece"
     path: Path
     pieces: list[Piece]
     """In the order of ids."""
@@ -98,6 +111,35 @@ class SentencePieceModel:
         """Ids of the marks by the names that Hugging Face gives them."""
         return {"bos": self.bos_id, "eos": self.eos_id, "unk": self.unk_id, "pad": self.pad_id}
 
+    @property
+    def num_pieces(self) -> int:
+        """Ids are below it."""
+        return len(self.pieces)
+
+    @property
+    def named(self) -> list[str]:
+        """Marks and user-defined pieces as a text may have them."""
+        found = self.of_kind(PieceKind.UNKNOWN, PieceKind.CONTROL, PieceKind.USER_DEFINED)
+        return [text.replace(SPACE, " ") for text in found]
+
+    @property
+    def never_cut(self) -> list[str]:
+        """User-defined pieces."""
+        return self.of_kind(PieceKind.USER_DEFINED)
+
+    @property
+    def space_added(self) -> bool:
+        """Whether encoding adds a space to each text, and `space_first`, whether it does so before the text."""
+        return self.add_dummy_prefix
+
+    @property
+    def space_first(self) -> bool:
+        return self.add_dummy_prefix and not self.whitespace_as_suffix
+
+    def piece_bytes(self) -> list[bytes]:
+        """The bytes of text that each id stands for."""
+        return [piece.bytes for piece in self.pieces]
+
     @cached_property
     def user_defined(self) -> list[str]:
         """User-defined pieces that a text can have, longest first; one with plain spaces is never met."""
@@ -109,14 +151,13 @@ class SentencePieceModel:
         return [piece.text for piece in self.pieces if piece.kind in kinds]
 
 
-def read_model(tokenizer: Tokenizer) -> SentencePieceModel:
+def read_model(tokenizer: SentencePieceTokenizer) -> SentencePieceModel:
     """Reads the file of a tokenizer that SentencePiece has loaded, so the file is known to be good."""
     from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
 
-    data = tokenizer.path.read_bytes()
     proto = sentencepiece_model_pb2.ModelProto()  # pyright: ignore[reportAttributeAccessIssue]
-    proto.ParseFromString(data)
-    processor = SentencePieceProcessor(model_proto=data)
+    proto.ParseFromString(tokenizer.model)
+    processor = SentencePieceProcessor(model_proto=tokenizer.model)
 
     def mark(token_id: int) -> int | None:
         return token_id if token_id >= 0 else None
@@ -147,21 +188,7 @@ def read_model(tokenizer: Tokenizer) -> SentencePieceModel:
 # ---- what the formats can express ----
 
 
-def refuse(model: SentencePieceModel, export_format: str) -> None:
-    """Raises UserError for a tokenizer that `export_format` cannot express; names the property and other formats."""
-    nowhere, only_gguf = _limits(model)
-    problem = next((text for found, text in nowhere if found), None)
-    if problem is not None:
-        raise UserError(f"tokenizer {model.path}: {problem}; no format expresses it")
-    problem = next((text for found, text in only_gguf if found), None)
-    if problem is not None and export_format == "gguf":
-        raise UserError(
-            f"tokenizer {model.path}: {problem}; llama.cpp's tokenizer for SentencePiece has no such thing, so "
-            "--format gguf cannot express it; use hf-bitnet, hf-compressed or hf"
-        )
-
-
-def _limits(model: SentencePieceModel) -> tuple[list[tuple[bool, str]], list[tuple[bool, str]]]:
+def limits(model: SentencePieceModel) -> tuple[Limits, Limits]:
     """Properties that no format expresses, and those that GGUF does not."""
     user_defined = model.of_kind(PieceKind.USER_DEFINED)
     changed = [text for text in user_defined if model.charsmap and _rules_change(model, text)]
@@ -190,9 +217,9 @@ def _limits(model: SentencePieceModel) -> tuple[list[tuple[bool, str]], list[tup
         # llama.cpp puts a space after every user-defined piece and none before one that begins the text.
         (
             bool(user_defined) and model.add_dummy_prefix,
-            f"add_dummy_prefix is true beside user-defined pieces {_some(user_defined)}",
+            f"add_dummy_prefix is true beside user-defined pieces {some(user_defined)}",
         ),
-        (bool(spaced), f"user-defined pieces hold spaces: {_some(spaced)}"),
+        (bool(spaced), f"user-defined pieces hold spaces: {some(spaced)}"),
         (bool(overlapping), f"user-defined pieces overlap: {overlapping[0]}" if overlapping else ""),
     ]
     return nowhere, only_gguf
@@ -219,6 +246,7 @@ def _rules_change(model: SentencePieceModel, text: str) -> bool:
     return Precompiled(model.charsmap).normalize_str(text) != text
 
 
-def _some(texts: list[str]) -> str:
+def some(texts: list[str]) -> str:
+    """The first texts, and how many more."""
     shown = ", ".join(map(repr, texts[:3]))
     return shown if len(texts) <= 3 else f"{shown} and {len(texts) - 3} more"

@@ -3,10 +3,11 @@
     piece          bytes
     U+2581 t h e   " the"       SentencePiece writes a space as U+2581
     <0xE6>         E6           byte fallback: a character outside the vocabulary is one piece per byte
+    U+0120 t h e   " the"       byte level: U+0120 is the letter of the byte 20
     <s> </s>       none
 
-SentencePiece puts one space before a text (or after it, if the model says so). The space is no part of the text: each
-document has one byte too many.
+SentencePiece puts one space before a text (or after it, if the model says so), and so may a tokenizer.json. The space
+is no part of the text: each document has one byte too many.
 """
 
 from __future__ import annotations
@@ -16,20 +17,7 @@ import codecs
 import numpy as np
 
 from dqt_dist.data.tokenizer import Tokenizer
-from dqt_dist.export.sentencepiece_model import SPACE, Piece, PieceKind, SentencePieceModel, read_model
-
-
-def piece_bytes(model: SentencePieceModel) -> list[bytes]:
-    """Bytes of every id, in the order of ids."""
-    return [_bytes_of(piece) for piece in model.pieces]
-
-
-def _bytes_of(piece: Piece) -> bytes:
-    if piece.kind in (PieceKind.NORMAL, PieceKind.USER_DEFINED, PieceKind.UNUSED):
-        return piece.text.replace(SPACE, " ").encode()
-    if piece.kind == PieceKind.BYTE:
-        return bytes([int(piece.text[1:-1], 16)])  # <0xE6>
-    return b""
+from dqt_dist.export.tokenizer_model import read_tokenizer
 
 
 class ByteCounter:
@@ -37,31 +25,33 @@ class ByteCounter:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.eod_id = tokenizer.eod_id
-        model = read_model(tokenizer)
-        self.lengths = np.array([len(piece) for piece in piece_bytes(model)])
-        self.added = int(model.add_dummy_prefix)
+        model = read_tokenizer(tokenizer)
+        pieces = model.piece_bytes()
+        self.lengths = np.array([len(piece) for piece in pieces])
+        # No space is put before a piece that a tokenizer.json looks for before all else.
+        self.added = np.array([model.space_added and (piece[:1] == b" " or not model.space_first) for piece in pieces])
 
     def count(self, stream: np.ndarray) -> int:
         """Bytes of text of `stream`, ids [tokens], whose first entry is a mark."""
         is_mark = stream == self.eod_id
-        documents = int((is_mark[:-1] & ~is_mark[1:]).sum())
-        return int(self.lengths[stream].sum()) - self.added * documents
+        first_of_document = stream[1:][is_mark[:-1] & ~is_mark[1:]]
+        return int(self.lengths[stream].sum()) - int(self.added[first_of_document].sum())
 
 
 class TextStream:
     """Turns ids into text as they come. A character of several byte pieces appears with its last one."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        model = read_model(tokenizer)
-        self._pieces = piece_bytes(model)
+        model = read_tokenizer(tokenizer)
+        self._pieces = model.piece_bytes()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._skip = int(model.add_dummy_prefix and not model.whitespace_as_suffix)
+        self._skip = model.space_first
 
     def put(self, token_id: int) -> str:
         """The text that this id completes, often its own, sometimes none; ids beyond the tokenizer's have none."""
         data = self._pieces[token_id] if token_id < len(self._pieces) else b""
         if data:
-            data, self._skip = data[self._skip :], 0
+            data, self._skip = data.removeprefix(b" ") if self._skip else data, False
         return self._decoder.decode(data)
 
     def end(self) -> str:

@@ -1,4 +1,4 @@
-"""Does an exported tokenizer give SentencePiece's ids? Asks the tokenizer that users will have, on hard strings.
+"""Does an exported tokenizer give the ids of training? Asks the tokenizer that users will have, on hard strings.
 
 hf, hf-bitnet, hf-compressed    transformers' AutoTokenizer of the folder
 gguf                            llama.cpp's tokenizer where llama-cpp-python is installed, and in any case an
@@ -13,9 +13,10 @@ from itertools import islice
 from pathlib import Path
 
 from dqt_dist.export.errors import VerificationError
-from dqt_dist.export.gguf_tokenizer import GgufTokenizer
-from dqt_dist.export.sentencepiece_model import SPACE, PieceKind, SentencePieceModel, overlaps
+from dqt_dist.export.gguf_tokenizer import gguf_tokenizer
+from dqt_dist.export.sentencepiece_model import SPACE, overlaps
 from dqt_dist.export.text import SAMPLE
+from dqt_dist.export.tokenizer_model import TokenizerModel
 from dqt_dist.export.verify import quiet_transformers
 
 Encode = Callable[[str], list[int]]
@@ -57,28 +58,27 @@ MOST_OVERLAPS = 1000
 """Pairs of user-defined pieces; hundreds of pieces of one letter have a great many."""
 
 
-def hard_strings(model: SentencePieceModel) -> list[str]:
+def hard_strings(model: TokenizerModel) -> list[str]:
     """The fixed strings, sample text, every mark and user-defined piece as text, and overlaps of the latter."""
-    pieces = model.of_kind(PieceKind.UNKNOWN, PieceKind.CONTROL, PieceKind.USER_DEFINED)
-    as_text = [text.replace(SPACE, " ") for text in pieces]
+    as_text = model.named
     around = [f"a{text} b {text}{text}c" for text in as_text]
-    shared = {text for _, _, text in islice(overlaps(model.of_kind(PieceKind.USER_DEFINED)), MOST_OVERLAPS)}
+    shared = {text for _, _, text in islice(overlaps(model.never_cut), MOST_OVERLAPS)}
     overlapping = sorted(text.replace(SPACE, " ") for text in shared)
     return [*HARD_STRINGS, *INDENTATIONS, SAMPLE, *as_text, *around, "".join(as_text), *overlapping]
 
 
-def compare_ids(model: SentencePieceModel, encode: Encode, what: str) -> None:
+def compare_ids(model: TokenizerModel, encode: Encode, what: str) -> None:
     """Raises VerificationError for the first string whose ids `what` makes otherwise; has the string and both lists."""
     for text in hard_strings(model):
         wanted, found = model.encode(text), encode(text)
         if wanted != found:
             raise VerificationError(
-                f"tokenizer: {what} gives other ids than SentencePiece\n  text           {text!r}\n"
-                f"  SentencePiece  {wanted}\n  {what:14} {found}"
+                f"tokenizer: {what} gives other ids than {model.library}\n  text           {text!r}\n"
+                f"  {model.library:14} {wanted}\n  {what:14} {found}"
             )
 
 
-def check_hf(folder: Path, model: SentencePieceModel) -> str:
+def check_hf(folder: Path, model: TokenizerModel) -> str:
     """Ids and decoded text of transformers' tokenizer; a line that tells what was compared."""
     from transformers import AutoTokenizer
 
@@ -92,18 +92,18 @@ def check_hf(folder: Path, model: SentencePieceModel) -> str:
                 ids
             ):
                 raise VerificationError(
-                    f"tokenizer: transformers makes {found!r} of the ids {ids}, SentencePiece {model.decode(ids)!r}"
+                    f"tokenizer: transformers makes {found!r} of the ids {ids}, {model.library} {model.decode(ids)!r}"
                 )
-    return f"tokenizer: transformers gives SentencePiece's ids on {len(hard_strings(model))} hard strings"
+    return f"tokenizer: transformers gives {model.library}'s ids on {len(hard_strings(model))} hard strings"
 
 
-def check_gguf(path: Path, model: SentencePieceModel) -> str:
+def check_gguf(path: Path, model: TokenizerModel) -> str:
     """Ids by the keys of the file, and by llama.cpp where it is installed; a line that tells which."""
-    compare_ids(model, GgufTokenizer(path).encode, "GGUF keys")
+    compare_ids(model, gguf_tokenizer(path).encode, "GGUF keys")
     count = len(hard_strings(model))
     if importlib.util.find_spec("llama_cpp") is None:
         return (
-            f"tokenizer: the GGUF keys give SentencePiece's ids on {count} hard strings; not checked by llama.cpp "
+            f"tokenizer: the GGUF keys give {model.library}'s ids on {count} hard strings; not checked by llama.cpp "
             "itself (llama-cpp-python is not installed)"
         )
     import llama_cpp  # pyright: ignore[reportMissingImports]
@@ -113,4 +113,4 @@ def check_gguf(path: Path, model: SentencePieceModel) -> str:
         compare_ids(model, lambda text: engine.tokenize(text.encode(), add_bos=False, special=False), "llama.cpp")
     finally:
         engine.close()
-    return f"tokenizer: llama.cpp gives SentencePiece's ids on {count} hard strings"
+    return f"tokenizer: llama.cpp gives {model.library}'s ids on {count} hard strings"

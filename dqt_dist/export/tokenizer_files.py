@@ -1,8 +1,12 @@
-"""Tokenizer files of an export: the SentencePiece model, and the same tokenizer for Hugging Face.
+"""Tokenizer files of an export: for a SentencePiece model the same tokenizer for Hugging Face beside it.
 
-    tokenizer.model          the SentencePiece model as it is
-    tokenizer.json           its pieces and rules, for the `tokenizers` library
+    tokenizer.model          the SentencePiece model as it is, of a run that has one
+    tokenizer.json           its pieces and rules, for the `tokenizers` library; or that of the run
     tokenizer_config.json    class and marks; no <s> is added, since training adds none
+
+The tokenizer.json of a run goes out without the post-processor that names the end of a document: programs put what it
+says around every text. Read again, beside a tokenizer_config.json with "eos_token", it is the same tokenizer to the
+byte.
 
 SentencePiece does to a text, in this order, what tokenizer.json then says:
 
@@ -26,23 +30,40 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from dqt_dist.data.tokenizer import SentencePieceTokenizer
+from dqt_dist.data.tokenizer_json import NO_TEXT_SCORE, JsonTokenizer
 from dqt_dist.export.sentencepiece_model import SPACE, Algorithm, PieceKind, SentencePieceModel
+from dqt_dist.export.tokenizer_json_model import TokenizerJsonModel
+from dqt_dist.export.tokenizer_model import TokenizerModel
 
 # An unassigned character that ends a grapheme; no text has it.
 BREAK = "\ufff0"
 # Pieces that no text has, though it may have their letters. `tokenizers` knows no kinds of pieces.
 NO_TEXT = (PieceKind.UNKNOWN, PieceKind.CONTROL, PieceKind.BYTE)
 MANY = 1000
-# Below any sum of log probabilities of a few pieces.
-NO_TEXT_SCORE = -1e5
 
 
-def write_tokenizer(folder: Path, model: SentencePieceModel, sequence_length: int) -> None:
-    """Writes the three files into `folder`."""
+def write_tokenizer(folder: Path, model: TokenizerModel, sequence_length: int) -> None:
+    """Writes the files into `folder`."""
+    if isinstance(model, SentencePieceModel):
+        shutil.copyfile(model.path, folder / SentencePieceTokenizer.file_name)
+        _fast_tokenizer(model).save(str(folder / JsonTokenizer.file_name))
+        marks = {name: model.pieces[i].text for name, i in model.marks.items() if i is not None}
+    else:
+        values = model.form | {"post_processor": None}
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        (folder / JsonTokenizer.file_name).write_text(text, encoding="utf-8")
+        # transformers would add to the special tokens what is not among them.
+        marks = {name: model.added[i].text for name, i in model.marks.items() if i in model.added}
+    config = _tokenizer_config(marks, sequence_length)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _fast_tokenizer(model: SentencePieceModel) -> Any:
+    """A SentencePiece model as a tokenizer of `tokenizers`."""
     from tokenizers import AddedToken, Regex, pre_tokenizers
     from tokenizers import Tokenizer as FastTokenizer
 
-    shutil.copyfile(model.path, folder / "tokenizer.model")
     fast = FastTokenizer(_algorithm(model))
     fast.normalizer = _normalizer(model)
     # Of several user-defined pieces at one place the longest.
@@ -53,9 +74,7 @@ def write_tokenizer(folder: Path, model: SentencePieceModel, sequence_length: in
     fast.decoder = _decoder(model)
     special = model.of_kind(PieceKind.UNKNOWN, PieceKind.CONTROL)
     fast.add_special_tokens([AddedToken(piece, normalized=False, special=True) for piece in special])
-    fast.save(str(folder / "tokenizer.json"))
-    config = _tokenizer_config(model, sequence_length)
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    return fast
 
 
 def _algorithm(model: SentencePieceModel) -> Any:
@@ -142,11 +161,10 @@ def _quoted(text: str) -> str:
     return re.sub(r"([\\^$.|?*+()\[\]{}\-])", r"\\\1", text)
 
 
-def _tokenizer_config(model: SentencePieceModel, sequence_length: int) -> dict[str, Any]:
-    marks = {f"{name}_token": model.pieces[i].text for name, i in model.marks.items() if i is not None}
+def _tokenizer_config(marks: dict[str, str], sequence_length: int) -> dict[str, Any]:
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **marks,
+        **{f"{name}_token": text for name, text in marks.items()},
         "add_bos_token": False,
         "add_eos_token": False,
         "split_special_tokens": True,
@@ -155,9 +173,11 @@ def _tokenizer_config(model: SentencePieceModel, sequence_length: int) -> dict[s
     }
 
 
-def known_limits(model: SentencePieceModel) -> list[str]:
+def known_limits(model: TokenizerModel) -> list[str]:
     """What to tell of texts, rarer than the hard strings of verification, that may have other ids in transformers."""
-    lines = []
+    lines: list[str] = []
+    if isinstance(model, TokenizerJsonModel):
+        return lines
     if model.charsmap:
         lines.append(
             f"tokenizer: {model.rule} in transformers composes marks by Unicode's order; a text with marks in another "
@@ -171,12 +191,12 @@ def known_limits(model: SentencePieceModel) -> list[str]:
     return lines
 
 
-def generation_config(model: SentencePieceModel, vocab_size: int) -> dict[str, Any]:
+def generation_config(model: TokenizerModel, vocab_size: int) -> dict[str, Any]:
     """generation_config.json: how a text begins and ends; rows of the embedding without a piece are not drawn."""
     names = ("bos", "eos", "pad")
     values: dict[str, Any] = {
         f"{name}_token_id": i for name, i in model.marks.items() if name in names and i is not None
     }
-    if vocab_size > len(model.pieces):
-        values["suppress_tokens"] = list(range(len(model.pieces), vocab_size))
+    if vocab_size > model.num_pieces:
+        values["suppress_tokens"] = list(range(model.num_pieces, vocab_size))
     return values

@@ -1,6 +1,6 @@
 """Is an exported model the trained one? Asks the real engine, on text, before the export gets its name.
 
-    tokens      the exported tokenizer gives SentencePiece's ids (tokenizer_check.py)
+    tokens      the exported tokenizer gives the ids of training (tokenizer_check.py)
     weights     every tensor of the model is in the file and every one of the file in the model
     size        the files hold the bytes that the bits of the weights make
     logits      engine against the trainer's own model (fp32, CPU)
@@ -30,8 +30,8 @@ from torch import Tensor
 from dqt_dist.export.errors import VerificationError
 from dqt_dist.export.hf import key
 from dqt_dist.export.safetensors_writer import tensor_bytes
-from dqt_dist.export.sentencepiece_model import SentencePieceModel
 from dqt_dist.export.text import SAMPLE
+from dqt_dist.export.tokenizer_model import TokenizerModel
 from dqt_dist.export.weights import Weights
 from dqt_dist.json_files import read_json_object
 
@@ -90,7 +90,7 @@ def compare(engine: Tensor, trainer: Tensor, bound: Bound, what: str) -> Compari
     return found
 
 
-def sample_tokens(tokenizer: SentencePieceModel, sequence_length: int) -> Tensor:
+def sample_tokens(tokenizer: TokenizerModel, sequence_length: int) -> Tensor:
     """Ids [1, at most sequence_length] of the sample text."""
     return torch.tensor([tokenizer.encode(SAMPLE)[:sequence_length]])
 

@@ -23,7 +23,7 @@ from torch.nn import functional
 
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.checkpoint.run_tokenizer import check_tokenizer
-from dqt_dist.data.tokenizer import Tokenizer, load_tokenizer
+from dqt_dist.data.tokenizer import TOKENIZER_FILES, Tokenizer, kept_tokenizer, load_tokenizer
 from dqt_dist.dtypes import TORCH_DTYPES
 from dqt_dist.errors import UserError
 from dqt_dist.export import hf
@@ -178,10 +178,10 @@ def _open_export(path: Path, tokenizer: Path | None, device: torch.device, dtype
         raise UserError(f"{path}: architecture {architecture}; read are {' and '.join(ARCHITECTURES)}")
     quantization = values.get("quantization_config", {}).get("quant_method")
     require_packages("hf-compressed" if quantization == "compressed-tensors" else "hf", verified=True)
-    model_file = tokenizer or path / "tokenizer.model"
-    if not model_file.is_file():
-        raise UserError(f"{path}: no file {model_file}; give the SentencePiece .model by --tokenizer")
-    loaded_tokenizer = load_tokenizer(model_file)
+    tokenizer_file = tokenizer or kept_tokenizer(path)
+    if tokenizer_file is None:
+        raise UserError(f"{path}: no file {' or '.join(TOKENIZER_FILES)} there; give the tokenizer by --tokenizer")
+    loaded_tokenizer = load_tokenizer(tokenizer_file)
     record = read_json_object(path / RECORD, COPY_AGAIN) if (path / RECORD).is_file() else {}
     check_tokenizer(loaded_tokenizer, record, path, path, where="--tokenizer" if tokenizer else "tokenizer")
     check_pieces(loaded_tokenizer, values["vocab_size"])

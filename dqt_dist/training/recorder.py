@@ -4,7 +4,7 @@ A run folder:
 
     config.json       the complete config            metrics.jsonl   one line per logged step
     tb/               TensorBoard                    checkpoints/    step_NNNNNNNN
-    tokenizer.model   a copy of data.tokenizer       summary.json    at the end
+    tokenizer.model   data.tokenizer, or .json       summary.json    at the end
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from typing import Any
 
 from torch import Tensor
 
-from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_FILE
 from dqt_dist.config import Config, to_json
-from dqt_dist.data.tokenizer import Tokenizer
+from dqt_dist.data.tokenizer import Tokenizer, drop_other_tokenizer
 from dqt_dist.errors import naming
 from dqt_dist.progress_line import ProgressLine
 from dqt_dist.training.curves import TensorBoard, WeightsAndBiases
@@ -48,7 +47,8 @@ class Recorder:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(self.folder / "config.json", to_json(config))
-        write_atomically(self.folder / TOKENIZER_FILE, tokenizer.model)
+        write_atomically(self.folder / tokenizer.file_name, tokenizer.model)
+        drop_other_tokenizer(self.folder, tokenizer)
         damaged = self._drop_lines_after(start_step)
         self.metrics_file = self.metrics_path.open("a", buffering=1)
         self.tensorboard = None

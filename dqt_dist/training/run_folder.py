@@ -12,8 +12,8 @@ from pathlib import Path
 
 from dqt_dist.checkpoint import store
 from dqt_dist.checkpoint.collective import on_first_rank
-from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_FILE
 from dqt_dist.config import Config
+from dqt_dist.data.tokenizer import kept_tokenizer
 from dqt_dist.folder_lock import FolderLock
 
 # What a course leaves; its checkpoints first, because --resume auto looks for them.
@@ -53,8 +53,8 @@ def set_aside_other_course(config: Config, checkpoint: store.Checkpoint | None) 
         target.mkdir()
         for name in there:
             (run / name).rename(target / name)
-        if (run / TOKENIZER_FILE).is_file():  # it stays too: data.tokenizer may name it
-            shutil.copyfile(run / TOKENIZER_FILE, target / TOKENIZER_FILE)
+        if tokenizer := kept_tokenizer(run):  # it stays too: data.tokenizer may name it
+            shutil.copyfile(tokenizer, target / tokenizer.name)
         return target
 
     return on_first_rank(move)

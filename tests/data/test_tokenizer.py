@@ -87,7 +87,9 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path):
         load_tokenizer(tmp_path / "none.model")
     for content in (b"", b"not a model"):
         (tmp_path / "bad.model").write_bytes(content)
-        with pytest.raises(UserError, match=rf"not a SentencePiece model file \({len(content)} bytes\)"):
+        with pytest.raises(
+            UserError, match=rf"neither a SentencePiece \.model file nor a tokenizer\.json \({len(content)} bytes\)"
+        ):
             load_tokenizer(tmp_path / "bad.model")
 
 
@@ -99,7 +101,7 @@ def test_a_refusal_of_sentencepiece_that_quotes_no_text_is_one_of_ours(tmp_path:
         b"\x0a\x02" + pieces[1], b"\x0a\x02\xbc\xbc"
     )
     (tmp_path / "tokenizer.model").write_bytes(model)
-    with pytest.raises(UserError, match="not a SentencePiece model file") as refusal:
+    with pytest.raises(UserError, match="neither a SentencePiece") as refusal:
         load_tokenizer(tmp_path / "tokenizer.model")
     assert isinstance(refusal.value.__cause__, UnicodeDecodeError)
 

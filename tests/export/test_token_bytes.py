@@ -12,8 +12,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from dqt_dist.data.tokenizer import Tokenizer, load_tokenizer
-from dqt_dist.export.sentencepiece_model import read_model
-from dqt_dist.export.token_bytes import ByteCounter, TextStream, piece_bytes
+from dqt_dist.export.token_bytes import ByteCounter, TextStream
+from dqt_dist.export.tokenizer_model import read_tokenizer
 
 # SentencePiece takes UTF-8, which has no lone surrogates, and reserves NUL and its own mark of a space.
 TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\u2581"))
@@ -80,4 +80,4 @@ def test_marks_and_rows_beyond_the_pieces_have_no_text(tokenizer: Tokenizer) -> 
     """A vocabulary may have more rows than the tokenizer has pieces, and a model may choose such rows."""
     stream = TextStream(tokenizer)
     assert [stream.put(i) for i in (0, 1, 2, tokenizer.vocab_size)] == [""] * 4
-    assert piece_bytes(read_model(tokenizer))[:4] == [b"", b"", b"", b"\0"]
+    assert read_tokenizer(tokenizer).piece_bytes()[:4] == [b"", b"", b"", b"\0"]

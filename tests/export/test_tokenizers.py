@@ -19,10 +19,11 @@ from dqt_dist.errors import EXIT_CODE, UserError
 from dqt_dist.export.convert import HF_FORMATS
 from dqt_dist.export.errors import VerificationError
 from dqt_dist.export.gguf_file import FILE
-from dqt_dist.export.gguf_tokenizer import GgufTokenizer, add_tokenizer
-from dqt_dist.export.sentencepiece_model import SPACE, PieceKind, SentencePieceModel, read_model, refuse
+from dqt_dist.export.gguf_tokenizer import add_tokenizer, gguf_tokenizer
+from dqt_dist.export.sentencepiece_model import SPACE, PieceKind, SentencePieceModel
 from dqt_dist.export.tokenizer_check import check_gguf, check_hf
 from dqt_dist.export.tokenizer_files import generation_config, write_tokenizer
+from dqt_dist.export.tokenizer_model import read_tokenizer, refuse
 from tests.export.conftest import Trained, convert
 
 PIECES = 420
@@ -79,7 +80,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
         sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(LINES), model_writer=written, **options)
         path = tmp_path_factory.mktemp("model") / "tokenizer.model"
         path.write_bytes(written.getvalue())
-        return read_model(load_tokenizer(path))
+        return read_tokenizer(load_tokenizer(path))
 
     return lambda settings: train(json.dumps(settings))
 
@@ -137,7 +138,7 @@ def test_gguf_keys_have_the_ids_and_marks_of_the_model(make: Make, tmp_path: Pat
     refuse(model, "gguf")
     path = gguf_file(model, tmp_path / FILE)
     assert "SentencePiece's ids on" in check_gguf(path, model)
-    tokenizer = GgufTokenizer(path)
+    tokenizer = gguf_tokenizer(path)
     for text in of_pieces(model):
         assert tokenizer.encode(text) == model.encode(text), text
     fields = gguf.GGUFReader(path).fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,12 @@ from hypothesis import strategies as st
 from sentencepiece import sentencepiece_model_pb2
 
 from dqt_dist.data.tokenizer import load_tokenizer
-from dqt_dist.export.sentencepiece_model import read_model
-from tests.fuzz.damage import budget, changed_bytes, held
+from dqt_dist.errors import UserError
+from dqt_dist.export.tokenizer_json_model import TokenizerJsonModel, gguf_limits
+from dqt_dist.export.tokenizer_model import read_tokenizer
+from tests.fuzz.conftest import TEXTS
+from tests.fuzz.damage import budget, changed_bytes, changed_values, held
+from tests.json_tokenizers import MAKERS
 
 TEXT = "the quick\n\n brown w\u00f6rld \u6f22\u5b57 \uff46\uff55 \0 \u2581"
 
@@ -27,11 +32,19 @@ def use(path: Path) -> None:
     tokenizer = load_tokenizer(path)
     ids = tokenizer.encode(TEXT)
     everything = range(tokenizer.vocab_size)
-    assert all(token_id in everything for token_id in (*ids, tokenizer.eod_id, tokenizer.unknown_id))
+    assert all(token_id in everything for token_id in (*ids, tokenizer.eod_id, tokenizer.unknown_id or 0))
     assert isinstance(tokenizer.decode(ids), str) and tokenizer.decode_batch(tokenizer.encode_batch([TEXT, ""]))
     for token_id in everything:
         assert tokenizer.piece(token_id) is not None and tokenizer.decode([token_id]) is not None
-    assert len(read_model(tokenizer).pieces) == tokenizer.vocab_size
+    model = read_tokenizer(tokenizer)
+    assert len(model.piece_bytes()) == tokenizer.vocab_size
+    if isinstance(model, TokenizerJsonModel):
+        gguf_limits(model)
+
+
+@pytest.fixture(scope="module")
+def json_files() -> dict[str, dict[str, Any]]:
+    return {name: make(TEXTS, 290) for name, make in MAKERS.items()}
 
 
 def names(path: Path) -> Any:
@@ -93,3 +106,38 @@ def test_whatever_the_model_says(
     del model.pieces[left if left is not None else 300 :]
     path.write_bytes(model.SerializeToString())
     held(lambda: use(path), names(path))
+
+
+@budget(100, share=0.2)
+@given(data=st.data())
+@pytest.mark.parametrize("kind", MAKERS)
+def test_whatever_the_bytes_of_a_tokenizer_json(json_files: Any, path: Path, kind: str, data: Any) -> None:
+    path.write_bytes(data.draw(changed_bytes(json.dumps(json_files[kind]).encode())))
+    held(lambda: use(path), names(path))
+
+
+@budget(150, share=0.2)
+@given(data=st.data())
+@pytest.mark.parametrize("kind", MAKERS)
+def test_whatever_a_tokenizer_json_says(json_files: Any, path: Path, kind: str, data: Any) -> None:
+    """Well-formed JSON with other values. The vocabulary is large, and most changes would be there: it is put last."""
+    values = json_files[kind]
+    model = {name: part for name, part in values["model"].items() if name not in ("vocab", "merges")}
+    changed = data.draw(changed_values(values | {"model": model}))
+    if isinstance(changed.get("model"), dict):
+        rest = {name: values["model"][name] for name in ("vocab", "merges")}
+        changed["model"] |= data.draw(st.just(rest) | changed_values({k: few(v) for k, v in rest.items()}))
+    path.write_text(json.dumps(changed))
+    held(lambda: use(path), names(path))
+
+
+def few(part: Any) -> Any:
+    """The first entries of the vocabulary or of the merges."""
+    return dict(list(part.items())[:20]) if isinstance(part, dict) else part[:5]
+
+
+@pytest.mark.parametrize("opening", ["{", '{"a":', "[", '{"model":{"vocab":'])
+def test_ten_megabytes_of_nesting_are_refused(path: Path, opening: str) -> None:
+    path.write_text(opening * (10 * 2**20 // len(opening)))
+    with pytest.raises(UserError, match=r"tokenizer .*: n(either|ot) "):
+        load_tokenizer(path)

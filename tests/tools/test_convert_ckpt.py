@@ -75,7 +75,7 @@ def test_dtype_is_that_of_the_run_unless_given(trained: Trained, tmp_path: Path)
         ((NONE,), ("--format", "hf-bitnet"), "has no codes; use hf or gguf"),
         ((NONE,), ("--format", "hf-compressed"), "has no codes; use hf or gguf"),
         ((NONE,), ("--bits", "ternary"), "no codes"),
-        ((), ("--tokenizer", "none.model"), "no file none.model; give the SentencePiece .model of the run"),
+        ((), ("--tokenizer", "none.model"), "no file none.model; give the tokenizer of the run"),
         (("model.vocab_size=64",), (), "400 pieces, model.vocab_size is 64: not its tokenizer"),
     ],
 )
@@ -219,7 +219,7 @@ def test_packages_that_are_missing_are_named(
 ) -> None:
     monkeypatch.setattr(convert_module.importlib.util, "find_spec", lambda name: None)
     assert convert("--checkpoint", trained(), "--output", tmp_path / "out") == EXIT_CODE
-    assert "not installed: tokenizers, transformers, accelerate" in capsys.readouterr().err
+    assert "not installed: transformers, accelerate" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

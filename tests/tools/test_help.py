@@ -17,7 +17,7 @@ EXAMPLES = {
     "inspect_ckpt": "tools/inspect_ckpt.py runs/demo_cpu --plot codes.png",
     "prepare_data": "tools/prepare_data.py --input python-docs",
 }
-HEAVY = {"torch", "megatron.core", "transformers", "datasets", "numpy", "sentencepiece"}
+HEAVY = {"torch", "megatron.core", "transformers", "datasets", "numpy", "sentencepiece", "tokenizers"}
 
 
 def test_every_tool_is_here() -> None:

@@ -364,7 +364,11 @@ def test_disk_that_is_full_or_read_only_is_one_message(corpus: Path, tmp_path: P
         ('{"text": "hello there"}', ["--vocab-size", "400", "--valid-fraction", "0"], "yields at most"),
         ('{"text": "hello there"}', ["--vocab-size", "9", "--valid-fraction", "0"], "need at least"),
         ('{"text": "hello there"}', ["--tokenizer", "none.model"], "none.model: no such file"),
-        ('{"text": "hello there"}', ["--tokenizer", "in.jsonl"], "in.jsonl: not a SentencePiece model file"),
+        (
+            '{"text": "hello there"}',
+            ["--tokenizer", "in.jsonl"],
+            'in.jsonl: not a tokenizer.json of Hugging Face: it has no "model"',
+        ),
         ('{"text": "hello hello"}', ["--vocab-size", "266"], "of 1 document(s) this leaves none for validation"),
     ],
 )
