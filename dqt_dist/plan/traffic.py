@@ -11,8 +11,8 @@ a ring would: one pass for a gather, a scatter or an all-to-all, two for an all-
 
 Four more kinds are not counted by a run. They are computed with the same formulas:
 
-    means               over owners and over tensor-parallel ranks: sums of squares for a factored second moment, sums of
-                        |L| for a refit of the scales (in a step that has one)
+    means               over owners and over tensor-parallel ranks: sums of squares for a factored second moment, sums
+                        of |L| for a refit of the scales (in a step that has one)
     pipeline            between stages: outputs forward, gradients backward (tests/test_plan.py counts them too)
     megatron            tensor parallel: megatron-core's linears, embedding and head
     weights             ZeRO: DeepSpeed's gathers of ordinary weights
