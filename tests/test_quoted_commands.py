@@ -27,6 +27,7 @@ from tests.export.conftest import (
     tokenizer_file,  # noqa: F401
     trained,  # noqa: F401
 )
+from tests.json_tokenizers import gpt2
 from tests.tools.test_compare_runs import write_run
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -79,6 +80,8 @@ def folder(trained: Trained, tokenizer_file: Path, tmp_path_factory: pytest.Temp
     (folder / "corpus").mkdir()
     lines = "".join(json.dumps({"text": text}) + "\n" for text in paragraphs)
     (folder / "corpus/part.jsonl.zst").write_bytes(zstandard.compress(lines.encode()))
+    (folder / "hub").mkdir()
+    (folder / "hub/tokenizer.json").write_text(json.dumps(gpt2(paragraphs)))
     output = ("--output", str(folder / "data/demo"), "--name", "valid", "--valid-fraction", "0", "--workers", "1")
     assert prepare_data.main(["--input", str(folder / "book.txt"), "--tokenizer", str(tokenizer_file), *output]) == 0
     return folder
