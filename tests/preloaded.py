@@ -1,4 +1,5 @@
-"""The imports of every test worker. Workers are forked from a process that has imported this file (distributed.py)."""
+"""What test workers and commands have imported: they are forked from a process that has imported this file
+(distributed.py, forked.py)."""
 
 from __future__ import annotations
 
@@ -12,7 +13,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 
 # Imported by name, because a linter removes import statements that nothing uses.
-for module in ("dqt_dist.checkpoint.store", "dqt_dist.training.step"):
+MODULES = ("dqt_dist.checkpoint.store", "dqt_dist.training.loop", "dqt_dist.training.report")
+# What the sample of a run and the tools that open a model need beside these.
+MODULES += ("dqt_dist.inference.run_sample", "transformers.models.llama.modeling_llama")
+for module in MODULES:
     importlib.import_module(module)
 
 # Set before any computation, because threads do not survive a fork.
