@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 
@@ -13,7 +14,7 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 
 # Imported by name, because a linter removes import statements that nothing uses.
-MODULES = ("dqt_dist.checkpoint.store", "dqt_dist.training.loop", "dqt_dist.training.report")
+MODULES = ("deepspeed", "dqt_dist.checkpoint.store", "dqt_dist.training.loop", "dqt_dist.training.report")
 # What the sample of a run and the tools that open a model need beside these.
 MODULES += ("dqt_dist.inference.run_sample", "transformers.models.llama.modeling_llama")
 for module in MODULES:
@@ -21,3 +22,7 @@ for module in MODULES:
 
 # Set before any computation, because threads do not survive a fork.
 torch.set_num_threads(1)
+
+# What is there now stays: collections, which a run asks for, need not look at it again in each process.
+gc.collect()
+gc.freeze()
