@@ -1,4 +1,5 @@
-"""Shared by all tests: a fixed seed. Tests marked gpu or gguf run only where their requirements are met."""
+"""Shared by all tests: a fixed seed, one thread, files with long tests first. Tests marked gpu or gguf run only where
+their requirements are met."""
 
 from __future__ import annotations
 
@@ -14,6 +15,10 @@ def pytest_configure(config: pytest.Config) -> None:
     """pytest replaces the warning filters that the package sets on import, so pytest gets the same filters here."""
     for note in MEGATRON_NOTES:
         config.addinivalue_line("filterwarnings", f"ignore:{note}")
+
+
+# Tests stand beside each other, and their tensors are small.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +39,9 @@ def missing_requirements() -> dict[str, str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files with long tests begin, or one process would work on the last of them alone.
+    with_long_tests = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in with_long_tests)
     missing = missing_requirements()
     for item in items:
         for marker, reason in missing.items():

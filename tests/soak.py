@@ -44,6 +44,7 @@ from dqt_dist.checkpoint.folder import complete_checkpoints, step_of
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.data.dataset import build_datasets
 from dqt_dist.errors import RUN_ERROR_EXIT_CODE, STOPPED_EXIT_CODE
+from tests import forked
 from tests.small import VALUES
 from tests.training.conftest import ROOT, VOCABULARY
 from tests.training.ranks import Ranks
@@ -131,9 +132,9 @@ class Soak:
         """Data and config."""
         text = self.folder / "text.txt"
         text.write_text("\n\n".join(topics.values()))
-        tool = [sys.executable, str(ROOT / "tools/prepare_data.py"), "--input", str(text), "--output", str(self.folder)]
-        options = ["--vocab-size", str(VOCABULARY), "--valid-fraction", "0.1", "--workers", "1"]
-        subprocess.run([*tool, *options], check=True, capture_output=True)
+        tool = [ROOT / "tools/prepare_data.py", "--input", text, "--output", self.folder]
+        done = forked.run([*tool, "--vocab-size", VOCABULARY, "--valid-fraction", 0.1, "--workers", 1])
+        assert done.returncode == 0, done.stderr
         values = json.loads(json.dumps(VALUES))
         values["model"] |= {"vocab_size": VOCABULARY, "seq_length": SEQUENCE_LENGTH}
         values["data"] = {name: [{"path": str(self.folder / name)}] for name in ("train", "valid")}

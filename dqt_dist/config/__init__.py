@@ -14,7 +14,7 @@ a run before the seconds that torch takes.
 """
 
 from dqt_dist.config.checks import ProcessGrid, check_world, process_grid, shown, uses_cuda_graph
-from dqt_dist.config.load import load_config, to_json
+from dqt_dist.config.load import config_of, load_config, to_json, validated
 from dqt_dist.config.schema import (
     CODES_PER_GROUP,
     DTYPE_BYTES,
@@ -57,9 +57,11 @@ __all__ = [
     "TrainingConfig",
     "ZeroOptimization",
     "check_world",
+    "config_of",
     "load_config",
     "process_grid",
     "shown",
     "to_json",
     "uses_cuda_graph",
+    "validated",
 ]

@@ -19,9 +19,9 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from dqt_dist.config.checks import config_problems, raise_if, shown
 from dqt_dist.config.schema import Config, Section
@@ -33,6 +33,8 @@ MOST_LEVELS = 32
 
 ADVICE = "a config is a JSON object as in configs/"
 
+Model = TypeVar("Model", bound=BaseModel)
+
 _UNUSABLE_TEXT = re.compile("[\\0\ud800-\udfff]")
 
 
@@ -43,16 +45,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """
     values = _read_json(Path(path))
     raise_if(_apply_overrides(values, overrides), "--set")
-    raise_if(_impossible_values(values), path)
+    return config_of(values, path)
+
+
+def config_of(values: dict[str, Any], source: object) -> Config:
+    """Validates and completes what stands in a config file or was saved of one; `source` is named in messages.
+
+    Raises `UserError` with one line per problem.
+    """
+    config = _with_defaults_across_sections(validated(Config, _without_nulls(values), source))
+    raise_if(config_problems(config), source)
+    return config
+
+
+def validated(model: type[Model], values: dict[str, Any], source: object) -> Model:
+    """`values`, of a JSON file, as an object of a strict pydantic model. Raises `UserError` with one line per field."""
+    raise_if(_impossible_values(values), source)
     try:
         # Through JSON, where strict mode takes an array for a tuple.
-        config = Config.model_validate_json(json.dumps(_without_nulls(values)))
+        return model.model_validate_json(json.dumps(values))
     except ValidationError as error:
-        raise_if(_field_problems(error), path)
+        raise_if(_field_problems(error), source)
         raise
-    config = _with_defaults_across_sections(config)
-    raise_if(config_problems(config), path)
-    return config
 
 
 def to_json(config: Config) -> str:

@@ -7,17 +7,15 @@ run and starts at step 0.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import ValidationError
 
 from dqt_dist.checkpoint.folder import Progress
 from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_SHA256, check_tokenizer
-from dqt_dist.config import Config, load_config, to_json
+from dqt_dist.config import Config, config_of, load_config, to_json
 from dqt_dist.data.tokenizer import kept_tokenizer, load_tokenizer
 from dqt_dist.errors import UserError
 from dqt_dist.export.folder import check_output, new_folder
@@ -37,12 +35,13 @@ def import_hf(source: Path, output: Path, config_file: Path | None, tokenizer: P
     config = _with_folder(_config(folder, config_file), output)
     weights = HfWeights(folder, config)
     progress = _progress(folder)
-    provenance: dict[str, Any] = {"figures": (folder.record or {}).get("figures", {})}
+    record = folder.record
+    provenance: dict[str, Any] = {"figures": {} if record is None else record.figures}
     tokenizer_file, loaded = tokenizer or kept_tokenizer(source), None
     if tokenizer_file is not None:
         loaded = load_tokenizer(tokenizer_file)
         where = "--tokenizer" if tokenizer else "tokenizer"
-        check_tokenizer(loaded, folder.record or {}, source, source, where)
+        check_tokenizer(loaded, {} if record is None else record.model_dump(), source, source, where)
         provenance[TOKENIZER_SHA256] = loaded.sha256
     with new_folder(output) as scratch:
         if loaded is not None:
@@ -59,11 +58,8 @@ def _config(folder: HfFolder, config_file: Path | None) -> Config:
     if config_file is not None:
         return load_config(config_file)
     if folder.record is None:
-        raise UserError(f"--from-hf {folder.folder}: has no {RECORD}; give the configuration of the run by --config")
-    try:
-        return Config.model_validate_json(json.dumps(folder.record["config"]))
-    except (KeyError, ValidationError) as error:
-        raise UserError(f"{folder.folder / RECORD}: its config is not one of this version ({error})") from error
+        raise UserError(f"{folder.folder}: has no {RECORD}; give the configuration of the run by --config")
+    return config_of(folder.record.config.model_dump(), f"{folder.folder / RECORD}: config")
 
 
 def _with_folder(config: Config, output: Path) -> Config:
@@ -71,7 +67,7 @@ def _with_folder(config: Config, output: Path) -> Config:
 
 
 def _progress(folder: HfFolder) -> Progress:
-    return Progress(0, 0, 0) if folder.record is None else Progress(**folder.record["progress"])
+    return Progress(0, 0, 0) if folder.record is None else Progress(**folder.record.progress.model_dump())
 
 
 def _fill_latents(all_rows: list[OwnedRows], weights: HfWeights) -> None:

@@ -144,10 +144,17 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_folder(
-    folder: Path, quantization: dict[str, Any] | None = None, dtype: torch.dtype = torch.float32, **load: Any
+    folder: Path,
+    quantization: dict[str, Any] | None = None,
+    dtype: torch.dtype = torch.float32,
+    own_generation_config: bool = True,
+    **load: Any,
 ) -> Any:
-    """The model of transformers, its floats in `dtype`; raises VerificationError for missing or unused tensors."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """The model of transformers, its floats in `dtype`; raises VerificationError for missing or unused tensors.
+
+    own_generation_config: whether the folder's generation_config.json is read.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     config = AutoConfig.from_pretrained(folder, **load)
     if quantization is not None:
@@ -155,6 +162,7 @@ def load_folder(
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         config=config,
+        generation_config=None if own_generation_config else GenerationConfig(),
         dtype=dtype,
         output_loading_info=True,
         use_safetensors=None if load else True,  # never a pickle that lies beside; `load` is of GGUF

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -28,12 +27,10 @@ from dqt_dist.dtypes import TORCH_DTYPES
 from dqt_dist.errors import UserError
 from dqt_dist.export import hf
 from dqt_dist.export.convert import check_pieces, find_tokenizer, require_packages
-from dqt_dist.export.errors import VerificationError
-from dqt_dist.export.hf_reader import ARCHITECTURES, COPY_AGAIN
-from dqt_dist.export.record import RECORD
+from dqt_dist.export.hf_fields import COPY_AGAIN
+from dqt_dist.export.hf_reader import HfFolder
 from dqt_dist.export.verify import load_folder, quiet_transformers
 from dqt_dist.export.weights import Weights
-from dqt_dist.json_files import read_json_object
 from dqt_dist.lowbit.activation import ACTIVATION_CODES, quantize_tokens, token_absmax
 from dqt_dist.progress_line import ProgressLine
 
@@ -172,26 +169,25 @@ def _empty_model(weights: Weights) -> Any:
 
 
 def _open_export(path: Path, tokenizer: Path | None, device: torch.device, dtype: str) -> LanguageModel:
-    values = read_json_object(path / "config.json", COPY_AGAIN)
-    architecture = (values.get("architectures") or ["none"])[0]
-    if architecture not in ARCHITECTURES:
-        raise UserError(f"{path}: architecture {architecture}; read are {' and '.join(ARCHITECTURES)}")
-    quantization = values.get("quantization_config", {}).get("quant_method")
-    require_packages("hf-compressed" if quantization == "compressed-tensors" else "hf", verified=True)
+    folder = HfFolder(path)
+    folder.check_sizes()
+    quantization = folder.config.quantization_config
+    compressed = quantization is not None and quantization.quant_method == "compressed-tensors"
+    require_packages("hf-compressed" if compressed else "hf", verified=True)
     tokenizer_file = tokenizer or kept_tokenizer(path)
     if tokenizer_file is None:
         raise UserError(f"{path}: no file {' or '.join(TOKENIZER_FILES)} there; give the tokenizer by --tokenizer")
     loaded_tokenizer = load_tokenizer(tokenizer_file)
-    record = read_json_object(path / RECORD, COPY_AGAIN) if (path / RECORD).is_file() else {}
-    check_tokenizer(loaded_tokenizer, record, path, path, where="--tokenizer" if tokenizer else "tokenizer")
-    check_pieces(loaded_tokenizer, values["vocab_size"])
+    facts = {} if folder.record is None else folder.record.model_dump()
+    check_tokenizer(loaded_tokenizer, facts, path, path, where="--tokenizer" if tokenizer else "tokenizer")
+    vocab_size, context_length = folder.config.vocab_size, folder.config.max_position_embeddings
+    check_pieces(loaded_tokenizer, vocab_size)
     try:
         with quiet_transformers():
-            model = load_folder(path, dtype=TORCH_DTYPES[dtype]).to(device)
-    except (OSError, ValueError, KeyError, SafetensorError, VerificationError) as error:
+            model = load_folder(path, dtype=TORCH_DTYPES[dtype], own_generation_config=False)
+    except Exception as error:  # of any type, for fields that only transformers reads
         first_line = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UserError(f"{path}: transformers cannot open it ({first_line}); export it again") from error
-    made_by = record.get("format", "hf") if record else "Hugging Face folder"
+        raise UserError(f"{path}: transformers cannot open it ({first_line}); {COPY_AGAIN}") from error
+    made_by = "Hugging Face folder" if folder.record is None else folder.record.format
     description = f"{path} ({made_by}, as transformers computes it, {dtype} on {device.type})"
-    context = values["max_position_embeddings"]
-    return LanguageModel(model, loaded_tokenizer, context, values["vocab_size"], device, description)
+    return LanguageModel(model.to(device), loaded_tokenizer, context_length, vocab_size, device, description)

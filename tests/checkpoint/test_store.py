@@ -10,8 +10,6 @@ import hashlib
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from dqt_dist.checkpoint import store, writer
 from dqt_dist.checkpoint.folder import MANIFEST, Progress, complete_checkpoints, read_manifest
 from dqt_dist.config import Config
 from dqt_dist.errors import RunError, UserError
+from tests import forked
 from tests.checkpoint.states import write
 from tests.distributed import run_distributed
 from tests.parallel.runs import Run, Whole, assert_equal, fraction_of_codes_that_differ, start, whole_state
@@ -264,8 +263,7 @@ def test_a_killed_save_leaves_the_last_good_checkpoint_and_the_next_save_works(m
         "CUDA_VISIBLE_DEVICES": "",
         "LOCAL_RANK": "0",
     }
-    arguments = [sys.executable, str(script), moment, str(tmp_path)]
-    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
+    done = forked.run([script, moment, tmp_path], environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
 
     assert run_distributed(load_and_save_next, 1, str(tmp_path)) == [MOMENTS[moment]]

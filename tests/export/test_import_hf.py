@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def test_training_goes_on_in_another_layout(exported: Exported, tmp_path: Path) 
 # ---- published models ----
 
 
-def published(folder: Path, **settings: Any) -> LlamaForCausalLM:
+def published(folder: Path, max_shard_size: str = "1GB", **settings: Any) -> LlamaForCausalLM:
     """A plain LLaMA as transformers itself saves it."""
     torch.manual_seed(3)
     config = LlamaConfig(
@@ -88,7 +89,7 @@ def published(folder: Path, **settings: Any) -> LlamaForCausalLM:
         **settings,
     )
     model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
     return model
 
 
@@ -164,6 +165,71 @@ def test_foreign_models_are_refused_by_field(
     assert convert(*arguments) == EXIT_CODE
     assert message in capsys.readouterr().err
     assert not (tmp_path / "run").exists() and not list(tmp_path.glob(".*"))
+
+
+WRONG: list[tuple[str, Any, str]] = [
+    ("hidden_size", "abc", 'hidden_size: "abc" is not valid; should be a valid integer'),
+    ("hidden_size", [32], "hidden_size: [32] is not valid; should be a valid integer"),
+    ("hidden_size", True, "hidden_size: true is not valid; should be a valid integer"),
+    ("hidden_size", None, "hidden_size: null is not valid; should be a valid integer"),
+    ("num_attention_heads", 0, "num_attention_heads: 0 is not valid; should be greater than 0"),
+    ("num_hidden_layers", -2, "num_hidden_layers: -2 is not valid; should be greater than 0"),
+    ("rms_norm_eps", float("inf"), "rms_norm_eps: Infinity is not valid; should be a finite number"),
+    ("vocab_size", 10**20, f"vocab_size: {10**20} is not valid; should be a number of at most 64 bits"),
+    ("architectures", {}, "architectures: {} is not valid; should be a valid array"),
+    ("rope_parameters", {"rope_theta": "1"}, 'rope_parameters.rope_theta: "1" is not valid; should be a valid number'),
+    ("quantization_config", {"quant_method": 4}, "quantization_config.quant_method: 4 is not valid; should be a valid"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "message"), WRONG, ids=[f"{field} {value}" for field, value, _ in WRONG])
+def test_a_wrong_value_is_named_with_its_file_and_field(
+    tmp_path: Path, capsys: pytest.CaptureFixture, field: str, value: Any, message: str
+) -> None:
+    published(tmp_path / "hf")
+    config_json = tmp_path / "hf" / "config.json"
+    config_json.write_text(json.dumps(json.loads(config_json.read_text()) | {field: value}))
+    arguments = ("--from-hf", tmp_path / "hf", "--config", run_config(tmp_path), "--output", tmp_path / "run")
+    assert convert(*arguments) == EXIT_CODE
+    assert f"convert_ckpt: {config_json}: {message}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda index: [], "holds a JSON list, expected an object"),
+        (lambda index: {}, "weight_map: required, but not given"),
+        (lambda index: {"weight_map": {"a": "../a.safetensors"}}, 'weight_map.a: "../a.safetensors" is not valid'),
+        (lambda index: {"weight_map": {"a": "a.safetensors"}}, "weight_map names a.safetensors, which is not there"),
+        (lambda index: {"weight_map": {**index, "a": min(index.values())}}, "has no such tensor"),
+        (lambda index: {"weight_map": {k: v for k, v in index.items() if "norm" not in k}}, "no tensor model."),
+    ],
+)
+def test_the_index_of_several_files_is_held_to_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture, change: Any, message: str
+) -> None:
+    """Also a file that the index does not name is not read."""
+    published(tmp_path / "hf", max_shard_size="10KB")
+    (tmp_path / "hf" / "other.safetensors").write_bytes(b"not one")
+    arguments = ("--from-hf", tmp_path / "hf", "--config", run_config(tmp_path, NONE), "--output")
+    assert convert(*arguments, tmp_path / "good") == 0
+    index = tmp_path / "hf" / "model.safetensors.index.json"
+    index.write_text(json.dumps(change(json.loads(index.read_text())["weight_map"])))
+    capsys.readouterr()
+    assert convert(*arguments, tmp_path / "run") == EXIT_CODE
+    assert message in capsys.readouterr().err
+
+
+def test_codes_beyond_the_bits_of_the_record_are_refused(
+    exported: Exported, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Packing would cut their upper bits off in silence."""
+    folder = shutil.copytree(exported("hf-compressed", bits(8)), tmp_path / "hf")
+    record = json.loads((folder / "dqt_dist.json").read_text())
+    record["bits"] = record["config"]["quantization"]["bits"] = 4
+    (folder / "dqt_dist.json").write_text(json.dumps(record))
+    assert convert("--from-hf", folder, "--output", tmp_path / "run") == EXIT_CODE
+    assert "4 bits have -8 to 7" in capsys.readouterr().err
 
 
 def test_a_foreign_model_needs_a_config_and_floats_of_bitnet_are_gone(

@@ -92,8 +92,8 @@ CLIPPED = "optimizer.max_grad_norm=0.3"  # norms are about 0.6, so the clip fact
 # (ranks, steps, overrides); 32, 48, 64 and 96 rows over 3 ranks are uneven. 12 samples are several micro-batches
 # everywhere.
 STAGE_CASES: dict[str, tuple[Any, ...]] = {
-    "DP 2": (2, 20, CLIPPED),
-    "DP 3": (3, 20, CLIPPED),
+    "DP 2": (2, 8, CLIPPED),
+    "DP 3": (3, 8, CLIPPED),
     "DP 3 bf16": (3, 5, CLIPPED, BF16),
     "TP 2 SP DP 2": (4, 5, TP, SP, "model.sub_norm=true"),
     "bf16 gradients": (3, 5, BF16, "optimizer.gradient_dtype=bf16", "quantization.bits=4"),

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -25,6 +23,7 @@ from dqt_dist.export.trainer_model import Logits, trainer_model
 from dqt_dist.export.weights import Weights
 from dqt_dist.inference.evaluate import evaluate, read_stream, windows
 from dqt_dist.inference.language_model import open_model
+from tests import forked
 from tests.export.conftest import (
     ROOT,
     Exported,
@@ -217,8 +216,7 @@ def test_the_batch_is_not_part_of_the_result(trained: Trained, text: Path) -> No
 
 
 def test_the_command_as_it_is_called(trained: Trained, text: Path) -> None:  # noqa: F811
-    command = [sys.executable, TOOL, "--checkpoint", trained(NONE), "--data", text, "--max-tokens", "50", "--json"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=60)
+    done = forked.run([TOOL, "--checkpoint", trained(NONE), "--data", text, "--max-tokens", 50, "--json"])
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)["tokens"] == 50
 

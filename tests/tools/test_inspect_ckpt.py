@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from dataclasses import replace
 from io import StringIO
@@ -17,6 +16,7 @@ from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.commands import inspect_ckpt
 from dqt_dist.errors import EXIT_CODE
 from dqt_dist.lowbit.grid import make_grid
+from tests import forked
 from tests.checkpoint.states import progress_at, whole_tensors, write
 from tests.distributed import run_distributed
 
@@ -32,7 +32,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_shows_what_is_inside(run: Path) -> None:
-    done = subprocess.run([sys.executable, str(SCRIPT), str(run)], capture_output=True, text=True, timeout=60)
+    done = forked.run([SCRIPT, run])
     assert (done.returncode, done.stderr) == (0, "")
     words = " ".join(done.stdout.split())
     assert f"checkpoint {run}/checkpoints/step_00000007" in words

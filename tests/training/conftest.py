@@ -12,6 +12,8 @@ from pydoc_data.topics import topics
 
 import pytest
 
+from tests import forked
+
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 512
 
@@ -22,16 +24,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("corpus")
     text = "\n\n".join(list(topics.values())[:60])
     (folder / "text.txt").write_text(text)
-    command = [
-        sys.executable,
-        str(ROOT / "tools/prepare_data.py"),
-        "--input",
-        str(folder / "text.txt"),
-        "--output",
-        str(folder),
-    ]
-    command += ["--vocab-size", str(VOCABULARY), "--valid-fraction", "0.2", "--workers", "1"]
-    subprocess.run(command, check=True, capture_output=True)
+    tool = [ROOT / "tools/prepare_data.py", "--input", folder / "text.txt", "--output", folder]
+    done = forked.run([*tool, "--vocab-size", VOCABULARY, "--valid-fraction", 0.2, "--workers", 1])
+    assert done.returncode == 0, done.stderr
     return folder
 
 
@@ -56,14 +51,19 @@ def config_file(corpus: Path, tmp_path: Path) -> Path:
     return path
 
 
+def pretrain(config_file: Path, *overrides: str) -> list[str]:
+    """The script and its arguments."""
+    settings = [part for override in overrides for part in ("--set", override)]
+    return [str(ROOT / "launchers/pretrain.py"), "--config", str(config_file), *settings]
+
+
 def command(config_file: Path, *overrides: str, processes: int = 1) -> list[str]:
     """The command of a user: one process without a launcher, several processes under torchrun."""
     launcher = [sys.executable]
     if processes > 1:
         launcher += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--master-port", "0"]
         launcher += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    settings = [part for override in overrides for part in ("--set", override)]
-    return [*launcher, str(ROOT / "launchers/pretrain.py"), "--config", str(config_file), *settings]
+    return [*launcher, *pretrain(config_file, *overrides)]
 
 
 def environment() -> dict[str, str]:
@@ -75,25 +75,29 @@ def environment() -> dict[str, str]:
     }
 
 
-Train = Callable[..., subprocess.CompletedProcess]
+Train = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture
 def train(config_file: Path) -> Train:
-    """Returns train(*overrides, processes=1, resume="auto"), which makes a whole run in its own processes.
+    """Returns train(*overrides, processes=1, resume="auto"), which makes a whole run in its own processes (forked.py).
 
-    `encoding` is that of the run's terminal.
+    `encoding` is that of the run's terminal. `prepare` is called in each process first.
     """
 
     def run(
-        *overrides: str, processes: int = 1, resume: str = "auto", encoding: str = "utf-8"
-    ) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            [*command(config_file, *overrides, processes=processes), "--resume", resume],
-            env=environment() | {"PYTHONIOENCODING": encoding},
-            capture_output=True,
-            text=True,
-            timeout=180,
+        *overrides: str,
+        processes: int = 1,
+        resume: str = "auto",
+        encoding: str = "utf-8",
+        prepare: Callable[[], object] | None = None,
+        **variables: str,
+    ) -> subprocess.CompletedProcess[str]:
+        return forked.run(
+            [*pretrain(config_file, *overrides), "--resume", resume],
+            environment() | {"PYTHONIOENCODING": encoding} | variables,
+            processes,
+            prepare=prepare,
         )
 
     return run

@@ -1,23 +1,19 @@
-"""Ranks of a run as processes of their own that a test can signal, kill and wait for.
+"""Ranks of a run as processes of their own (forked.py) that a test can signal, kill and wait for.
 
-They are what a user starts by hand on one machine: launchers/pretrain.py with the variables of `env://`. They are
-forked from a process that has imported torch, DeepSpeed and Megatron already, which saves ten seconds a start.
+They are what a user starts by hand on one machine: launchers/pretrain.py with the variables of `env://`.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import runpy
 import signal
-import socket
-import sys
 import time
 from collections.abc import Callable
-from multiprocessing import get_context
 from pathlib import Path
 
-from tests.training.conftest import ROOT
+from tests import forked
+from tests.training.conftest import ROOT, environment
 
 DEADLINE_SECONDS = 90.0
 """More than anything here takes on a machine that is busy with other tests."""
@@ -38,21 +34,13 @@ class Ranks:
         prepare: Callable[[], object] | None = None,
     ) -> None:
         log_folder.mkdir(parents=True, exist_ok=True)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         arguments = [part for override in overrides for part in ("--set", override)]
-        context = get_context("forkserver")
-        context.set_forkserver_preload(["tests.preloaded"])
+        argv = [str(ROOT / "launchers/pretrain.py"), "--config", str(config_file), *arguments]
         self.logs = [log_folder / f"rank_{rank}.log" for rank in range(num)]
-        self.processes = []
-        for rank, log in enumerate(self.logs):
-            variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num, "LOCAL_WORLD_SIZE": num}
-            environment = {name: str(value) for name, value in variables.items()}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
-            argv = [str(ROOT / "launchers/pretrain.py"), "--config", str(config_file), *arguments]
-            self.processes.append(context.Process(target=_rank, args=(argv, environment, str(log), prepare)))
-            self.processes[-1].start()
+        self.processes = [
+            forked.start(argv, environment() | variables, log, log, prepare)
+            for variables, log in zip(forked.ranks_environment(num), self.logs, strict=True)
+        ]
 
     def __enter__(self) -> Ranks:
         return self
@@ -85,20 +73,6 @@ class Ranks:
     def output(self) -> str:
         """What all ranks have printed."""
         return "\n".join(log.read_text() for log in self.logs if log.exists())
-
-
-def _rank(argv: list[str], environment: dict[str, str], log: str, prepare: Callable[[], object] | None) -> None:
-    import torch
-
-    with open(log, "wb") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    os.environ.update(environment)
-    torch.set_num_threads(1)
-    sys.argv = argv
-    if prepare is not None:
-        prepare()
-    runpy.run_path(argv[0], run_name="__main__")
 
 
 def steps_logged(run: Path) -> list[int]:

@@ -25,7 +25,7 @@ from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE, STOPPED_EXIT_CODE
 from tests.checkpoint.damage import flip, plant
 from tests.soak import STAGES, Soak
-from tests.training.conftest import ROOT, Train, command, environment
+from tests.training.conftest import ROOT, Train, environment
 from tests.training.ranks import DEADLINE_SECONDS, Ranks, steps_logged
 
 ENDLESS = ("training.steps=100000", "logging.interval=1", "checkpoint.interval=0")
@@ -67,15 +67,13 @@ def test_a_rank_that_stands_still_is_named(config_file: Path, tmp_path: Path, st
         assert "in train_step" in (run / "stacks" / f"rank_{other}.txt").read_text()
 
 
-def test_a_port_that_another_program_has_is_one_message(config_file: Path) -> None:
+def test_a_port_that_another_program_has_is_one_message(train: Train) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = str(other.getsockname()[1])
         variables = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        done = subprocess.run(
-            command(config_file), env=environment() | variables, capture_output=True, text=True, timeout=120
-        )
+        done = train(**variables)
     assert done.returncode == RUN_ERROR_EXIT_CODE and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count(f"error: 127.0.0.1:{port}: the ranks cannot meet there: ") == 1, done.stderr
     assert "EADDRINUSE" in done.stderr
@@ -183,13 +181,12 @@ def test_a_run_without_finite_losses_stops_and_saves_nothing(train: Train, tmp_p
 # ---- disks and checkpoints ----
 
 
-def test_a_run_that_cannot_write_ends_with_one_message(config_file: Path, tmp_path: Path) -> None:
-    def limit_file_size() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
 
-    done = subprocess.run(
-        command(config_file), env=environment(), capture_output=True, text=True, preexec_fn=limit_file_size
-    )
+
+def test_a_run_that_cannot_write_ends_with_one_message(train: Train, tmp_path: Path) -> None:
+    done = train(prepare=limit_file_size)
     assert done.returncode == RUN_ERROR_EXIT_CODE and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.count("error: ") == 1 and f"{tmp_path}/run/data_index: " in done.stderr, done.stderr
 

@@ -6,13 +6,13 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from dqt_dist.checkpoint.folder import step_of
+from tests import forked
 from tests.training.conftest import ROOT, Train, command, environment
 
 DP_2 = ("checkpoint.keep_last=99", "checkpoint.interval=10", "logging.interval=10")
@@ -24,8 +24,9 @@ def zero(stage: int) -> str:
 
 def digests(path: Path) -> dict[str, str]:
     """The output of tools/inspect_ckpt.py --digest: one digest per part, and the total on the last line."""
-    tool = [sys.executable, str(ROOT / "tools/inspect_ckpt.py"), str(path), "--digest"]
-    *parts, total = subprocess.run(tool, check=True, capture_output=True, text=True).stdout.splitlines()
+    done = forked.run([ROOT / "tools/inspect_ckpt.py", path, "--digest"])
+    assert done.returncode == 0, done.stderr
+    *parts, total = done.stdout.splitlines()
     return dict(line.split() for line in parts) | {"total": total}
 
 
@@ -54,12 +55,13 @@ def killed_after_step_10(config_file: Path, folder: Path, stage: int) -> Path:
 
 
 @pytest.mark.slow
-def test_twenty_steps_equal_ten_a_kill_and_ten_more_at_any_stage(config_file: Path, tmp_path: Path) -> None:
+def test_twenty_steps_equal_ten_a_kill_and_ten_more_at_any_stage(
+    config_file: Path, train: Train, tmp_path: Path
+) -> None:
     """Two data-parallel ranks. Codes, scales, moments, high-precision parameters, step and data position."""
     through = tmp_path / "through"
     settings = (*DP_2, "training.steps=20")
-    run = command(config_file, *settings, zero(0), f"checkpoint.dir={through}", processes=2)
-    subprocess.run(run, check=True, env=environment(), capture_output=True, timeout=180)
+    assert train(*settings, zero(0), f"checkpoint.dir={through}", processes=2).returncode == 0
     wanted = digests(through)
     assert digests(through / "checkpoints" / "step_00000010") != wanted  # negative control
 
@@ -67,10 +69,8 @@ def test_twenty_steps_equal_ten_a_kill_and_ten_more_at_any_stage(config_file: Pa
     assert digests(saved) == digests(through / "checkpoints" / "step_00000010")
     for stage in (1, 3):
         folder = tmp_path / f"resumed_{stage}"
-        again = command(config_file, *settings, zero(stage), f"checkpoint.dir={folder}", processes=2)
-        subprocess.run(
-            [*again, "--resume", str(saved)], check=True, env=environment(), capture_output=True, timeout=180
-        )
+        again = train(*settings, zero(stage), f"checkpoint.dir={folder}", processes=2, resume=str(saved))
+        assert again.returncode == 0, again.stderr
         assert digests(folder) == wanted
 
 
