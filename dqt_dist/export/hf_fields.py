@@ -113,7 +113,7 @@ class Record(Fields):
     config: RecordedConfig
     progress: RecordedProgress
     tokenizer_sha256: str | None = None
-    figures: dict[str, int | float] = {}
+    figures: dict[str, int | float | str] = {}
     format: str = "hf"
     bits: Bits | None = None
     weights: Literal["codes", "latent"] = "codes"
