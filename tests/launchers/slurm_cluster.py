@@ -1,6 +1,6 @@
 """A SLURM cluster of several nodes on this machine: SLURM's own daemons, for tests and to try a batch script.
 
-    python -m tests.launchers.slurm_cluster --nodes 2 bash     # a shell in which sinfo, sbatch, srun ... work; exit ends it
+    python -m tests.launchers.slurm_cluster --nodes 2 bash     # a shell in which sinfo, sbatch, srun ... work
 
 Everything is in one folder: the configuration, munge's key and socket, states and logs. No system service is needed,
 none is disturbed, and several clusters do not meet, because each has its own ports. All daemons run as the user who
@@ -28,15 +28,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+import pytest
+
 DAEMONS = ("munged", "slurmctld", "slurmd")
 PROGRAMS = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
 """Where the daemons are looked for: users often have no sbin in their PATH."""
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 STOP_SECONDS = 30.0
 
-# cons_tres counts cores and GPUs. A job in `urgent` takes the nodes of one in `main`, which goes back to the queue after
-# GraceTime seconds. SchedulerParameters let a job start when it can, and not some seconds later.
+# cons_tres counts cores and GPUs. A job in `urgent` takes the nodes of one in `main`, which goes back to the queue at
+# the latest after GraceTime seconds. SchedulerParameters let a job start when it can, and not some seconds later.
 CONFIGURATION = """\
 ClusterName=virtual
 SlurmctldHost={host}(127.0.0.1)
@@ -75,6 +77,11 @@ def missing_daemons() -> list[str]:
     return [name for name in DAEMONS if shutil.which(name, path=PROGRAMS) is None]
 
 
+needs_slurm = pytest.mark.skipif(
+    bool(missing_daemons()), reason=f"SLURM is missing ({', '.join(missing_daemons())} not found): make setup-slurm"
+)
+
+
 class SlurmCluster:
     """The cluster, up from entry to exit of the `with` block. `folder` must be there, and is left with the logs.
 
@@ -84,8 +91,9 @@ class SlurmCluster:
     def __init__(self, folder: Path, num_nodes: int = 2, cpus: int = 8, gpus: int = 8) -> None:
         self.folder = folder
         self.nodes = [f"127.0.0.{number}" for number in range(1, num_nodes + 1)]
-        self.environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PROGRAMS}
-        """For every command of SLURM that shall speak to this cluster."""
+        self.variables = {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PROGRAMS}
+        """What a command of SLURM needs to speak to this cluster."""
+        self.environment = os.environ | self.variables
         self._daemons = ExitStack()
         self._cpus, self._gpus = cpus, gpus
 

@@ -21,7 +21,7 @@ import pytest
 
 from dqt_dist.checkpoint.folder import step_of
 from dqt_dist.errors import EXIT_CODE, STOPPED_EXIT_CODE
-from tests.launchers.slurm_cluster import SlurmCluster, missing_daemons
+from tests.launchers.slurm_cluster import SlurmCluster, needs_slurm
 from tests.training.conftest import (
     ROOT,
     command,
@@ -32,6 +32,7 @@ from tests.training.conftest import (
 from tests.training.test_resume import digests
 
 SCRIPT = ROOT / "launchers/slurm/pretrain.sbatch"
+SUBMIT = ROOT / "launchers/slurm/submit.py"
 SITE_OPTIONS = ("nodes", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "time", "partition", "signal")
 
 
@@ -63,9 +64,6 @@ def test_options_stand_before_the_first_command() -> None:
 
 # ---- under SLURM ----
 
-needs_slurm = pytest.mark.skipif(
-    bool(missing_daemons()), reason=f"SLURM is missing ({', '.join(missing_daemons())}): make setup-slurm"
-)
 ENDED = ("COMPLETED", "FAILED", "CANCELLED")
 
 
@@ -133,10 +131,11 @@ def sbatch(cluster: SlurmCluster, folder: Path, *arguments: str, **variables: st
 
 
 def submit(cluster: SlurmCluster, folder: Path, on_signal: str = "", at_once: str = "", **variables: str) -> Job:
-    """The script over two nodes, with a shell program in place of Python. It does `at_once`, then waits for SIGTERM and
-    does `on_signal`."""
+    """The script over two nodes, with a shell program in place of Python. A task does `at_once`, then waits for SIGTERM
+    and does `on_signal`."""
     program = folder / "program"
-    lines = ("#!/bin/bash", f'trap "{on_signal}" TERM', "touch started-$SLURM_PROCID", at_once)
+    lines = ("#!/bin/bash", '[[ " $* " == *" --dry-run "* ]] && exit 0', f'trap "{on_signal}" TERM')
+    lines += ("touch started-$SLURM_PROCID", at_once)
     program.write_text("\n".join([*lines, "while true; do sleep 0.1; done", ""]))
     program.chmod(0o755)
     job = sbatch(cluster, folder, "configs/demo_cpu.json", PYTHON=str(program), **variables)
@@ -198,10 +197,18 @@ def saved_steps(run: Path) -> list[int]:
 
 
 def train(cluster: SlurmCluster, folder: Path, config: Path, *overrides: str) -> Job:
-    """The script as a user submits it, over two nodes with a rank each."""
+    """The script as submit.py submits it, over two nodes with a rank each. `folder` stands for the repository."""
+    (folder / "launchers").symlink_to(ROOT / "launchers")
     settings = [part for override in overrides for part in ("--set", override)]
-    variables = {"PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    return sbatch(cluster, folder, str(config), *settings, **variables)
+    done = subprocess.run(
+        [sys.executable, str(SUBMIT), "--config", str(config), "--nodes", "2", "--gpus-per-node", "1", *settings],
+        cwd=folder,
+        env=environment() | cluster.variables | {"PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return Job(cluster, folder, done.stdout.split()[-1])
 
 
 @pytest.mark.slow
@@ -215,12 +222,12 @@ def test_a_preempted_job_ends_with_the_bits_of_a_run_that_nobody_stopped(
 
     The length of the run is set when it has been stopped, so the other job cannot come too late.
     """
-    folder, run = tmp_path / "job", tmp_path / "run"
-    folder.mkdir()
+    run = tmp_path / "run"
     values = json.loads(config_file.read_text())
     values["training"] |= {"steps": 1_000_000, "sample_prompt": None}
+    values["checkpoint"]["keep_last"] = 99
     config_file.write_text(json.dumps(values))
-    job = train(cluster, folder, config_file)
+    job = train(cluster, tmp_path, config_file)
     cluster.wait_until(lambda: bool(saved_steps(run)), MOST_SECONDS)
     urgent = ("--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=true")
     cluster.run("sbatch", *urgent)
@@ -232,9 +239,9 @@ def test_a_preempted_job_ends_with_the_bits_of_a_run_that_nobody_stopped(
     job.start_again()
     cluster.wait_until(lambda: job.facts()["JobState"] in ENDED, MOST_SECONDS)
     assert job.stopped() == ("COMPLETED", "0", "1"), job.log()
-    said = (folder / f"dqt-{job.number}/rank0.log").read_text()
+    said = (tmp_path / f"dqt-{job.number}/rank0.log").read_text()
     assert f"stopped by a signal after step {stopped_at}" in said and f"resumed from {run}" in said
-    assert (folder / f"dqt-{job.number}/rank1.log").exists()
+    assert (tmp_path / f"dqt-{job.number}/rank1.log").exists()
     assert json.loads((run / "summary.json").read_text())["layout"]["data"] == 2
 
     through = tmp_path / "through"
@@ -246,7 +253,9 @@ def test_a_preempted_job_ends_with_the_bits_of_a_run_that_nobody_stopped(
 
 @needs_slurm
 def test_a_wrong_config_ends_the_job_with_its_message(cluster: SlurmCluster, config_file: Path, tmp_path: Path) -> None:  # noqa: F811
-    job = train(cluster, tmp_path, config_file, "parallel.pipeline=3")
+    """sbatch by hand: submit.py would not submit it."""
+    job = sbatch(cluster, tmp_path, str(config_file), "--set", "parallel.pipeline=3", PYTHON=sys.executable)
     cluster.wait_until(lambda: job.facts()["JobState"] in ENDED, MOST_SECONDS)
     assert job.stopped() == ("FAILED", str(EXIT_CODE), "0")
     assert job.log().count("model.num_layers: 2 is not divisible by parallel.pipeline = 3") == 1
+    assert not list(tmp_path.glob("dqt-*/*"))  # no task was started
