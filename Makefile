@@ -1,6 +1,7 @@
 # make setup   build .venv with the pinned versions          make test   the test suite
 # make demo    prepare text, train over 4 processes, report   make lint   ruff and pyright
 # make fuzz    10,000 damaged configs and some thousand other files; FUZZ_EXAMPLES=N for more or fewer
+# make setup-slurm   Debian's SLURM, for the tests that need it (root)
 # make soak    20 kills of a short run; three courses of 2,000 steps, stopped, killed, in changing layouts; SOAK="--steps N"
 # make test-gguf   exports run by llama.cpp, which it builds first (C++ compiler; 20 minutes on two cores)
 # A GPU node that brings its own torch: make setup TORCH= PYTHON=python3.12 (and see README.md).
@@ -17,11 +18,11 @@ LLAMA_CPP_STAMP := $(VENV)/.llama_cpp_installed
 
 FUZZ_EXAMPLES ?= 10000
 
-.PHONY: setup demo test test-gguf fuzz soak lint clean
+.PHONY: setup setup-slurm demo test test-gguf fuzz soak lint clean
 .DEFAULT_GOAL := help
 
 help:
-	@sed -n '1,6p' Makefile | cut -c3-
+	@sed -n '1,7p' Makefile | cut -c3-
 
 setup: $(STAMP)
 
@@ -31,6 +32,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(if $(TORCH),$(TORCH)) "setuptools>=77" wheel ninja py-cpuinfo
 	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	touch $@
+
+# Tests start clusters of their own from these programs (tests/launchers/slurm_cluster.py), not the system's services.
+setup-slurm:
+	@if ! command -v slurmctld > /dev/null; then \
+		[ "$$(id -u)" = 0 ] && command -v apt-get > /dev/null || { echo "setup-slurm needs root and apt-get; elsewhere install munged, slurmctld and slurmd" >&2; exit 1; }; \
+		apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends slurm-wlm munge > /dev/null; \
+	fi
 
 demo: $(STAMP)
 	PATH="$(CURDIR)/$(BIN):$$PATH" tools/demo.sh

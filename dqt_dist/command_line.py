@@ -28,8 +28,9 @@ class RaisingArgumentParser(argparse.ArgumentParser):
 
 def program_name() -> str:
     """What was typed to start this process: tools/evaluate.py in a clone, dqt-evaluate where it is installed."""
-    program = Path(sys.argv[0]).absolute()
-    return f"{program.parent.name}/{program.name}" if program.suffix == ".py" else program.name
+    program, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[1]
+    in_clone = program.suffix == ".py" and program.is_relative_to(root)
+    return str(program.relative_to(root)) if in_clone else program.name
 
 
 def make_parser(
@@ -42,6 +43,13 @@ def make_parser(
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def positive(text: str) -> int:
+    """The type of an argument that is a positive integer."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
+    return int(text)
 
 
 def print_any_text() -> None:

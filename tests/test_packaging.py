@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-SCRIPTS = sorted({*(ROOT / "launchers").glob("*.py"), *(ROOT / "tools").glob("*.py")})
+SCRIPTS = sorted({*(ROOT / "launchers").rglob("*.py"), *(ROOT / "tools").glob("*.py")})
 PIP = (sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check")
 
 SCRIPT = '''\
@@ -25,7 +25,7 @@ SCRIPT = '''\
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[{depth}]))
 
 from dqt_dist.commands.{module} import main
 
@@ -100,7 +100,8 @@ def test_an_installed_command_works_outside_the_repository(installed: Installed,
 def test_a_script_is_the_call_of_a_command_and_nothing_else(script: Path) -> None:
     commands = {module: command for command, module in COMMANDS.items()}
     command = commands[f"dqt_dist.commands.{script.stem}:main"]
-    assert script.read_text() == SCRIPT.format(command=command, module=script.stem)
+    depth = len(script.relative_to(ROOT).parents) - 1
+    assert script.read_text() == SCRIPT.format(command=command, module=script.stem, depth=depth)
     assert os.access(script, os.X_OK)
 
 

@@ -2,7 +2,8 @@
 
 A tool runs as it is quoted, in a folder that has what the commands name: runs/demo_cpu and runs/1b_ternary (a model of
 two steps), runs to compare, a corpus, a book and prepared data. Training commands of any launcher are checked with
---dry-run for as many processes as their layout needs; benchmarks and commands of other programs are not run.
+--dry-run for as many processes as their layout needs, submissions to SLURM with the --dry-run of theirs; benchmarks and
+commands of other programs are not run.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pydoc_data.topics import topics
 import pytest
 import zstandard
 
-from dqt_dist.commands import prepare_data
+from dqt_dist.commands import prepare_data, submit
 from dqt_dist.config import load_config
 from tests.config.test_command import run_pretrain
 from tests.export.conftest import (
@@ -44,12 +45,14 @@ def quoted(page: str) -> Iterator[list[str]]:
     """The words of each indented line that has one of our programs, without what is said about it."""
     for line in re.findall(r"^ {4}(\S.*)$", page, re.MULTILINE):
         command = re.split(r"\s{2,}|\s#", line)[0]
-        if re.match(r"(?:\w+=\S+ )*(?:tools/\w+\.py|launchers/pretrain\.py|\w+ .*launchers/pretrain\.py) ", command):
+        ours = r"(?:\w+=\S+ )*(?:tools/\w+\.py|launchers/[\w/]+\.py|\w+ .*launchers/pretrain\.py) "
+        if re.match(ours, command):
             yield [STAND_INS.get(word, word) for word in shlex.split(command)]
 
 
 COMMANDS = [(page, command) for page in PAGES for command in quoted((ROOT / page).read_text(encoding="utf-8"))]
 TOOLS = {shlex.join(command): command for _, command in COMMANDS if command[0].startswith("tools/")}
+SUBMISSIONS = {shlex.join(command): command[1:] for _, command in COMMANDS if command[0].endswith("/submit.py")}
 TRAINING = {
     shlex.join(command[index + 1 :]): command[index + 1 :]
     for _, command in COMMANDS
@@ -63,7 +66,7 @@ def test_the_commands_are_found() -> None:
     assert ["--checkpoint", "runs/1b_ternary", "--output", "export/1b"] in [command[1:] for command in TOOLS.values()]
     assert "--config configs/1b_ternary_fp8.json" in TRAINING
     assert any(command[0] == "torchrun" for _, command in COMMANDS)
-    assert (len(TOOLS), len(TRAINING)) >= (8, 6)
+    assert len(TOOLS) >= 8 and len(TRAINING) >= 6 and len(SUBMISSIONS) >= 2
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +96,12 @@ def test_a_quoted_tool_runs(command: list[str], folder: Path, monkeypatch: pytes
     program, *arguments = command
     tool = importlib.import_module(f"dqt_dist.commands.{Path(program).stem}")
     assert tool.main(arguments) == 0
+
+
+@pytest.mark.parametrize("arguments", SUBMISSIONS.values(), ids=SUBMISSIONS)
+def test_a_quoted_submission_is_valid(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert submit.main([*arguments, "--dry-run"]) == 0
 
 
 @pytest.mark.parametrize("arguments", TRAINING.values(), ids=TRAINING)

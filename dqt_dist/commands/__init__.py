@@ -1,6 +1,7 @@
 """What people start: one module per command, each with a `main` that returns the exit code.
 
     launchers/pretrain.py      dqt-pretrain        pretrain.py
+    launchers/slurm/submit.py  dqt-submit          submit.py
     tools/prepare_data.py      dqt-prepare-data    prepare_data.py
     tools/convert_ckpt.py      dqt-convert         convert_ckpt.py
     tools/evaluate.py          dqt-evaluate        evaluate.py

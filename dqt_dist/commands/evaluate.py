@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from dqt_dist.command_line import make_parser, run_tool
+from dqt_dist.command_line import make_parser, positive, run_tool
 
 EXAMPLES = """\
 examples:
@@ -30,13 +30,6 @@ what is scored:
 
 Wrong input ends with one message and exit code 2.
 """
-
-
-def positive(word: str) -> int:
-    """An integer of at least 1, for argparse."""
-    if (number := int(word)) < 1:
-        raise argparse.ArgumentTypeError(f"{number} is not at least 1")
-    return number
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

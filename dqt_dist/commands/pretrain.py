@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dqt_dist.command_line import RaisingArgumentParser, make_parser, print_any_text, side_matter
+from dqt_dist.command_line import RaisingArgumentParser, make_parser, positive, print_any_text, side_matter
 from dqt_dist.config import Config, check_world, load_config
 from dqt_dist.errors import RUN_ERROR_EXIT_CODE, STOPPED_EXIT_CODE, told
 from dqt_dist.launch import discover, export, leave_warnings_to_first_rank, report
@@ -23,7 +23,7 @@ one machine:         deepspeed launchers/pretrain.py --config configs/1b_ternary
 MPI:                 mpirun -n 8 python launchers/pretrain.py --config configs/1b_ternary.json
                      launchers/mpi/pretrain.sh HOSTFILE configs/1b_ternary.json
 SLURM:               srun --ntasks-per-node 8 python launchers/pretrain.py --config configs/1b_ternary.json
-                     sbatch launchers/slurm/pretrain.sbatch configs/1b_ternary.json
+                     launchers/slurm/submit.py --config configs/1b_ternary.json --nodes 2 --gpus-per-node 8
 installed command:   torchrun --no-python --nproc-per-node 8 dqt-pretrain --config configs/1b_ternary.json
                      deepspeed --no_python dqt-pretrain --config configs/1b_ternary.json
 no GPU:              DS_ACCELERATOR=cpu deepspeed --num_gpus 4 launchers/pretrain.py --config configs/demo_cpu.json
@@ -109,13 +109,6 @@ def parse_arguments() -> argparse.Namespace:
     if args.look is None and (args.world_size or args.gpu or args.check_files):
         parser.error("--world-size, --gpus, --gpu and --check-files go with --dry-run, --plan or --suggest")
     return args
-
-
-def positive(text: str) -> int:
-    """The type of an argument that is a positive integer."""
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive integer")
-    return int(text)
 
 
 def look(args: argparse.Namespace, config: Config, world_size: int) -> None:

@@ -267,7 +267,7 @@ def test_bad_input_is_one_message(
 def test_numbers_below_one_are_refused(option: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as stop:
         tool.main(["--checkpoint", "x", "--data", "x", option, "0"])
-    assert stop.value.code == EXIT_CODE and "0 is not at least 1" in capsys.readouterr().err
+    assert stop.value.code == EXIT_CODE and "'0' is not a positive integer" in capsys.readouterr().err
 
 
 def test_a_damaged_export_is_one_message(
