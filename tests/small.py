@@ -27,6 +27,7 @@ VALUES: dict[str, Any] = {
     "data": {"train": [{"path": "unused"}], "tokenizer": "unused", "num_workers": 0},
     "training": {"steps": 10, "micro_batch_size": 2, "global_batch_size": 12},
     "checkpoint": {"dir": "unused"},
+    "logging": {"interval": 1},
 }
 
 

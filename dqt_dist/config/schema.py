@@ -465,6 +465,14 @@ class Config(Section):
         """Where the run keeps what it has found out about its data: the order of samples, smallest and largest ids."""
         return f"{self.checkpoint.dir}/data_index"
 
+    def shows_metrics(self, step: int) -> bool:
+        """Whether the run writes a line of metrics after `step`."""
+        return step % self.logging.interval == 0 or step in (1, self.training.steps)
+
+    def shows_codes(self, step: int) -> bool:
+        """Whether the run writes figures of each matrix to TensorBoard after `step`."""
+        return self.logging.tensorboard and step % self.logging.histogram_interval == 0
+
     @property
     def layers_per_chunk(self) -> int:
         """Blocks of a model chunk."""

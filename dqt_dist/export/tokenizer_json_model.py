@@ -11,7 +11,6 @@ A pre-tokenizer cuts a text into words before merges; llama.cpp has its own code
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any, ClassVar
 
 from dqt_dist.data.tokenizer_json import SPACE, JsonTokenizer
 from dqt_dist.export.sentencepiece_model import Limits, overlaps, some
+from dqt_dist.json_files import parse_json
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -140,7 +140,7 @@ def read_model(tokenizer: JsonTokenizer) -> TokenizerJsonModel:
     return TokenizerJsonModel(
         path=tokenizer.path,
         form=tokenizer.form,
-        full=json.loads(tokenizer.fast.to_str()),
+        full=parse_json(tokenizer.fast.to_str()),
         pieces=[tokenizer.fast.id_to_token(i) for i in range(tokenizer.vocab_size)],
         added=added,
         eos_id=tokenizer.eod_id,

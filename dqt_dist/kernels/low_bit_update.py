@@ -38,16 +38,18 @@ def update_rows(
     weight_decay: float,
     key: RoundingKey,
     latents: Tensor | None = None,
+    counted: bool = True,
 ) -> Tensor:
     """Updates rows [start, start + len(direction)) in place. Arguments and meaning: `update_rows_reference`.
 
-    Returns int32 or int64 [n, parts, counts], counts of each part of each row.
+    Returns int32 or int64 [n, parts, counts], counts of each part of each row. Unless `counted`, only the sums of |L|
+    are sure to be there: the kernel saves the instructions of the others, which are 0 then.
     """
     if kernel_fits(weight):
         # Triton need not be installed where there is no CUDA.
         from dqt_dist.kernels.low_bit_update_triton import update_rows_triton
 
-        return update_rows_triton(weight, direction, start, learning_rate, weight_decay, key, latents)
+        return update_rows_triton(weight, direction, start, learning_rate, weight_decay, key, latents, counted)
     return update_rows_reference(weight, direction, start, learning_rate, weight_decay, key, latents=latents)
 
 

@@ -24,8 +24,9 @@ Bytes that move per ternary weight:
                                                                 second moment, of which nothing is stored here
     32-bit moments       8 read, 8 written                      with AdamW
 
-With 8-bit moments an H200 spends more time on instructions than on these bytes. So instructions count: 52 per weight
-for ternary codes, 10 of them for Philox. One Philox call serves both the codes and the moments of four weights.
+With 8-bit moments an H200 spends more time on instructions than on these bytes. So instructions count: 48 per weight
+for ternary codes, 10 of them for Philox, and 58 with 8-bit latents. A step whose figures are shown counts flips, zeros
+and clamped weights, with 52 and 68. One Philox call serves both the codes and the moments of four weights.
 docs/benchmarks/kernels.md lists the cost of each part.
 
 One program works on one row, or on a part of a row where there are few rows. Matrix, scale and first element index are
@@ -133,21 +134,22 @@ def _round_and_store(
     codes_row, latents_row, old, old_latents, wanted, words, ratio, start, columns, packed_columns, packed_latents,
     STOCHASTIC: tl.constexpr, QMIN: tl.constexpr, QMAX: tl.constexpr, STORAGE_BITS: tl.constexpr,
     LATENT_QMIN: tl.constexpr, LATENT_QMAX: tl.constexpr, LATENT_STORAGE_BITS: tl.constexpr,
-    BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr, WHOLE: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
     """Rounds wanted fields, fp32 [BLOCK] and finite, and stores their groups over `old`.
 
     With latents (LATENT_STORAGE_BITS is not 0) these are fields of latents, whose bytes are stored over `old_latents`,
     and the codes of the new latents are stored over `old`. Returns what COUNTS and LATENT_COUNTS of lowbit/update.py
-    name, for every 8 columns: int32 [BLOCK / 8], clamped weights and sums of |L| in fp32.
+    name, for every 8 columns: int32 [BLOCK / 8], clamped weights and sums of |L| in fp32. Unless COUNTED, all but the
+    sums of |L| are 0.
     """
     HAS_LATENTS: tl.constexpr = LATENT_STORAGE_BITS > 0
     STORED_QMIN: tl.constexpr = LATENT_QMIN if HAS_LATENTS else QMIN
     STORED_QMAX: tl.constexpr = LATENT_QMAX if HAS_LATENTS else QMAX
     inside_grid = clamp_to_span(wanted, STORED_QMAX - STORED_QMIN)
     new = round_fields(inside_grid, words, STORED_QMIN, STOCHASTIC)
-    clamped = tl.where(inside_grid != wanted, 1.0, 0.0)
-    latent_flips, abs_sum = _no_counts(BLOCK)
+    flips, clamped = _no_counts(BLOCK)
+    zeros, latent_flips, abs_sum = flips, flips, clamped
     if HAS_LATENTS:
         new_latents = new
         new, latents = _codes_of_latents(new, ratio, LATENT_QMIN, QMIN, QMAX)
@@ -159,17 +161,21 @@ def _round_and_store(
             new_latents = tl.where(inside, new_latents, 0)
         new_latents = pack_fields(new_latents, LATENT_QMIN, LATENT_STORAGE_BITS, BLOCK)
         store_packed(latents_row, new_latents, start, packed_latents, LATENT_STORAGE_BITS, BLOCK, WHOLE)
-        latent_flips = count_nonzero_fields(old_latents ^ new_latents, LATENT_STORAGE_BITS, BLOCK)
+        if COUNTED:
+            latent_flips = count_nonzero_fields(old_latents ^ new_latents, LATENT_STORAGE_BITS, BLOCK)
         abs_sum = tl.sum(tl.reshape(magnitudes, (BLOCK // 8, 8)), axis=1)
     if not WHOLE:
-        inside = start + tl.arange(0, BLOCK) < columns
-        clamped = tl.where(inside, clamped, 0.0)
-        new = tl.where(inside, new, 0)
+        new = tl.where(start + tl.arange(0, BLOCK) < columns, new, 0)
     new = pack_fields(new, QMIN, STORAGE_BITS, BLOCK)
     store_packed(codes_row, new, start, packed_columns, STORAGE_BITS, BLOCK, WHOLE)
-    zeros = 8 - count_nonzero_fields(new ^ group_of_zero_codes(QMIN, STORAGE_BITS), STORAGE_BITS, BLOCK)
-    flips = count_nonzero_fields(old ^ new, STORAGE_BITS, BLOCK)
-    return flips, zeros, tl.sum(tl.reshape(clamped, (BLOCK // 8, 8)), axis=1), latent_flips, abs_sum
+    if COUNTED:
+        zeros = 8 - count_nonzero_fields(new ^ group_of_zero_codes(QMIN, STORAGE_BITS), STORAGE_BITS, BLOCK)
+        flips = count_nonzero_fields(old ^ new, STORAGE_BITS, BLOCK)
+        outside_grid = tl.where(inside_grid != wanted, 1.0, 0.0)
+        if not WHOLE:
+            outside_grid = tl.where(start + tl.arange(0, BLOCK) < columns, outside_grid, 0.0)
+        clamped = tl.sum(tl.reshape(outside_grid, (BLOCK // 8, 8)), axis=1)
+    return flips, zeros, clamped, latent_flips, abs_sum
 
 
 @triton.jit
@@ -223,6 +229,7 @@ def _update_kernel(
     LATENT_STORAGE_BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     """One rounding update of `rows` rows; program (i, j) has the j-th part of row i. Source: arXiv 2412.04787.
 
@@ -263,6 +270,7 @@ def _update_kernel(
                                                                   there are none
     BLOCK                 constexpr                int            columns handled at once
     WHOLE                 constexpr                bool           `columns` is a multiple of BLOCK
+    COUNTED               constexpr                bool           flips, zeros and clamped weights are counted
     """
     row, first, last, first_counter, id_word = _locate_program(first_element, matrix_id, columns, columns_per_program)
     stored_per_direction = learning_rate / tl.load(stored_scale + row)
@@ -289,7 +297,7 @@ def _update_kernel(
         new_flips, new_zeros, new_clamped, new_latent_flips, new_abs_sum = _round_and_store(
             codes_row, latents_row, old, old_latents, wanted, words, ratio, start, columns, packed_columns,
             packed_latents, STOCHASTIC, QMIN, QMAX, STORAGE_BITS, LATENT_QMIN, LATENT_QMAX, LATENT_STORAGE_BITS,
-            BLOCK, WHOLE,
+            BLOCK, WHOLE, COUNTED,
         )  # fmt: skip
         flips += new_flips
         zeros += new_zeros
@@ -307,8 +315,9 @@ def update_rows_triton(
     weight_decay: float,
     key: RoundingKey,
     latents: Tensor | None = None,
+    counted: bool = True,
 ) -> Tensor:
-    """As `update_rows_reference`, with counts in parts. `direction` is contiguous, on the device of the codes."""
+    """As `update_rows` of low_bit_update.py. `direction` is contiguous, on the device of the codes."""
     assert direction.dtype == torch.float32 and direction.is_contiguous()
     assert latents is None or latents.is_contiguous()
     rows = direction.shape[0]
@@ -325,7 +334,7 @@ def update_rows_triton(
         learning_rate,
         1.0 - learning_rate * weight_decay,
         *_walk_arguments(weight, division, key),
-        **_constants(weight, key),
+        **_constants(weight, key, counted),
     )
     return division.counts
 
@@ -457,6 +466,7 @@ def _adamw_kernel(
     LATENT_STORAGE_BITS: tl.constexpr,
     BLOCK: tl.constexpr,
     WHOLE: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     """One AdamW step and rounding update of `rows` rows; program (i, j) has the j-th part of row i.
 
@@ -534,6 +544,7 @@ def _adamw_kernel(
                                                                        where there are none
     BLOCK                  constexpr                    int            columns handled at once
     WHOLE                  constexpr                    bool           `columns` is a multiple of BLOCK
+    COUNTED                constexpr                    bool           flips, zeros and clamped weights are counted
     """
     row, first, last, first_counter, id_word = _locate_program(first_element, matrix_id, columns, columns_per_program)
     is_taken = True
@@ -590,7 +601,7 @@ def _adamw_kernel(
         new_flips, new_zeros, new_clamped, new_latent_flips, new_abs_sum = _round_and_store(
             codes_row, latents_row, old, old_latents, wanted, words, ratio, start, columns, packed_columns,
             packed_latents, STOCHASTIC, QMIN, QMAX, STORAGE_BITS, LATENT_QMIN, LATENT_QMAX, LATENT_STORAGE_BITS,
-            BLOCK, WHOLE,
+            BLOCK, WHOLE, COUNTED,
         )  # fmt: skip
         flips += new_flips
         zeros += new_zeros
@@ -609,8 +620,9 @@ def adamw_update_rows_triton(
     learning_rate: float,
     adamw: AdamW,
     key: RoundingKey,
+    counted: bool = True,
 ) -> Tensor:
-    """As `adamw_update_rows_reference` of optim/adamw.py, with counts in parts.
+    """As `adamw_update_rows` of optim/adamw.py.
 
     Gradient and moments are contiguous, on the device of the codes.
     """
@@ -660,7 +672,7 @@ def adamw_update_rows_triton(
         SIGNED_EXPONENT_MIN=SIGNED_EXPONENT_MIN,
         UNSIGNED_EXPONENT_MIN=UNSIGNED_EXPONENT_MIN,
         DECAYS=adamw.weight_decay > 0,
-        **_constants(weight, key),
+        **_constants(weight, key, counted),
     )
     return division.counts
 
@@ -730,7 +742,7 @@ def _walk_arguments(weight: LowBitMatrix, division: _Division, key: RoundingKey)
     )
 
 
-def _constants(weight: LowBitMatrix, key: RoundingKey) -> dict[str, int | bool]:
+def _constants(weight: LowBitMatrix, key: RoundingKey, counted: bool) -> dict[str, int | bool]:
     """Constexpr parameters that both kernels have, and launch options."""
     grid, latent_grid = weight.grid, weight.latent_grid
     return {
@@ -743,5 +755,6 @@ def _constants(weight: LowBitMatrix, key: RoundingKey) -> dict[str, int | bool]:
         "LATENT_STORAGE_BITS": 0 if latent_grid is None else latent_grid.storage_bits,
         "BLOCK": BLOCK,
         "WHOLE": weight.columns % BLOCK == 0,
+        "COUNTED": counted,
         "num_warps": NUM_WARPS,
     }

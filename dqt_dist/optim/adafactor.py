@@ -104,6 +104,7 @@ class AdafactorRule:
                 settings.weight_decay,
                 settings.key,
                 None if latents is None else latents[block],
+                settings.counted,
             )
 
     def directions(self, rows: OwnedRows, gradient: GradientOfRows) -> Iterator[tuple[slice, Tensor]]:

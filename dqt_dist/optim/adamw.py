@@ -91,6 +91,7 @@ def adamw_update_rows(
     learning_rate: float,
     adamw: AdamW,
     key: RoundingKey,
+    counted: bool = True,
 ) -> Tensor:
     """One AdamW step of rows [start, start + len(gradient)): moments and codes change in place.
 
@@ -100,13 +101,13 @@ def adamw_update_rows(
     element that is not finite, or is above GRADIENT_LIMIT, counts as zero. `moments` are those of the n rows;
     `key.step` is Adam's t.
 
-    Returns integers [n, parts, 3]: flips, zeros and clamped weights of each part of each row.
+    Returns counts of each part of each row, as `update_rows` of kernels/low_bit_update.py does.
     """
     if kernel_fits(weight):
         # Triton need not be installed where there is no CUDA.
         from dqt_dist.kernels.low_bit_update_triton import adamw_update_rows_triton
 
-        return adamw_update_rows_triton(weight, gradient, moments, start, clip, learning_rate, adamw, key)
+        return adamw_update_rows_triton(weight, gradient, moments, start, clip, learning_rate, adamw, key, counted)
     return adamw_update_rows_reference(weight, gradient, moments, start, clip, learning_rate, adamw, key)
 
 
@@ -197,6 +198,7 @@ class AdamWRule:
                 settings.learning_rate,
                 adamw,
                 settings.key,
+                settings.counted,
             )
             if self.offload:
                 for name, tensor in kept.items():

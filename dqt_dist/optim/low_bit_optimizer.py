@@ -133,7 +133,7 @@ class LowBitOptimizer:
         settings = self._settings(clip, norm)
         means = deque(rows.gradient.take() for rows in self.rows)
         self.rule.prepare(self.rows, list(means), settings)
-        self.scale_refit.write()
+        self.scale_refit.write(clip)
         for index in range(len(self.rows)):
             # Each gradient is freed as soon as it has been used.
             self._update(index, means.popleft(), settings)
@@ -142,12 +142,18 @@ class LowBitOptimizer:
         """Phase 3 for one matrix, as soon as the mean of its gradient is known."""
         if self.gatherer is not None:
             self.gatherer.invalidate(index)
-        self.scale_refit.write(index)
+        self.scale_refit.write_one(index)
         self._update(index, mean, self._settings(None, None))
 
     def _settings(self, clip: Tensor | None, norm: Tensor | None) -> UpdateSettings:
         key = RoundingKey(self.config.training.seed, self.rates.step, self.config.quantization.rounding)
-        return UpdateSettings(self.rates.low_bit_learning_rate, self.rates.low_bit_weight_decay, key, clip, norm)
+        rates = self.rates.low_bit_learning_rate, self.rates.low_bit_weight_decay
+        return UpdateSettings(*rates, key, clip, norm, self.counted)
+
+    @property
+    def counted(self) -> bool:
+        """Whether the update of this step counts flips, zeros and clamped weights: where the run shows them."""
+        return self.config.shows_metrics(self.rates.step) or self.config.shows_codes(self.rates.step)
 
     def _update(self, index: int, mean: Tensor, settings: UpdateSettings) -> None:
         rows = self.rows[index]

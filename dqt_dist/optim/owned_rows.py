@@ -90,3 +90,5 @@ class UpdateSettings:
     """fp32 scalar on the device, a factor of the gradients. None when the global norm is not known yet."""
     norm: Tensor | None
     """The global norm, of the gradients before they are multiplied by `clip`; None when it is not known yet."""
+    counted: bool
+    """Whether the counts of the update will be looked at. The sums of |L| are there in any case."""

@@ -16,7 +16,6 @@ from torch import Tensor
 from dqt_dist.config import QuantizationConfig
 from dqt_dist.lowbit.grid import make_grid
 from dqt_dist.lowbit.latent import codes_per_latent, refit_scale, scale_multiple
-from dqt_dist.lowbit.matrix import ScaleTensors
 from dqt_dist.lowbit.update import LATENT_COUNTS
 from dqt_dist.optim.owned_rows import OwnedRows
 from dqt_dist.parallel.groups import Groups
@@ -43,13 +42,13 @@ class ScaleRefit:
         """Number of the matrix of each row, of each shard."""
         self._matrix_of_count: tuple[list[torch.Size], Tensor] | None = None
         """Number of the matrix of each count, with the shapes of the counts it was made for."""
-        self._new: list[ScaleTensors] = []
-        """What this step writes to each shard. Empty in a step without a refit."""
+        self._new: Tensor | None = None
+        """Scale of each matrix that this step writes; None in a step without a refit."""
 
     @torch.no_grad()
     def begin_step(self, step: int) -> None:
         """Makes the scales of a step in which there is a refit. A collective call."""
-        self._new = []
+        self._new = None
         if not self.interval or step % self.interval:
             return
         abs_sum = self._abs_sums()
@@ -58,18 +57,29 @@ class ScaleRefit:
             dist.all_reduce(abs_sum, group=self.groups.data)
         latent_scale = torch.cat([weight.latent_scale for weight in self.weights])
         before = torch.cat([weight.scale for weight in self.weights])
-        scale = refit_scale(abs_sum, self._numel, latent_scale, before, self.multiple)
-        ratio = codes_per_latent(scale, latent_scale, self.threshold)
-        matrix_of_row = torch.cat(self._matrix_of_row)
-        of_rows = (values[matrix_of_row].split(self._num_rows) for values in (scale, ratio))
-        self._new = [ScaleTensors(*values) for values in zip(scale.split(self._num_matrices), *of_rows, strict=True)]
+        self._new = refit_scale(abs_sum, self._numel, latent_scale, before, self.multiple)
 
-    def write(self, index: int | None = None) -> None:
-        """Writes the scales of this step, if it has some, to all shards or to one."""
-        chosen = slice(None) if index is None else slice(index, index + 1)
-        if not self._new:
-            return
-        weights, new = self.weights[chosen], self._new[chosen]
+    @torch.no_grad()
+    def write(self, clip: Tensor) -> None:
+        """Writes the scales of this step, if it has some, to all shards. A `clip` (0-dim) of 0 skips the step."""
+        if self._new is not None:
+            before = torch.cat([weight.scale for weight in self.weights])
+            self._write(slice(None), torch.where(clip > 0, self._new, before), torch.cat(self._matrix_of_row))
+
+    @torch.no_grad()
+    def write_one(self, index: int) -> None:
+        """Writes the scales of this step, if it has some, to one shard."""
+        if self._new is not None:
+            scale = self._new.split(self._num_matrices)[index]
+            self._write(slice(index, index + 1), scale, self.weights[index].row_matrix.int())
+
+    def _write(self, chosen: slice, scale: Tensor, matrix_of_row: Tensor) -> None:
+        """Writes `scale` of the matrices of some shards, and what follows from it. `matrix_of_row` are places in it."""
+        weights, num_rows = self.weights[chosen], self._num_rows[chosen]
+        latent_scale = torch.cat([weight.latent_scale for weight in weights])
+        ratio = codes_per_latent(scale, latent_scale, self.threshold)
+        of_rows = (values[matrix_of_row].split(num_rows) for values in (scale, ratio))
+        new = zip(scale.split(self._num_matrices[chosen]), *of_rows, strict=True)
         written = [tensor for weight in weights for tensor in weight.scale_tensors()]
         copies = [tensor for tensors in new for tensor in tensors]
         torch._foreach_copy_(written, copies)  # pyright: ignore[reportPrivateImportUsage]

@@ -235,7 +235,7 @@ class Trainer:
         )
 
     def _after_step(self, result: StepResult) -> None:
-        logging, training, checkpoint = self.config.logging, self.config.training, self.config.checkpoint
+        training, checkpoint = self.config.training, self.config.checkpoint
         self.watchdog.mark("between steps", self.step)
         self.recorder.step_done()
         if self.replay is not None and self.replay.repeated:
@@ -243,7 +243,7 @@ class Trainer:
         asked_to_stop, skipped = agree(self.stop.received, int(self.optimizer.skipped_in_a_row_on_host))
         if training.replica_check_interval and self.step % training.replica_check_interval == 0:
             self._check_replicas()
-        if self.step % logging.interval == 0 or self.step in (1, training.steps):
+        if self.config.shows_metrics(self.step):
             self._log(result)
         if self.profiler.is_complete:
             self._write_trace()
@@ -252,7 +252,7 @@ class Trainer:
         # A stop waits for a step that is not skipped, so that there is something to save.
         if asked_to_stop and not self.optimizer.skipped_in_a_row:
             raise _Stopped
-        if self.step % logging.histogram_interval == 0:
+        if self.config.shows_codes(self.step):
             self._log_codes()
         if self._validation_is_due():
             self._validate()
@@ -333,7 +333,7 @@ class Trainer:
         self._start_clock()
 
     def _log_codes(self) -> None:
-        if not self.optimizer.low_bit.enabled or not self.config.logging.tensorboard:
+        if not self.optimizer.low_bit.enabled:
             return
         self._stop_clock()
         grid = self.optimizer.low_bit.grid

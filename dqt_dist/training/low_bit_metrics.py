@@ -59,7 +59,8 @@ class LowBitMetricsCollector:
         self.counts_here = optimizer.sharded or groups.data.rank() == 0
 
     def collect(self) -> LowBitMetrics:
-        """Metrics of the last update. A collective call."""
+        """Metrics of the last update, which has counted them. A collective call."""
+        assert self.optimizer.counted, f"the counts of step {self.optimizer.rates.step} were left out"
         columns = list(self.metrics.values())
         table = torch.zeros(len(self.names), len(columns) + 1, dtype=torch.int64, device=self.groups.device)
         if self.counts_here:

@@ -39,6 +39,9 @@ if INTERPRETED:
     DIVIDED, STEPS = 1060, 2
 
 
+# Whole blocks, blocks and a rest.
+UNCOUNTED_COLUMNS = [256, 260]
+
 # (bits of the codes, bits of the latents): fields of every size, ternary codes and others.
 LATENT_BITS = [("ternary", 4), ("ternary", 6), ("ternary", 8), (2, 3), (4, 5)]
 if INTERPRETED:
@@ -99,6 +102,35 @@ def random_latents(weight: LowBitMatrix) -> Tensor:
     assert grid is not None
     latents = torch.randint(grid.qmin, grid.qmax + 1, (weight.rows, weight.columns), device=weight.codes.device)
     return pack(latents, grid)
+
+
+@pytest.mark.parametrize("kernel", ["direction", "adamw"])
+@pytest.mark.parametrize("columns", UNCOUNTED_COLUMNS)
+@pytest.mark.parametrize(("bits", "latent_bits"), [*LATENT_BITS, ("ternary", None), (8, None)])
+def test_an_update_that_is_not_counted_has_the_same_bits(
+    run: Runner, bits, latent_bits: int | None, columns: int, kernel: str
+) -> None:
+    """Only its counts are 0, but for the sums of |L|, which refits read."""
+    given = torch.randn(sum(BLOCK_ROWS), columns, device=run.device)
+    first, second = fused_pair(bits, columns, run.device, latent_bits=latent_bits)
+    latents = None if latent_bits is None else random_latents(first)
+    found = []
+    for weight, counted in ((first, True), (second, False)):
+        state = {} if latents is None else {"latent": latents.clone()}
+        key = RoundingKey(3, 1, "stochastic")
+        if kernel == "direction":
+            update = partial(update_rows, latents=state.get("latent"), counted=counted)
+            counts = run(update, weight, given, 0, 2e-2, 0.1, key)
+        else:
+            state |= new_moments(*given.shape, 32, torch.device(run.device))
+            clip = torch.tensor(0.5, device=run.device)
+            update = partial(adamw_update_rows, counted=counted)
+            counts = run(update, weight, given, state, 0, clip, 2e-2, LIKE_PAPER, key)
+        found.append((weight.codes, state, counts))
+    (codes, state, counts), (other_codes, other_state, other_counts) = found
+    assert torch.equal(codes, other_codes) and int(counts[..., 0].sum()) > 0
+    assert all(torch.equal(tensor, other_state[name]) for name, tensor in state.items())
+    assert not other_counts[..., :4].any() and torch.equal(counts[..., 4:], other_counts[..., 4:])
 
 
 @pytest.mark.parametrize("mode", ["stochastic", "nearest"])

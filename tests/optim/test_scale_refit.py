@@ -42,12 +42,12 @@ def run_with_a_step(*overrides: str) -> Run:
 
 def launched(rank: int, world_size: int, *overrides: str) -> list[str]:
     """Operations of the second refit after a step; the first one finds what is kept afterwards."""
-    refit = run_with_a_step(*overrides).optimizer.low_bit.scale_refit
+    refit, clip = run_with_a_step(*overrides).optimizer.low_bit.scale_refit, torch.tensor(1.0)
     refit.begin_step(NEXT_STEP)
-    refit.write()
+    refit.write(clip)
     with Launched() as found:
         refit.begin_step(NEXT_STEP)
-        refit.write()
+        refit.write(clip)
     return found.names
 
 
@@ -70,7 +70,7 @@ def check_what_is_written(rank: int, world_size: int) -> None:
         assert not torch.equal(wanted, rows.weight.scale)
         before = rows.weight.scale_tensors()
         low_bit.scale_refit.begin_step(NEXT_STEP)
-        low_bit.scale_refit.write(index)
+        low_bit.scale_refit.write_one(index)
         after = rows.weight.scale_tensors()
         # CUDA graphs read the values of rows where these have always been.
         assert [tensor.data_ptr() for tensor in before] == [tensor.data_ptr() for tensor in after]
