@@ -84,11 +84,18 @@ STAGE_3_FACTOR, OFFLOAD_FACTOR = 97_803 / 99_955, 73_003 / 99_955
 class Speed:
     """What is expected of a step."""
 
-    seconds: float
+    parts: dict[str, float]
+    """Seconds: those of `products`, with what is recomputed, as one GPU has them, and what each part of the layout adds:
+    tensor, pipeline, ZeRO 3, offload, data, network."""
     tokens_per_second: float
     mfu: float
     notes: tuple[str, ...]
     """Where the numbers come from, and what was not measured; one line each."""
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return sum(self.parts.values())
 
     @property
     def measured(self) -> bool:
@@ -106,7 +113,11 @@ def expected_speed(config: Config, grid: ProcessGrid, device: Device) -> Speed |
     mfu, notes = _single_gpu(config)
     if device.name != "H200":
         notes.append(f"one {device.name} is taken to be as efficient as the H200 of that page, by its bf16 peak")
-    seconds = flops / (grid.world_size * device.bf16_tflops * 1e12 * mfu)
+    parts = {"products": flops / (grid.world_size * device.bf16_tflops * 1e12 * mfu)}
+
+    def slow_down(part: str, share: float) -> None:
+        parts[part] = sum(parts.values()) * (1 / share - 1)
+
     layout_page = LAYOUTS if uses_cuda_graph(config) else PLANNING
     method = "dqt-fp8" if quantization.method == "dqt" else "none"
     if quantization.method == "dqt" and quantization.compute != "fp8" and grid.tensor * grid.pipeline > 1:
@@ -117,42 +128,39 @@ def expected_speed(config: Config, grid: ProcessGrid, device: Device) -> Speed |
         notes.append("factored second moment: unmeasured, as a full one")
     if grid.tensor > 1:
         rate = TENSOR_SECONDS_PER_BYTE[_row(method, TENSOR_SECONDS_PER_BYTE, config)]
-        beside = sum(sent_to_tensor_ranks(config, grid, last_stage(config)).values()) * rate
-        share = seconds / (seconds + beside)
-        seconds += beside
+        parts["tensor"] = sum(sent_to_tensor_ranks(config, grid, last_stage(config)).values()) * rate
+        share = parts["products"] / sum(parts.values())
         measured = _measured("tensor", grid.tensor, config, layout_page)
         notes.append(f"tensor {grid.tensor}: {share:.2f} of single GPUs; {measured}")
     if grid.pipeline > 1:
         factor = PIPELINE_FACTORS[_row(method, PIPELINE_FACTORS, config)] ** math.log2(grid.pipeline)
-        seconds /= factor
         measured = _measured("pipeline", grid.pipeline, config, layout_page)
         notes.append(f"pipeline {grid.pipeline}: {factor:.2f} of single GPUs; {measured}")
         chunks = parallel.virtual_pipeline or 1
         bubble = grid.num_microbatches / (grid.num_microbatches + (grid.pipeline - 1) / chunks)
-        seconds /= bubble
+        slow_down("pipeline", factor * bubble)
         notes.append(f"pipeline bubble: {bubble:.2f} of the time is left")
     if config.zero_stage == 3 and grid.data > 1:
-        seconds /= STAGE_3_FACTOR
+        slow_down("ZeRO 3", STAGE_3_FACTOR)
         notes.append(f"ZeRO 3: {STAGE_3_FACTOR:.2f}, {ZERO_STAGES}, 4 GPUs")
     if config.offloads_optimizer:
-        seconds /= OFFLOAD_FACTOR
+        slow_down("offload", OFFLOAD_FACTOR)
         notes.append(f"offloaded optimizer: {OFFLOAD_FACTOR:.2f}, {ZERO_STAGES}, 4 GPUs")
     far = bytes_to_other_machines(config, grid)
     if grid.data > 1:
         key = _exchange_key(config)
-        exchange = (sum(_exchanged(config, grid).values()) - far) * SECONDS_PER_BYTE[key]
-        seconds += exchange
+        parts["data"] = (sum(_exchanged(config, grid).values()) - far) * SECONDS_PER_BYTE[key]
         page = LAYOUTS if "graph" in key else PLANNING
-        notes.append(f"data {grid.data}: {1000 * exchange:.0f} ms a step; {_measured('data', grid.data, config, page)}")
+        notes.append(f"data {grid.data}: {1000 * parts['data']:.0f} ms a step; {_measured('data', grid.data, config, page)}")
     if grid.world_size > MACHINE_GPUS:
-        between = (far + _pipeline_messages(config, grid)) / NETWORK_BYTES_PER_SECOND
-        seconds += between
+        parts["network"] = (far + _pipeline_messages(config, grid)) / NETWORK_BYTES_PER_SECOND
         notes.append(
-            f"more than {MACHINE_GPUS} GPUs: {1000 * between:.0f} ms a step between machines, unmeasured, at "
+            f"more than {MACHINE_GPUS} GPUs: {1000 * parts['network']:.0f} ms a step between machines, unmeasured, at "
             f"{NETWORK_BYTES_PER_SECOND / 1e9:.0f} GB/s a GPU"
         )
+    seconds = sum(parts.values())
     mfu = flops / seconds / (grid.world_size * device.bf16_tflops * 1e12)
-    return Speed(seconds, tokens / seconds, mfu, tuple(notes))
+    return Speed(parts, tokens / seconds, mfu, tuple(notes))
 
 
 def _row(name: str, table: Collection[str], config: Config) -> str:

@@ -82,7 +82,7 @@ def _data_calls(config: Config, grid: ProcessGrid, stage: int) -> Iterator[Call]
     ]
     if config.zero_stage in (1, 2):
         yield from gathered
-    if config.zero_stage == 3:
+    if config.zero_stage == 3 and low_bit:
         for index in _gathers_of_stage_3(config, grid, len(low_bit)):
             yield gathered[index]
     yield from _deepspeed_calls(config, grid, stage)

@@ -13,8 +13,8 @@ from dqt_dist.plan import speed
 from dqt_dist.plan.arithmetic import device_named, flops_per_token
 from dqt_dist.plan.footprint import largest_footprint
 from dqt_dist.plan.memory import stage_weights
-from dqt_dist.plan.report import without_codes
-from dqt_dist.plan.traffic import sent_to_data_ranks, sent_to_tensor_ranks
+from dqt_dist.plan.report import plan, without_codes
+from dqt_dist.plan.traffic import bytes_sent, sent_to_data_ranks, sent_to_tensor_ranks
 from tests.config.test_shipped import WORLD_SIZES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -216,3 +216,13 @@ def test_every_shipped_config_is_planned(name: str) -> None:
             assert found is not None and 0 < found.mfu < 1
             tokens = found.tokens_per_second * flops_per_token(config.model)
             assert found.mfu == pytest.approx(tokens / (world_size * 989e12))
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_every_zero_stage_is_planned(stage: int) -> None:
+    """Ordinary weights stand beside the configured method, and have no codes to gather."""
+    config = load_config(LARGE, [f"deepspeed.zero_optimization.stage={stage}"])
+    grid = process_grid(config, 2)
+    assert (bytes_sent(config, grid)["codes"] > 0) == (stage > 0)
+    assert bytes_sent(without_codes(config), grid)["codes"] == 0
+    assert "method none" in plan(config, 2, device_named("h100"))
