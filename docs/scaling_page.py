@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes docs/scaling.md, what 1 to 4,096 GPUs take, from the planner (dqt_dist/plan), with its figures and plots.
 
-    docs/scaling_page.py            writes scaling.json, scaling.md and scaling.svg, in half a minute; needs matplotlib
+    docs/scaling_page.py            writes scaling.json, scaling.md and scaling.svg, in a minute; needs matplotlib
     docs/scaling_page.py --check    exit code 1 when scaling.json or scaling.md is not what would be written
 
 scaling.json has what the planner says of each (model, method, number of GPUs). The page and the plots are made from it
@@ -14,7 +14,7 @@ import hashlib
 import json
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,13 +27,13 @@ from dqt_dist.plan.arithmetic import (
     NETWORK_BYTES_PER_SECOND,
     RESERVED_GIB,
     device_named,
-    flops_per_token,
 )
 from dqt_dist.plan.footprint import largest_footprint
 from dqt_dist.plan.speed import (
-    MFU,
     LARGE,
+    MFU,
     PIPELINE_FACTORS,
+    RECOMPUTE_MFU,
     SECONDS_PER_BYTE,
     TENSOR_SECONDS_PER_BYTE,
     bytes_to_other_machines,
@@ -171,8 +171,8 @@ def figure(model: Model, method: str, gpus: int, stages: Sequence[int] = (STAGE,
 
 
 def figures(models: Iterable[Model] = MODELS) -> list[Figure]:
-    """What the planner suggests with ZeRO stage `STAGE` at each number of GPUs. Then, of models that fewer GPUs hold with
-    another stage, the smallest such number."""
+    """What the planner suggests with ZeRO stage `STAGE` at each number of GPUs. Then, of models that fewer GPUs hold
+    with another stage, the smallest such number."""
     found, smaller = [], []
     for model in models:
         for method in METHODS:
@@ -195,7 +195,7 @@ class Figures:
     def __init__(self, text: str) -> None:
         found = [Figure(**values) for values in json.loads(text)]
         self.all = [item for item in found if item.stage == STAGE]
-        self.smaller = {(item.model, item.method): item for item in found if item.stage != STAGE}
+        self.smaller = [item for item in found if item.stage != STAGE]
 
     def of(self, model: str, method: str) -> list[Figure]:
         """By number of GPUs, the smallest first."""
@@ -227,8 +227,8 @@ def bullets(texts: Iterable[str]) -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines) + "\n"
+    lines = [f"| {' | '.join(cell or '-' for cell in cells)} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|---" * len(head) + "|", *lines[1:]]) + "\n"
 
 
 def layout(item: Figure) -> str:
@@ -264,12 +264,8 @@ def smallest_table(found: Figures) -> str:
         for method in METHODS:
             first = found.of(model.name, method)[0]
             cells.append(f"{first.gpus}: {layout(first)}, {first.gib:.0f} GiB")
-        for method in METHODS:
-            other = found.smaller.get((model.name, method))
-            cells.append("no fewer" if other is None else f"{other.gpus}: ZeRO {other.stage}, {layout(other)}")
         rows.append(cells)
-    head = ["model", "weights", "global batch", "ternary", "ordinary", "ternary, other ZeRO stages", "ordinary, others"]
-    return table(head, rows)
+    return table(["model", "weights", "global batch", *METHODS], rows)
 
 
 def speed_table(items: Iterable[Figure]) -> str:
@@ -351,97 +347,93 @@ machine](benchmarks/layouts.md), at 1.36 B weights. Everything beyond is the cos
 - **ordinary**: method none, bf16 products, fp32 masters and moments, bf16 gradients. Masters and moments are divided
   over data-parallel ranks, as in Megatron's distributed optimizer. Megatron's default, gradients in fp32, would take 2
   more bytes per weight and send twice the gradients.
-- Both with ZeRO stage {STAGE}, and a global batch that stays the same at every number of GPUs. The layout of each row is the
-  first that `--suggest` finds for that method and stage.
+- Both with ZeRO stage {STAGE}, and a global batch that stays the same at every number of GPUs. The layout of each row
+  is the first that `--suggest` finds for that method and stage.
 - "of ideal": against so many single GPUs of the same method that compute nothing twice, as if each held the model.
 """
 
 
+def of_both(say: Callable[[list[Figure]], str], found: Figures) -> str:
+    """What `say` makes of the figures of each model, ternary and ordinary."""
+    return ", ".join(
+        f"{model.name} " + " and ".join(say(found.of(model.name, method)) for method in METHODS) for model in MODELS
+    )
+
+
 def what_breaks(found: Figures) -> Iterator[str]:
     """Sentences, with numbers of the figures."""
-    uncut = {
-        (model.name, method): [item.gpus for item in found.of(model.name, method) if item.tensor * item.pipeline == 1]
-        for model in MODELS
-        for method in METHODS
-    }
-    held = ", ".join(
-        f"{model.name} {max(uncut[model.name, 'ternary'], default=0):,} and {max(uncut[model.name, 'ordinary'], default=0):,}"
-        for model in MODELS
+    held = of_both(
+        lambda items: f"{max((item.gpus for item in items if item.tensor * item.pipeline == 1), default=0):,}", found
     )
-    yield f"""**First, memory.** With ZeRO {STAGE} each rank holds all weights of its part of the model: ordinary weights take 2
-        bytes, codes a quarter. So ternary models start on fewer GPUs (table below) and stay uncut longer. The largest
-        number of GPUs at which the best layout has neither tensor nor pipeline parallelism, ternary and ordinary (0:
-        never): {held}."""
+    yield f"""**First, memory.** With ZeRO {STAGE} each rank holds all weights of its part of the model: ordinary
+        weights take 2 bytes, codes a quarter. So ternary models start on fewer GPUs (table above) and need less
+        cutting. The largest number of GPUs at which the best layout has neither tensor nor pipeline parallelism,
+        ternary and ordinary (0: never): {held}. Beyond these numbers 1B, 7B and ternary 13B are cut not for memory but
+        because a part of a model has fewer gradients to send over the network, or because the batch is used up."""
     whole, once = found.at("13B", "ternary", 256), found.at("13B", "ternary", 512)
-    yield f"""**Then gradients are most of the memory.** They are bf16 in both methods and whole while a step has several
-        micro-batches, whatever the number of ranks: 13B at 256 GPUs holds {whole.memory["gradients"] / 2**30:.1f} GiB of
-        gradients beside {whole.memory["codes"] / 2**30:.1f} GiB of codes and {whole.memory["moments"] / 2**30:.2f} GiB of
-        moments. With one micro-batch per rank they leave as they are made: at 512 GPUs (layout {layout(once)}) a rank keeps
-        {once.memory["gradients"] / 2**30:.2f} GiB. `optimizer.gradient_reduction` micro_batch or `fused_backward` would
-        free them earlier; the page uses neither."""
+    yield f"""**Then gradients are most of the memory.** They are bf16 in both methods and whole while a step has
+        several micro-batches, whatever the number of ranks: 13B at 256 GPUs holds
+        {whole.memory["gradients"] / 2**30:.1f} GiB of gradients beside {whole.memory["codes"] / 2**30:.1f} GiB of codes
+        and {whole.memory["moments"] / 2**30:.2f} GiB of moments. With one micro-batch per rank they leave as they are
+        made: at 512 GPUs (layout {layout(once)}) a rank keeps {once.memory["gradients"] / 2**30:.2f} GiB of them at its
+        fullest moment. `optimizer.gradient_reduction` micro_batch would free them after each micro-batch, and send them
+        as often; the page does not use it."""
     ternary, ordinary = found.both("7B", 256)
-    over = {
-        (model.name, method): next(
-            (f"{item.gpus:,}" for item in found.of(model.name, method) if part(item, "network") > 0.2), "never"
-        )
-        for model in MODELS
-        for method in METHODS
-    }
-    yield f"""**From some hundreds of GPUs on, gradients on the network.** Gradients do not shrink with the codes. 7B at 256
-        GPUs sends {ternary.sent["gradients"] / 1e9:.1f} GB of gradients and {ternary.sent["codes"] / 1e9:.1f} GB of codes a
-        step; ordinary weights send the same gradients and {ordinary.sent["weights"] / 1e9:.1f} GB of weights. Gradients go
-        from each rank to each owner of rows, because sums in rank order need all parts. So every GPU of a machine sends its
-        own over the network, while a gather leaves the machine once: {ternary.far / 1e9:.1f} of
+    over = of_both(
+        lambda items: next((f"{item.gpus:,}" for item in items if part(item, "network") > 0.2), "never"), found
+    )
+    yield f"""**Then gradients on the network.** Gradients do not shrink with the codes. 7B at 256 GPUs sends {ternary.sent["gradients"] / 1e9:.1f} GB of gradients and {ternary.sent["codes"] / 1e9:.1f} GB of
+        codes a step; ordinary weights send the same gradients and {ordinary.sent["weights"] / 1e9:.1f} GB of weights.
+        Gradients go from each rank to each owner of rows, because sums in rank order need all parts. So every GPU of a
+        machine sends its own over the network, while a gather leaves the machine once: {ternary.far / 1e9:.1f} of
         {sum(ternary.sent.values()) / 1e9:.1f} GB leave it. A faster step with the same gradients waits longer:
-        {percent(part(ternary, "network"))} of the ternary step and {percent(part(ordinary, "network"))} of the ordinary one
-        are network. It takes more than a fifth of the step from this number of GPUs on, ternary and ordinary:
-        {", ".join(f"{model.name} {over[model.name, 'ternary']} and {over[model.name, 'ordinary']}" for model in MODELS)}."""
+        {percent(part(ternary, "network"))} of the ternary step and {percent(part(ordinary, "network"))} of the ordinary
+        one are network. It first takes more than a fifth of the step at this number of GPUs, ternary and ordinary:
+        {over}."""
     advantage = []
     for model in MODELS:
         shared = [
             (item.gpus, item.tokens_per_second / other.tokens_per_second)
             for item in found.of(model.name, "ternary")
             for other in found.of(model.name, "ordinary")
-            if item.gpus == other.gpus
+            if item.gpus == other.gpus and item.gpus % model.cuts[-1] == 0
         ]
         (few, first), (many, last) = shared[0], shared[-1]
         advantage.append(f"{model.name} {first:.2f} at {few:,} and {last:.2f} at {many:,}")
-    yield f"""**So the lead in speed shrinks.** Tokens/s of ternary over ordinary: {"; ".join(advantage)} GPUs. At 405B the
-        guess about pipelines (below) decides, and these two ratios should not be used."""
-    shares = ", ".join(
-        f"{model.name} {found.at(model.name, 'ternary', MOST_GPUS).of_ideal:.2f} and "
-        f"{found.at(model.name, 'ordinary', MOST_GPUS).of_ideal:.2f}"
-        for model in MODELS
-    )
+    yield f"""**So the lead in speed shrinks, for 1B, 7B and 13B.** Tokens/s of ternary over ordinary:
+        {"; ".join(advantage)} GPUs. Where ternary 70B and 405B have pipelines, a guess decides (below), and the ratio
+        says little."""
+    shares = of_both(lambda items: f"{items[-1].of_ideal:.2f}", found)
     fastest = max(found.of("1B", "ternary"), key=lambda item: item.tokens_per_second)
     largest = found.at("1B", "ternary", MOST_GPUS)
     samples, tokens = samples_and_tokens(MODELS[0])
     bubble = largest.micro_batches / (largest.micro_batches + largest.pipeline - 1)
     yield f"""**Then the global batch.** Data parallelism ends at one sample per rank. 1B has {samples} samples of
-        {tokens // samples:,} tokens, so {MOST_GPUS:,} GPUs must cut the model into at least {MOST_GPUS // samples} parts:
-        {layout(largest)}, with {largest.micro_batches} micro-batch per step for {largest.pipeline} stages, which leaves
-        {percent(bubble)} of the time. It is fastest at {fastest.gpus:,} GPUs, with {fastest.tokens_per_second:,.0f}
-        tokens/s against {largest.tokens_per_second:,.0f} at {MOST_GPUS:,}. Of ideal at {MOST_GPUS:,}, ternary and
-        ordinary: {shares}. A larger batch would help speed; what it does to learning is not this page's matter."""
+        {tokens // samples:,} tokens, so {MOST_GPUS:,} GPUs must cut the model into at least {MOST_GPUS // samples}
+        parts: {layout(largest)}, with {largest.micro_batches} micro-batch per step for {largest.pipeline} stages, which
+        leaves {percent(bubble)} of the time. It is fastest at {fastest.gpus:,} GPUs, with
+        {fastest.tokens_per_second:,.0f} tokens/s against {largest.tokens_per_second:,.0f} at {MOST_GPUS:,}. Of ideal at
+        {MOST_GPUS:,}, ternary and ordinary: {shares}. A larger batch would help speed; what it does to learning is not
+        this page's matter."""
     tensor = found.at("70B", "ternary", MOST_GPUS)
     far = tensor.beside / NETWORK_BYTES_PER_SECOND
-    yield f"""**Tensor parallelism must not leave the machine.** `--suggest` tries at most TP {MACHINE_GPUS}. A rank of 70B at
-        {MOST_GPUS:,} GPUs (TP {tensor.tensor}) sends {tensor.beside / 1e9:.1f} GB to tensor-parallel ranks in a step of
-        {tensor.step:.2f} s; over a port of {NETWORK_BYTES_PER_SECOND / 1e9:.0f} GB/s these bytes alone would take {far:.2f}
-        s. 70B and 405B have 8 query groups, which end TP at 8 anyway."""
+    yield f"""**Tensor parallelism must not leave the machine.** `--suggest` tries at most TP {MACHINE_GPUS}. A rank of
+        70B at {MOST_GPUS:,} GPUs (TP {tensor.tensor}) sends {tensor.beside / 1e9:.1f} GB to tensor-parallel ranks in a
+        step of {tensor.step:.2f} s; over a port of {NETWORK_BYTES_PER_SECOND / 1e9:.0f} GB/s these bytes alone would
+        take {far:.2f} s. 70B and 405B have 8 query groups, which end TP at 8 anyway."""
     small = found.at("405B", "ternary", 3584)
     left = small.micro_batches / (small.micro_batches + small.pipeline - 1)
     yield f"""**Pipelines: the bubble grows as micro-batches run out.** 405B at 3,584 GPUs, ternary, has
-        {small.micro_batches} micro-batches for {small.pipeline} stages: the bubble leaves {percent(left)}. The rest of what
-        the column "pipeline" shows there ({percent(part(small, "pipeline"))} of the step) is the loss per doubling that the
-        model takes from PP 2. Interleaving (`parallel.virtual_pipeline`) would make the bubble smaller; `--suggest` does
-        not try it."""
+        {small.micro_batches} micro-batches for {small.pipeline} stages: the bubble leaves {percent(left)}. The rest of
+        what the column "pipeline" shows there ({percent(part(small, "pipeline"))} of the step) is the loss per doubling
+        that the model takes from PP 2. Interleaving (`parallel.virtual_pipeline`) would make the bubble smaller;
+        `--suggest` does not try it."""
     powers = {
         method: next(item.gpus for item in found.of("405B", method) if item.gpus & (item.gpus - 1) == 0)
         for method in METHODS
     }
-    yield f"""**405B: layers must divide evenly.** 126 = 2 * 3^2 * 7 layers and a power of two of GPUs allow pipelines of 1
-        and 2 stages only. So among powers of two it fits from {powers["ternary"]:,} GPUs on (ternary) and
+    yield f"""**405B: layers must divide evenly.** 126 = 2 * 3^2 * 7 layers and a power of two of GPUs allow pipelines
+        of 1 and 2 stages only. So among powers of two it fits from {powers["ternary"]:,} GPUs on (ternary) and
         {powers["ordinary"]:,} (ordinary). Multiples of 7 give pipelines of 7 and 14 stages: it fits from
         {found.of("405B", "ternary")[0].gpus} and {found.of("405B", "ordinary")[0].gpus}. The page has both series."""
 
@@ -479,11 +471,11 @@ def cost_model() -> str:
         ],
         [
             "again: slower by computing twice, mlp and full",
-            *["1.14, 1.27"] * 2,
+            *[", ".join(f"{RECOMPUTE_MFU['none'] / RECOMPUTE_MFU[kind]:.2f}" for kind in ("mlp", "full"))] * 2,
             "[one H200](benchmarks/train_step.md), ternary",
         ],
     ]  # fmt: skip
-    return table(["part", "ternary", "ordinary", "from"], rows)
+    return table(["part", *METHODS, "from"], rows)
 
 
 LIMITS = (
@@ -493,21 +485,23 @@ LIMITS = (
     matrices too small to fill a GPU, and its rows there are too good. Larger models are likely to do better than 1.36 B
     weights did.""",
     """The pipeline's loss at PP 2 was measured with micro-batches of 4,096 tokens of the 1.36 B model, which make fp8
-    products short. At 70B and 405B this makes ternary pipelines look worse than they should be: 0.85 per doubling against
-    0.99 of ordinary weights. It is the weakest number here.""",
-    """The network has no latency, no congestion, no slow machine and no failure. A message to one of 512 owners is small,
-    and sends less than 50 GB/s. On the other side, gradients leave during the last backward pass, which would hide some of
-    their time.""",
+    products short. At 70B and 405B this makes ternary pipelines look worse than they should be: 0.85 per doubling
+    against 0.99 of ordinary weights. It is the weakest number here.""",
+    """The network has no latency, no congestion, no slow machine and no failure. A message to one of 512 owners is
+    small, and sends less than 50 GB/s. On the other side, gradients leave during the last backward pass, which would
+    hide some of their time.""",
 )
 
 
 def page(found: Figures) -> str:
+    fewer = ", ".join(f"{item.model} {item.method} from {item.gpus}" for item in found.smaller) or "none"
     parts = [HEAD, "## Smallest numbers of GPUs\n"]
     parts.append(
         paragraph(
             f"""The smallest of the numbers tried (powers of two; for 405B also times 7) at which a rank fits
-            {DEVICE.memory_gib} - {RESERVED_GIB} GiB, with TP x PP x DP. The last two columns: the smallest with ZeRO 0, 2 or 3,
-            where it is smaller."""
+            {DEVICE.memory_gib} - {RESERVED_GIB} GiB, with TP x PP x DP. Fewer with ZeRO 0, 2 or 3: {fewer}. Over
+            several micro-batches gradients are whole in every stage, and ordinary weights then gain little from stage
+            3."""
         )
     )
     parts += [smallest_table(found), "## What breaks first\n", bullets(what_breaks(found))]
@@ -518,11 +512,11 @@ def page(found: Figures) -> str:
 
 
 HOW_TO_READ = paragraph(
-    """Micro-batches: how many a rank has in a step, of how many samples. The last columns of a first table are shares of
-    the step: what is computed again, what tensor and pipeline parallelism add (bubble included), what goes to data-parallel
-    ranks within the machine, and what goes to other machines. "activations" sent are all bytes to tensor-parallel ranks but
-    those of norms' gradients, which are among "gradients". "weights" are DeepSpeed's gathers. "to other machines" counts
-    gradients, codes and weights, and is part of "all"."""
+    """Micro-batches: how many a rank has in a step, of how many samples. The last columns of a first table are shares
+    of the step: what is computed again, what tensor and pipeline parallelism add (bubble included), what goes to
+    data-parallel ranks within the machine, and what goes to other machines. "activations" sent are all bytes to
+    tensor-parallel ranks but those of norms' gradients, which are among "gradients". "weights" are DeepSpeed's gathers.
+    "to other machines" counts gradients, codes and weights, and is part of "all"."""
 )
 
 

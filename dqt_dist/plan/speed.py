@@ -85,8 +85,8 @@ class Speed:
     """What is expected of a step."""
 
     parts: dict[str, float]
-    """Seconds: those of `products`, with what is recomputed, as one GPU has them, and what each part of the layout adds:
-    tensor, pipeline, ZeRO 3, offload, data, network."""
+    """Seconds: those of `products`, with what is recomputed, as one GPU has them, and what each part of the layout
+    adds: tensor, pipeline, ZeRO 3, offload, data, network."""
     tokens_per_second: float
     mfu: float
     notes: tuple[str, ...]
@@ -151,7 +151,9 @@ def expected_speed(config: Config, grid: ProcessGrid, device: Device) -> Speed |
         key = _exchange_key(config)
         parts["data"] = (sum(_exchanged(config, grid).values()) - far) * SECONDS_PER_BYTE[key]
         page = LAYOUTS if "graph" in key else PLANNING
-        notes.append(f"data {grid.data}: {1000 * parts['data']:.0f} ms a step; {_measured('data', grid.data, config, page)}")
+        notes.append(
+            f"data {grid.data}: {1000 * parts['data']:.0f} ms a step; {_measured('data', grid.data, config, page)}"
+        )
     if grid.world_size > MACHINE_GPUS:
         parts["network"] = (far + _pipeline_messages(config, grid)) / NETWORK_BYTES_PER_SECOND
         notes.append(
