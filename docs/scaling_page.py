@@ -348,7 +348,7 @@ machine](benchmarks/layouts.md), at 1.36 B weights. Everything beyond is the cos
   over data-parallel ranks, as in Megatron's distributed optimizer. Megatron's default, gradients in fp32, would take 2
   more bytes per weight and send twice the gradients.
 - Both with ZeRO stage {STAGE}, and a global batch that stays the same at every number of GPUs. The layout of each row
-  is the first that `--suggest` finds for that method and stage.
+  is the first that `--suggest` finds for that method and stage: the fastest, not the one that needs least memory.
 - "of ideal": against so many single GPUs of the same method that compute nothing twice, as if each held the model.
 """
 
@@ -368,28 +368,29 @@ def what_breaks(found: Figures) -> Iterator[str]:
     yield f"""**First, memory.** With ZeRO {STAGE} each rank holds all weights of its part of the model: ordinary
         weights take 2 bytes, codes a quarter. So ternary models start on fewer GPUs (table above) and need less
         cutting. The largest number of GPUs at which the best layout has neither tensor nor pipeline parallelism,
-        ternary and ordinary (0: never): {held}. Beyond these numbers 1B, 7B and ternary 13B are cut not for memory but
-        because a part of a model has fewer gradients to send over the network, or because the batch is used up."""
+        ternary and ordinary (0: never): {held}. Beyond these numbers 1B, 7B and ternary 13B are cut not for memory
+        but because a part of a model has fewer gradients to send over the network, or because the batch is used up."""
     whole, once = found.at("13B", "ternary", 256), found.at("13B", "ternary", 512)
     yield f"""**Then gradients are most of the memory.** They are bf16 in both methods and whole while a step has
         several micro-batches, whatever the number of ranks: 13B at 256 GPUs holds
-        {whole.memory["gradients"] / 2**30:.1f} GiB of gradients beside {whole.memory["codes"] / 2**30:.1f} GiB of codes
-        and {whole.memory["moments"] / 2**30:.2f} GiB of moments. With one micro-batch per rank they leave as they are
-        made: at 512 GPUs (layout {layout(once)}) a rank keeps {once.memory["gradients"] / 2**30:.2f} GiB of them at its
-        fullest moment. `optimizer.gradient_reduction` micro_batch would free them after each micro-batch, and send them
-        as often; the page does not use it."""
+        {whole.memory["gradients"] / 2**30:.1f} GiB of gradients beside {whole.memory["codes"] / 2**30:.1f} GiB of
+        codes and {whole.memory["moments"] / 2**30:.2f} GiB of moments. With one micro-batch per rank they leave as
+        they are made: at 512 GPUs (layout {layout(once)}) a rank keeps {once.memory["gradients"] / 2**30:.2f} GiB of
+        them at its fullest moment. `optimizer.gradient_reduction` micro_batch would free them after each
+        micro-batch, and send them as often; the page does not use it."""
     ternary, ordinary = found.both("7B", 256)
     over = of_both(
         lambda items: next((f"{item.gpus:,}" for item in items if part(item, "network") > 0.2), "never"), found
     )
-    yield f"""**Then gradients on the network.** Gradients do not shrink with the codes. 7B at 256 GPUs sends {ternary.sent["gradients"] / 1e9:.1f} GB of gradients and {ternary.sent["codes"] / 1e9:.1f} GB of
-        codes a step; ordinary weights send the same gradients and {ordinary.sent["weights"] / 1e9:.1f} GB of weights.
-        Gradients go from each rank to each owner of rows, because sums in rank order need all parts. So every GPU of a
-        machine sends its own over the network, while a gather leaves the machine once: {ternary.far / 1e9:.1f} of
+    yield f"""**Then gradients on the network.** Gradients do not shrink with the codes. 7B at 256 GPUs sends
+        {ternary.sent["gradients"] / 1e9:.1f} GB of gradients and {ternary.sent["codes"] / 1e9:.1f} GB of codes a
+        step; ordinary weights send the same gradients and {ordinary.sent["weights"] / 1e9:.1f} GB of weights.
+        Gradients go from each rank to each owner of rows, because sums in rank order need all parts. So every GPU of
+        a machine sends its own over the network, while a gather leaves the machine once: {ternary.far / 1e9:.1f} of
         {sum(ternary.sent.values()) / 1e9:.1f} GB leave it. A faster step with the same gradients waits longer:
-        {percent(part(ternary, "network"))} of the ternary step and {percent(part(ordinary, "network"))} of the ordinary
-        one are network. It first takes more than a fifth of the step at this number of GPUs, ternary and ordinary:
-        {over}."""
+        {percent(part(ternary, "network"))} of the ternary step and {percent(part(ordinary, "network"))} of the
+        ordinary one are network. It first takes more than a fifth of the step at this number of GPUs, ternary and
+        ordinary: {over}."""
     advantage = []
     for model in MODELS:
         shared = [
@@ -401,8 +402,8 @@ def what_breaks(found: Figures) -> Iterator[str]:
         (few, first), (many, last) = shared[0], shared[-1]
         advantage.append(f"{model.name} {first:.2f} at {few:,} and {last:.2f} at {many:,}")
     yield f"""**So the lead in speed shrinks, for 1B, 7B and 13B.** Tokens/s of ternary over ordinary:
-        {"; ".join(advantage)} GPUs. Where ternary 70B and 405B have pipelines, a guess decides (below), and the ratio
-        says little."""
+        {"; ".join(advantage)} GPUs. Where ternary 70B and 405B have pipelines, a guess decides (below), and the
+        ratio says little."""
     shares = of_both(lambda items: f"{items[-1].of_ideal:.2f}", found)
     fastest = max(found.of("1B", "ternary"), key=lambda item: item.tokens_per_second)
     largest = found.at("1B", "ternary", MOST_GPUS)
@@ -410,31 +411,31 @@ def what_breaks(found: Figures) -> Iterator[str]:
     bubble = largest.micro_batches / (largest.micro_batches + largest.pipeline - 1)
     yield f"""**Then the global batch.** Data parallelism ends at one sample per rank. 1B has {samples} samples of
         {tokens // samples:,} tokens, so {MOST_GPUS:,} GPUs must cut the model into at least {MOST_GPUS // samples}
-        parts: {layout(largest)}, with {largest.micro_batches} micro-batch per step for {largest.pipeline} stages, which
-        leaves {percent(bubble)} of the time. It is fastest at {fastest.gpus:,} GPUs, with
-        {fastest.tokens_per_second:,.0f} tokens/s against {largest.tokens_per_second:,.0f} at {MOST_GPUS:,}. Of ideal at
-        {MOST_GPUS:,}, ternary and ordinary: {shares}. A larger batch would help speed; what it does to learning is not
-        this page's matter."""
+        parts: {layout(largest)}, with {largest.micro_batches} micro-batch per step for {largest.pipeline} stages,
+        which leaves {percent(bubble)} of the time. It is fastest at {fastest.gpus:,} GPUs, with
+        {fastest.tokens_per_second:,.0f} tokens/s against {largest.tokens_per_second:,.0f} at {MOST_GPUS:,}. Of ideal
+        at {MOST_GPUS:,}, ternary and ordinary: {shares}. A larger batch would help speed; what it does to learning
+        is not this page's matter."""
     tensor = found.at("70B", "ternary", MOST_GPUS)
     far = tensor.beside / NETWORK_BYTES_PER_SECOND
-    yield f"""**Tensor parallelism must not leave the machine.** `--suggest` tries at most TP {MACHINE_GPUS}. A rank of
-        70B at {MOST_GPUS:,} GPUs (TP {tensor.tensor}) sends {tensor.beside / 1e9:.1f} GB to tensor-parallel ranks in a
-        step of {tensor.step:.2f} s; over a port of {NETWORK_BYTES_PER_SECOND / 1e9:.0f} GB/s these bytes alone would
-        take {far:.2f} s. 70B and 405B have 8 query groups, which end TP at 8 anyway."""
+    yield f"""**Tensor parallelism must not leave the machine.** `--suggest` tries at most TP {MACHINE_GPUS}. A rank
+        of 70B at {MOST_GPUS:,} GPUs (TP {tensor.tensor}) sends {tensor.beside / 1e9:.1f} GB to tensor-parallel ranks
+        in a step of {tensor.step:.2f} s; over a port of {NETWORK_BYTES_PER_SECOND / 1e9:.0f} GB/s these bytes alone
+        would take {far:.2f} s. 70B and 405B have 8 query groups, which end TP at 8 anyway."""
     small = found.at("405B", "ternary", 3584)
     left = small.micro_batches / (small.micro_batches + small.pipeline - 1)
     yield f"""**Pipelines: the bubble grows as micro-batches run out.** 405B at 3,584 GPUs, ternary, has
-        {small.micro_batches} micro-batches for {small.pipeline} stages: the bubble leaves {percent(left)}. The rest of
-        what the column "pipeline" shows there ({percent(part(small, "pipeline"))} of the step) is the loss per doubling
-        that the model takes from PP 2. Interleaving (`parallel.virtual_pipeline`) would make the bubble smaller;
-        `--suggest` does not try it."""
+        {small.micro_batches} micro-batches for {small.pipeline} stages: the bubble leaves {percent(left)}. The rest
+        of what the column "pipeline" shows there ({percent(part(small, "pipeline"))} of the step) is the loss per
+        doubling that the model takes from PP 2. Interleaving (`parallel.virtual_pipeline`) would make the bubble
+        smaller; `--suggest` does not try it."""
     powers = {
         method: next(item.gpus for item in found.of("405B", method) if item.gpus & (item.gpus - 1) == 0)
         for method in METHODS
     }
-    yield f"""**405B: layers must divide evenly.** 126 = 2 * 3^2 * 7 layers and a power of two of GPUs allow pipelines
-        of 1 and 2 stages only. So among powers of two it fits from {powers["ternary"]:,} GPUs on (ternary) and
-        {powers["ordinary"]:,} (ordinary). Multiples of 7 give pipelines of 7 and 14 stages: it fits from
+    yield f"""**405B: layers must divide evenly.** 126 = 2 * 3^2 * 7 layers and a power of two of GPUs allow
+        pipelines of 1 and 2 stages only. So among powers of two it fits from {powers["ternary"]:,} GPUs on (ternary)
+        and {powers["ordinary"]:,} (ordinary). Multiples of 7 give pipelines of 7 and 14 stages: it fits from
         {found.of("405B", "ternary")[0].gpus} and {found.of("405B", "ordinary")[0].gpus}. The page has both series."""
 
 
