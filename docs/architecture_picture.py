@@ -115,4 +115,4 @@ def picture() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(write_or_check(PICTURE, picture(), __doc__))
+    sys.exit(write_or_check({PICTURE: picture()}, __doc__))

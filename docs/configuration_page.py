@@ -122,4 +122,4 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(write_or_check(PAGE, page(), __doc__))
+    sys.exit(write_or_check({PAGE: page()}, __doc__))

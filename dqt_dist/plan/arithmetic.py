@@ -48,6 +48,11 @@ DEVICES = (
 # torch sees 79.2 GiB of an H100.
 RESERVED_GIB = 3
 
+MACHINE_GPUS = 8
+"""GPUs of one machine, between which data goes over NVLink."""
+NETWORK_BYTES_PER_SECOND = 50e9
+"""What a GPU sends to other machines at most: a port of 400 Gb/s for each, as in NVIDIA's DGX H100 by its datasheet."""
+
 
 def device_named(name: str) -> Device:
     """The device of --gpu, in any case. Raises `UserError` for one that is not in the table."""

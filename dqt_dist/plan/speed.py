@@ -1,15 +1,18 @@
 """Expected time of a step, from measured efficiencies. A layout that was not measured is said to be unmeasured.
 
-    seconds = FLOPs / (GPUs * bf16 peak * MFU) / tensor factor / pipeline factor / bubble + exchange
+    seconds = (FLOPs / (GPUs * bf16 peak * MFU) + tensor) / pipeline factor / bubble + exchange + far
 
     MFU        of one GPU, by method, precision and recomputation: docs/benchmarks/train_step.md, one H200, 1.36 B
                weights, ternary also 134 M. The size nearest to the model's is taken, on a logarithmic scale.
-    factors    what is left of the speed of single GPUs at TP 2 with sequence parallelism and at PP 2:
-               docs/planning.md, with CUDA graphs docs/benchmarks/layouts.md. Each doubling of the size loses the same
-               again, which is a guess.
+    tensor     seconds per byte that tensor-parallel ranks send, measured at TP 2 with sequence parallelism, 1.36 B
+               weights: docs/planning.md, with CUDA graphs docs/benchmarks/layouts.md. So a wider model, which computes
+               more per byte, loses less; that more ranks send as fast as two is a guess.
+    factor     what is left of the speed of single GPUs at PP 2, from the same pages. Each doubling of the size loses
+               the same again, which is a guess.
     bubble     M / (M + (p - 1) / v), for M micro-batches, p stages, v chunks per rank (arXiv 2104.04473, section 2.2)
-    exchange   seconds per byte that data-parallel ranks send, measured at DP 2 in one machine. Between machines nothing
-               was measured.
+    exchange   seconds per byte that data-parallel ranks send, measured at DP 2 in one machine.
+    far        bytes that a GPU sends to other machines, by the rate of its network port; nothing hides them. Nothing
+               was measured between machines.
     stage 3, offload   97,803 and 73,003 tokens/s where stage 1 has 99,955: docs/benchmarks/zero_stages.md
 
 tests/plan/test_measured.py holds the tables against the pages.
@@ -22,8 +25,9 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from dqt_dist.config import Config, ProcessGrid, uses_cuda_graph
-from dqt_dist.plan.arithmetic import Device, flops_per_token
-from dqt_dist.plan.traffic import bytes_sent
+from dqt_dist.plan.arithmetic import MACHINE_GPUS, NETWORK_BYTES_PER_SECOND, Device, flops_per_token
+from dqt_dist.plan.memory import last_stage
+from dqt_dist.plan.traffic import bytes_sent, sent_to_data_ranks, sent_to_tensor_ranks
 
 TRAIN_STEP, PLANNING, LAYOUTS, ZERO_STAGES = (
     "docs/benchmarks/train_step.md",
@@ -49,14 +53,22 @@ MFU: dict[str, dict[int, float]] = {
 RECOMPUTE_MFU = {"none": 0.794, "mlp": 0.698, "full": 0.623}
 """Of dqt-fp8 at LARGE. Their ratios hold for the other methods too, as far as is known."""
 
-LAYOUT_FACTORS = {
-    "none": {"tensor": 91_129 / (2 * 58_272), "pipeline": 76_940 / (2 * 58_272) / (8 / 9)},
-    "dqt-fp8": {"tensor": 56_590 / (2 * 88_139), "pipeline": 43_682 / (2 * 88_139) / (8 / 9)},
-    "none, CUDA graph": {"tensor": 90_324 / (2 * 58_048), "pipeline": 101_734 / (2 * 58_048) / (8 / 9)},
-    "dqt-fp8, CUDA graph": {"tensor": 126_332 / (2 * 88_122), "pipeline": 133_390 / (2 * 88_122) / (8 / 9)},
+PIPELINE_FACTORS = {
+    "none": 76_940 / (2 * 58_272) / (8 / 9),
+    "dqt-fp8": 43_682 / (2 * 88_139) / (8 / 9),
+    "none, CUDA graph": 101_734 / (2 * 58_048) / (8 / 9),
+    "dqt-fp8, CUDA graph": 133_390 / (2 * 88_122) / (8 / 9),
 }
-"""Tokens/s on two H100 over those of two single ones; of a pipeline without its bubble. Those with CUDA graphs are of
-LAYOUTS, ordinary weights over single GPUs without a graph."""
+"""Tokens/s at PP 2 without its bubble over those of two single H100. Those with CUDA graphs are of LAYOUTS, ordinary
+weights over single GPUs without a graph."""
+TENSOR_SECONDS_PER_BYTE = {
+    "none": (16_384 / 91_129 - 16_384 / 58_272 / 2) / 8.22e9,
+    "dqt-fp8": (16_384 / 56_590 - 16_384 / 88_139 / 2) / 5.81e9,
+    "none, CUDA graph": (16_384 / 90_324 - 16_384 / 58_048 / 2) / 8.22e9,
+    "dqt-fp8, CUDA graph": (16_384 / 126_332 - 16_384 / 88_122 / 2) / 5.81e9,
+}
+"""What a step at TP 2 takes longer than half of a step on one H100, over the bytes that a rank sends in it. Pages as
+PIPELINE_FACTORS."""
 SECONDS_PER_BYTE = {
     "none": (2 * 16_384 / 112_312 - 16_384 / 58_272) / 2.73e9,
     "dqt-bf16": (2 * 16_384 / 112_884 - 16_384 / 60_042) / 1.65e9,
@@ -72,11 +84,18 @@ STAGE_3_FACTOR, OFFLOAD_FACTOR = 97_803 / 99_955, 73_003 / 99_955
 class Speed:
     """What is expected of a step."""
 
-    seconds: float
+    parts: dict[str, float]
+    """Seconds: those of `products`, with what is recomputed, as one GPU has them, and what each part of the layout
+    adds: tensor, pipeline, ZeRO 3, offload, data, network."""
     tokens_per_second: float
     mfu: float
     notes: tuple[str, ...]
     """Where the numbers come from, and what was not measured; one line each."""
+
+    @property
+    def seconds(self) -> float:
+        """Of a step."""
+        return sum(self.parts.values())
 
     @property
     def measured(self) -> bool:
@@ -94,42 +113,56 @@ def expected_speed(config: Config, grid: ProcessGrid, device: Device) -> Speed |
     mfu, notes = _single_gpu(config)
     if device.name != "H200":
         notes.append(f"one {device.name} is taken to be as efficient as the H200 of that page, by its bf16 peak")
-    seconds = flops / (grid.world_size * device.bf16_tflops * 1e12 * mfu)
+    parts = {"products": flops / (grid.world_size * device.bf16_tflops * 1e12 * mfu)}
+
+    def slow_down(part: str, share: float) -> None:
+        parts[part] = sum(parts.values()) * (1 / share - 1)
+
     layout_page = LAYOUTS if uses_cuda_graph(config) else PLANNING
     method = "dqt-fp8" if quantization.method == "dqt" else "none"
-    factors = LAYOUT_FACTORS[_row(method, LAYOUT_FACTORS, config)]
     if quantization.method == "dqt" and quantization.compute != "fp8" and grid.tensor * grid.pipeline > 1:
         notes.append(f"tensor and pipeline parallel with {quantization.compute}: unmeasured, as fp8")
     if quantization.latent_bits is not None:
         notes.append("latents: unmeasured, as codes alone")
     if quantization.method == "dqt" and config.optimizer.second_moment == "factored":
         notes.append("factored second moment: unmeasured, as a full one")
-    for name, size in (("tensor", grid.tensor), ("pipeline", grid.pipeline)):
-        if size > 1:
-            factor = factors[name] ** math.log2(size)
-            seconds /= factor
-            notes.append(f"{name} {size}: {factor:.2f} of single GPUs; {_measured(name, size, config, layout_page)}")
+    if grid.tensor > 1:
+        rate = TENSOR_SECONDS_PER_BYTE[_row(method, TENSOR_SECONDS_PER_BYTE, config)]
+        parts["tensor"] = sum(sent_to_tensor_ranks(config, grid, last_stage(config)).values()) * rate
+        share = parts["products"] / sum(parts.values())
+        measured = _measured("tensor", grid.tensor, config, layout_page)
+        notes.append(f"tensor {grid.tensor}: {share:.2f} of single GPUs; {measured}")
     if grid.pipeline > 1:
+        factor = PIPELINE_FACTORS[_row(method, PIPELINE_FACTORS, config)] ** math.log2(grid.pipeline)
+        measured = _measured("pipeline", grid.pipeline, config, layout_page)
+        notes.append(f"pipeline {grid.pipeline}: {factor:.2f} of single GPUs; {measured}")
         chunks = parallel.virtual_pipeline or 1
         bubble = grid.num_microbatches / (grid.num_microbatches + (grid.pipeline - 1) / chunks)
-        seconds /= bubble
+        slow_down("pipeline", factor * bubble)
         notes.append(f"pipeline bubble: {bubble:.2f} of the time is left")
     if config.zero_stage == 3 and grid.data > 1:
-        seconds /= STAGE_3_FACTOR
+        slow_down("ZeRO 3", STAGE_3_FACTOR)
         notes.append(f"ZeRO 3: {STAGE_3_FACTOR:.2f}, {ZERO_STAGES}, 4 GPUs")
     if config.offloads_optimizer:
-        seconds /= OFFLOAD_FACTOR
+        slow_down("offload", OFFLOAD_FACTOR)
         notes.append(f"offloaded optimizer: {OFFLOAD_FACTOR:.2f}, {ZERO_STAGES}, 4 GPUs")
+    far = bytes_to_other_machines(config, grid)
     if grid.data > 1:
         key = _exchange_key(config)
-        exchange = _exchange_seconds(config, grid, key)
-        seconds += exchange
+        parts["data"] = (sum(_exchanged(config, grid).values()) - far) * SECONDS_PER_BYTE[key]
         page = LAYOUTS if "graph" in key else PLANNING
-        notes.append(f"data {grid.data}: {1000 * exchange:.0f} ms a step; {_measured('data', grid.data, config, page)}")
-    if grid.world_size > 8:
-        notes.append("more than 8 GPUs: the network between machines is unmeasured, and taken to be as fast as NVLink")
+        notes.append(
+            f"data {grid.data}: {1000 * parts['data']:.0f} ms a step; {_measured('data', grid.data, config, page)}"
+        )
+    if grid.world_size > MACHINE_GPUS:
+        parts["network"] = (far + _pipeline_messages(config, grid)) / NETWORK_BYTES_PER_SECOND
+        notes.append(
+            f"more than {MACHINE_GPUS} GPUs: {1000 * parts['network']:.0f} ms a step between machines, unmeasured, at "
+            f"{NETWORK_BYTES_PER_SECOND / 1e9:.0f} GB/s a GPU"
+        )
+    seconds = sum(parts.values())
     mfu = flops / seconds / (grid.world_size * device.bf16_tflops * 1e12)
-    return Speed(seconds, tokens / seconds, mfu, tuple(notes))
+    return Speed(parts, tokens / seconds, mfu, tuple(notes))
 
 
 def _row(name: str, table: Collection[str], config: Config) -> str:
@@ -178,9 +211,29 @@ def _exchange_key(config: Config) -> str:
     return _row("dqt-fp8", SECONDS_PER_BYTE, config)
 
 
-def _exchange_seconds(config: Config, grid: ProcessGrid, key: str) -> float:
+def _exchanged(config: Config, grid: ProcessGrid) -> dict[str, int]:
+    """Bytes that a rank of the last stage sends to data-parallel ranks in a step, by kind."""
     if config.zero_stage == 3:
         # What stage 3 sends beyond stage 1 is in STAGE_3_FACTOR.
         config = config.model_copy(update={"deepspeed": {"zero_optimization": {"stage": 1}}})
-    sent = bytes_sent(config, grid)
-    return (sent["gradients"] + sent["codes"] + sent["weights"]) * SECONDS_PER_BYTE[key]
+    return sent_to_data_ranks(config, grid, last_stage(config))
+
+
+def bytes_to_other_machines(config: Config, grid: ProcessGrid) -> float:
+    """Of the bytes that a rank of the last stage sends to data-parallel ranks those that leave its machine.
+
+    Ranks of a machine are first tensor-, then data-parallel ones (parallel/groups.py). Gradients go from each rank to
+    each owner (parallel/row_sharding.py). A gather is a ring, which leaves a machine once, over the ports of all its
+    ranks.
+    """
+    neighbours = min(grid.data, max(1, MACHINE_GPUS // grid.tensor))
+    if neighbours == grid.data:
+        return 0.0
+    sent = _exchanged(config, grid)
+    share = (grid.data - neighbours) / (grid.data - 1)
+    return share * (sent["gradients"] + (sent["codes"] + sent["weights"]) / neighbours)
+
+
+def _pipeline_messages(config: Config, grid: ProcessGrid) -> int:
+    """Bytes between stages of a rank in the middle, whose neighbours are in other machines."""
+    return bytes_sent(config, grid, min(1, last_stage(config)))["pipeline"]

@@ -28,6 +28,7 @@ from dqt_dist.plan.report import fits
 from dqt_dist.plan.speed import expected_speed
 
 TENSOR_SIZES = (1, 2, 4, 8)
+ZERO_STAGES = (0, 1, 2, 3)
 MEASURED_TOKENS = 4096
 """Tokens of the smallest micro-batch that was measured on one GPU or more: 2 * 2048, at PP 2 (docs/planning.md)."""
 TYPICAL_TOKENS = 16_384
@@ -59,8 +60,15 @@ class Suggestion:
         return self.tokens < MEASURED_TOKENS, round(self.seconds, 4), distance, self.memory_bytes
 
 
-def suggestions(path: str | Path, overrides: Sequence[str], world_size: int, device: Device) -> list[Suggestion]:
-    """The best layout of each (tensor, pipeline), best first, at most `LINES`; none when nothing fits.
+def suggestions(
+    path: str | Path,
+    overrides: Sequence[str],
+    world_size: int,
+    device: Device,
+    stages: Sequence[int] = ZERO_STAGES,
+) -> list[Suggestion]:
+    """The best layout of each (tensor, pipeline), best first, at most `LINES`; none when nothing fits. `stages` are the
+    ZeRO stages that are tried.
 
     Raises `UserError` for a config whose speed was not measured, which has no order.
     """
@@ -70,7 +78,7 @@ def suggestions(path: str | Path, overrides: Sequence[str], world_size: int, dev
             f'{path}: quantization.compute: "fp32" was not measured on a GPU, so layouts have no order; use "bf16"'
         )
     best: dict[tuple[int, int], Suggestion] = {}
-    for settings in _candidates(config, world_size):
+    for settings in _candidates(config, world_size, stages):
         found = _evaluate(path, overrides, settings, world_size, device)
         if found is None:
             continue
@@ -107,7 +115,7 @@ def _settings(tensor: int, sequence: bool, pipeline: int, stage: int, micro_batc
     ]
 
 
-def _candidates(config: Config, world_size: int) -> Iterator[tuple[str, ...]]:
+def _candidates(config: Config, world_size: int, stages: Sequence[int]) -> Iterator[tuple[str, ...]]:
     """The settings of each layout that divides GPUs, layers and batch."""
     parallel, training, stage = config.parallel, config.training, config.zero_stage
     layout = (parallel.tensor, parallel.sequence, parallel.pipeline)
@@ -115,7 +123,7 @@ def _candidates(config: Config, world_size: int) -> Iterator[tuple[str, ...]]:
     for tensor in (size for size in TENSOR_SIZES if world_size % size == 0):
         rest = world_size // tensor
         pipelines = [size for size in range(1, rest + 1) if rest % size == 0 and config.model.num_layers % size == 0]
-        for pipeline, stage, recompute in itertools.product(pipelines, range(4), ("none", "mlp", "full")):
+        for pipeline, stage, recompute in itertools.product(pipelines, stages, ("none", "mlp", "full")):
             for micro_batch in (2**power for power in range(10)):
                 if training.global_batch_size % (micro_batch * rest // pipeline) == 0:
                     settings = _settings(tensor, tensor > 1, pipeline, stage, micro_batch, recompute)

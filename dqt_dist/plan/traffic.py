@@ -41,14 +41,29 @@ def bytes_sent(config: Config, grid: ProcessGrid, stage: int | None = None) -> d
     """
     stage = last_stage(config) if stage is None else stage
     sent: dict[str, int] = dict.fromkeys((*COUNTED, *UNCOUNTED), 0)
-    for kind, full, passes in _data_calls(config, grid, stage):
-        sent[kind] += _ring(full, grid.data, passes)
-    for times, calls in _tensor_calls(config, stage):
-        for kind, full, passes in calls:
-            sent[kind] += grid.num_microbatches * times * _ring(full, grid.tensor, passes)
+    for part in (sent_to_data_ranks(config, grid, stage), sent_to_tensor_ranks(config, grid, stage)):
+        for kind, count in part.items():
+            sent[kind] += count
     for over_owners, over_tensor_ranks in (_sums_of_squares(config, grid, stage), _latent_sums(config, stage)):
         sent["means"] += _ring(over_owners, grid.data, 2) + _ring(over_tensor_ranks, grid.tensor, 2)
     sent["pipeline"] = _pipeline_bytes(config, grid, stage)
+    return sent
+
+
+def sent_to_data_ranks(config: Config, grid: ProcessGrid, stage: int) -> dict[str, int]:
+    """Of `bytes_sent` what goes to data-parallel ranks, without the sums of a factored second moment."""
+    sent: dict[str, int] = dict.fromkeys(("gradients", "codes", "weights"), 0)
+    for kind, full, passes in _data_calls(config, grid, stage):
+        sent[kind] += _ring(full, grid.data, passes)
+    return sent
+
+
+def sent_to_tensor_ranks(config: Config, grid: ProcessGrid, stage: int) -> dict[str, int]:
+    """Of `bytes_sent` what goes to tensor-parallel ranks, without the sums of a factored second moment."""
+    sent: dict[str, int] = dict.fromkeys(("gradients", "activation_maxima", "activations", "megatron"), 0)
+    for times, calls in _tensor_calls(config, stage):
+        for kind, full, passes in calls:
+            sent[kind] += grid.num_microbatches * times * _ring(full, grid.tensor, passes)
     return sent
 
 
@@ -68,7 +83,7 @@ def _data_calls(config: Config, grid: ProcessGrid, stage: int) -> Iterator[Call]
     ]
     if config.zero_stage in (1, 2):
         yield from gathered
-    if config.zero_stage == 3:
+    if config.zero_stage == 3 and low_bit:
         for index in _gathers_of_stage_3(config, grid, len(low_bit)):
             yield gathered[index]
     yield from _deepspeed_calls(config, grid, stage)
