@@ -298,7 +298,7 @@ def memory_table(items: Sequence[Figure]) -> str:
 def sent_table(items: Iterable[Figure]) -> str:
     columns = {
         "gradients": ("gradients",),
-        "codes": ("codes",),
+        "codes": ("codes", "means"),  # the sums from which their scales are refitted: 8 bytes per matrix
         "weights": ("weights",),
         "activations": ("activations", "activation_maxima", "megatron"),
         "pipeline": ("pipeline",),
