@@ -40,18 +40,23 @@ def _parts(whole: dict[str, Any] | list[Any]) -> Iterable[Any]:
     return whole.values() if isinstance(whole, dict) else whole
 
 
+def why_not_json(error: ValueError) -> str:
+    """In words, what decoding bytes as UTF-8 or `parse_json` has raised."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"not a text file in UTF-8: {error.reason} at byte {error.start}"
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+    return f"not JSON that can be read: {error}"
+
+
 def read_json_object(path: Path, advice: str, decoder: json.JSONDecoder = _DECODER) -> dict[str, Any]:
     """The JSON object in the file at `path`. Raises UserError with the file, the reason and `advice`, what to do."""
     try:
         value = parse_json(path.read_text(encoding="utf-8"), decoder)
     except OSError as error:
         why = f"cannot be read: {error.strerror}"
-    except UnicodeDecodeError as error:
-        why = f"not a text file in UTF-8: {error.reason} at byte {error.start}"
-    except json.JSONDecodeError as error:
-        why = f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
     except ValueError as error:
-        why = f"not JSON that can be read: {error}"
+        why = why_not_json(error)
     else:
         if isinstance(value, dict):
             return value

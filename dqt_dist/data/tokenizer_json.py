@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any
 
 from dqt_dist.errors import UserError
-from dqt_dist.json_files import parse_json, read_json_object
+from dqt_dist.json_files import parse_json, read_json_object, why_not_json
 
 SPACE = "\u2581"
 MOST_IDS = 2**31
@@ -130,12 +130,8 @@ class JsonTokenizer:
 def _parsed(path: Path, content: bytes) -> dict[str, Any]:
     try:
         values = parse_json(content.decode())
-    except UnicodeDecodeError as error:
-        why = f"not a text file in UTF-8: {error.reason} at byte {error.start}"
-    except json.JSONDecodeError as error:
-        why = f"not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
     except ValueError as error:
-        why = f"not JSON that can be read: {error}"
+        why = why_not_json(error)
     else:
         if isinstance(values, dict) and isinstance(values.get("model"), dict):
             return values

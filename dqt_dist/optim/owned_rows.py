@@ -16,7 +16,7 @@ from dqt_dist.kernels.low_bit_update import sum_by_matrix
 from dqt_dist.lowbit.gradient_buffer import GradientBuffer
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.packing import unpack
-from dqt_dist.lowbit.update import LATENT_COUNTS, RoundingKey
+from dqt_dist.lowbit.update import RoundingKey
 
 # Elements updated at once where the update has temporaries. An update has about a dozen temporaries, fp32 and int64.
 # With blocks of this size the temporaries take little memory compared with the moments.
@@ -60,9 +60,7 @@ class OwnedRows:
         return sum_by_matrix(self.weight, self.start, torch.cat(self.row_counts))
 
     def latent_abs_sum(self) -> Tensor:
-        """Sum of |L| over the owned rows of each matrix, int64 [matrices]: counted by the last update, or now."""
-        if self.row_counts:
-            return self.counts()[:, LATENT_COUNTS.index("latent_abs_sum")]
+        """Sum of |L| over the owned rows of each matrix, int64 [matrices], from the latents themselves."""
         total = torch.zeros(len(self.weight.scale), dtype=torch.int64, device=self.weight.codes.device)
         assert self.weight.latent_grid is not None
         for block in self.row_blocks():
