@@ -3,7 +3,10 @@ their requirements are met."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from importlib.util import find_spec
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -19,6 +22,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 # Tests stand beside each other, and their tensors are small.
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def gpu_processes() -> Iterator[list[ProcessPoolExecutor]]:
+    """Two processes for tests.gpus.on_gpus."""
+    pools = [ProcessPoolExecutor(1, mp_context=get_context("spawn")) for _ in range(2)]
+    yield pools
+    for pool in pools:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @pytest.fixture(autouse=True)

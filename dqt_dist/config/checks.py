@@ -118,6 +118,12 @@ def _tensor_parallel_problems(config: Config) -> Iterable[str]:
         divided.append("seq_length")
         if tensor == 1:
             yield "parallel.sequence: true needs parallel.tensor > 1, which is 1; use false or raise parallel.tensor"
+    if config.parallel.peer_copies is True and not (config.parallel.sequence and config.quantization.method == "dqt"):
+        sequence = str(config.parallel.sequence).lower()
+        yield (
+            f"parallel.peer_copies: true is for low-bit linears with sequence parallelism; quantization.method is "
+            f'{config.quantization.method!r} and parallel.sequence is {sequence}; use "auto"'
+        )
     for name in divided:
         value = getattr(model, name)
         if value % tensor:

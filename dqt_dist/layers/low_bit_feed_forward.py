@@ -72,10 +72,10 @@ class _FeedForward(torch.autograd.Function):
         fc2.compute.wgrad(gradient, h, fc2.weight)
         del gradient, h, row_gradient
 
-        pending_dx = start_column_dgrad(gradient_1, fc1, x.dtype)
+        pending_dx = start_column_dgrad(gradient_1, fc1)
         # The sum over TP is under way during this product.
         fc1.compute.wgrad(gradient_1, full_x.wait(), fc1.weight)
-        dx, norm_gradient = norm_backward(pending_dx.wait(), tokens, norm_weight, inverse_rms, fc1)
+        dx, norm_gradient = norm_backward(pending_dx.wait().to(x.dtype), tokens, norm_weight, inverse_rms, fc1)
         return unflat(dx, x), norm_gradient, None, None
 
 

@@ -36,10 +36,9 @@ from dqt_dist.parallel.collectives import (
     Group,
     Pending,
     reduce_in_place,
-    scatter_sum_of_pieces,
     start_gather_sequence,
     start_reduce,
-    start_scatter_sum_sequence,
+    start_scatter_sum_of_pieces,
 )
 
 
@@ -71,22 +70,21 @@ def column_forward(x: Operand, linear: LowBitLinear, dtype: torch.dtype) -> Tens
 
 @dataclass
 class PendingOperand:
-    """An operand on its way."""
+    """An operand on its way: its values, and its scale if there is one."""
 
-    values: Pending
-    scale: Pending | None
+    tensors: Pending[list[Tensor]]
 
     def wait(self) -> Operand:
         """The operand, once it has arrived."""
-        return Operand(self.values.wait(), None if self.scale is None else self.scale.wait())
+        return Operand(*self.tensors.wait())
 
 
 def start_full_sequence(x: Operand, linear: LowBitLinear) -> PendingOperand:
     """The operand of all tokens: under sequence parallelism each TP rank brings its own."""
-    if not linear.sequence_parallel:
-        return PendingOperand(Pending(x.values), None if x.scale is None else Pending(x.scale))
-    scale = None if x.scale is None else start_gather_sequence(x.scale, linear.group)
-    return PendingOperand(start_gather_sequence(x.values, linear.group), scale)
+    tensors = [x.values] if x.scale is None else [x.values, x.scale]
+    return PendingOperand(
+        start_gather_sequence(tensors, linear.group) if linear.sequence_parallel else Pending(tensors)
+    )
 
 
 def multiply_all_tokens(
@@ -114,12 +112,28 @@ def multiply_all_tokens(
     return y, full
 
 
-def start_column_dgrad(grad: Operand, linear: LowBitLinear, dtype: torch.dtype) -> Pending:
-    """dx summed over TP. Under sequence parallelism dx has this rank's tokens only."""
-    dx = linear.compute.dgrad(linear.weight)(grad).to(dtype)
+def start_multiply_and_scatter(
+    multiply: Multiply, x: Operand, dtype: torch.dtype, features: int, linear: LowBitLinear
+) -> Pending[Tensor]:
+    """`multiply` of x, [tokens, features] of type `dtype`, summed over TP: this rank's tokens of the sum.
+
+    The partial sums of a rank's tokens travel to this rank during the product of the next rank's.
+    """
+    count = x.values.shape[0] // linear.group.size()
+
+    def piece(rank: int, out: Tensor | None) -> Tensor:
+        return multiply(x.tokens(rank * count, (rank + 1) * count), out)
+
+    return start_scatter_sum_of_pieces(piece, (count, features), dtype, x.values.device, linear.group)
+
+
+def start_column_dgrad(grad: Operand, linear: LowBitLinear) -> Pending[Tensor]:
+    """dx summed over TP, in the type of dgrad. Under sequence parallelism dx has this rank's tokens only."""
+    compute, weight = linear.compute, linear.weight
+    multiply = compute.dgrad(weight)
     if linear.sequence_parallel:
-        return start_scatter_sum_sequence(dx, linear.group)
-    return start_reduce(dx, linear.group, "activations")
+        return start_multiply_and_scatter(multiply, grad, compute.dtype, weight.columns, linear)
+    return start_reduce(multiply(grad), linear.group, "activations")
 
 
 def row_scale_of_input(absmax: Tensor, linear: LowBitLinear) -> Tensor:
@@ -131,20 +145,16 @@ def row_scale_of_input(absmax: Tensor, linear: LowBitLinear) -> Tensor:
 
 def row_forward(x: Operand, linear: LowBitLinear, dtype: torch.dtype) -> Tensor:
     """y [tokens, out] of a quantised x [tokens, in / tp]; under sequence parallelism this rank's tokens of y."""
-    multiply = linear.compute.product(linear.weight)
+    compute, weight = linear.compute, linear.weight
+    multiply = compute.product(weight)
     if linear.sequence_parallel:
-        count = x.values.shape[0] // linear.group.size()
-
-        def of(rank: int) -> Operand:
-            return x.tokens(rank * count, (rank + 1) * count)
-
-        # The partial sums of a rank's tokens travel to this rank during the product of the next rank's.
-        y = scatter_sum_of_pieces(lambda rank, out: multiply(of(rank), out), linear.group)
-        x_scale = of(linear.group.rank()).scale
+        y = start_multiply_and_scatter(multiply, x, compute.product_dtype, weight.rows, linear).wait()
+        count, rank = y.shape[0], linear.group.rank()
+        x = x.tokens(rank * count, (rank + 1) * count)
     else:
-        y, x_scale = multiply(x), x.scale
+        y = multiply(x)
         reduce_in_place(y, linear.group, "activations")
-    return linear.compute.epilogue(y, x_scale, linear.weight, dtype)
+    return compute.epilogue(y, x.scale, weight, dtype)
 
 
 class RowGradient:
@@ -199,9 +209,9 @@ class _ColumnParallel(torch.autograd.Function):
         # x travels during the first product, the sum of dx over TP during the second.
         full_x = start_full_sequence(operand, linear)
         gradient = linear.compute.gradient(flat(grad), linear.weight)
-        pending_dx = start_column_dgrad(gradient, linear, x.dtype)
+        pending_dx = start_column_dgrad(gradient, linear)
         linear.compute.wgrad(gradient, full_x.wait(), linear.weight)
-        dx = pending_dx.wait()
+        dx = pending_dx.wait().to(x.dtype)
         if norm_weight is None or inverse_rms is None:
             return unflat(dx, x), None, None
         dx, norm_gradient = norm_backward(dx, tokens, norm_weight, inverse_rms, linear)

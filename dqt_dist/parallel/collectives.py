@@ -13,15 +13,16 @@ the usual ring algorithms, whatever algorithm the backend uses. For n ranks and 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from dqt_dist.kernels.mean import sum_of_parts
+from dqt_dist.parallel import peer_copies
 from dqt_dist.parallel.groups import Group
 
 Kind = Literal["gradients", "codes", "activation_maxima", "activations"]
@@ -36,9 +37,8 @@ def count_sent(kind: Kind, full_tensor: Tensor, group: Group, passes: int = 1) -
     BYTES_SENT[kind] += passes * full_tensor.numel() * full_tensor.element_size() * (num_ranks - 1) // num_ranks
 
 
-# torch 2.13 renamed these two functions and warns about the old names. torch 2.11 has only the old names.
+# torch 2.13 renamed this function and warns about the old name. torch 2.11 has only the old name.
 all_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
-reduce_scatter_single = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 class _SumPartials(torch.autograd.Function):
@@ -83,77 +83,115 @@ def sum_gradient(parameter: Tensor, group: Group) -> Tensor:
     return parameter if group.size() == 1 else _SumGradient.apply(parameter, group)
 
 
+Result = TypeVar("Result")
+
+
+class Work(Protocol):
+    """An exchange under way."""
+
+    def wait(self) -> Any: ...
+
+
 @dataclass
-class Pending:
+class Pending(Generic[Result]):
     """A result on its way. What the caller launches before `wait` runs beside the exchange."""
 
-    result: Tensor
-    work: dist.Work | None = None
+    result: Result
+    works: Sequence[Work] = ()
+    finish: Callable[[Result], Result] | None = None
+    """What is left to compute when everything has arrived."""
 
-    def wait(self) -> Tensor:
+    def wait(self) -> Result:
         """The result, once it has arrived."""
-        if self.work is not None:
-            self.work.wait()
-        return self.result
+        for work in self.works:
+            work.wait()
+        return self.result if self.finish is None else self.finish(self.result)
 
 
-def start_gather_sequence(x: Tensor, group: Group) -> Pending:
-    """Concatenates shards [s / n, ...] along the sequence to [s, ...]. Not differentiable: used inside Functions."""
+def start_gather_sequence(shards: Sequence[Tensor], group: Group) -> Pending[list[Tensor]]:
+    """Concatenates shards [s / n, ...] along the sequence to [s, ...], for several tensors at once.
+
+    Not differentiable: used inside Functions.
+    """
     if group.size() == 1:
-        return Pending(x)
-    gathered = torch.empty(x.shape[0] * group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
-    wire = torch.uint8 if x.dtype == torch.float8_e4m3fn else x.dtype  # no backend transports fp8
-    work = all_gather_single(gathered.view(wire), x.contiguous().view(wire), group=group, async_op=True)
-    count_sent("activations", gathered, group)
-    return Pending(gathered, work)
+        return Pending(list(shards))
+    shards = [shard.contiguous() for shard in shards]
+    gathered = [shard.new_empty(shard.shape[0] * group.size(), *shard.shape[1:]) for shard in shards]
+    for full in gathered:
+        count_sent("activations", full, group)
+    copies = peer_copies.of(group)
+    if copies is not None:
+        return Pending(gathered, [copies.start_gather(shards, gathered)])
+    works = []
+    for shard, full in zip(shards, gathered, strict=True):
+        wire = torch.uint8 if shard.dtype == torch.float8_e4m3fn else shard.dtype  # no backend transports fp8
+        works.append(all_gather_single(full.view(wire), shard.view(wire), group=group, async_op=True))
+    return Pending(gathered, works)
 
 
-def start_scatter_sum_sequence(x: Tensor, group: Group) -> Pending:
-    """Sums [s, ...] over `group` and keeps this rank's part [s / n, ...] of the sequence. Not differentiable."""
-    if group.size() == 1:
-        return Pending(x)
-    part = torch.empty(x.shape[0] // group.size(), *x.shape[1:], dtype=x.dtype, device=x.device)
-    work = reduce_scatter_single(part, x.contiguous(), group=group, async_op=True)
-    count_sent("activations", x, group)
-    return Pending(part, work)
+class _Messages:
+    """An exchange in which each rank sends a piece to each other rank, as messages of the backend."""
+
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, group: Group) -> None:
+        self.group, self.size, self.rank = group, group.size(), group.rank()
+        self.parts = torch.empty(self.size, *shape, dtype=dtype, device=device)
+        self.sent: list[Tensor] = []
+        """Must stay allocated until the messages have left."""
+        self.works: list[Work] = []
+
+    def send(self, piece: Tensor, step: int) -> None:
+        to, source = (dist.get_global_rank(self.group, (self.rank + s) % self.size) for s in (step, -step))
+        self.sent.append(piece)
+        self.works += dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, piece, to, self.group),
+                dist.P2POp(dist.irecv, self.parts[(self.rank - step) % self.size], source, self.group),
+            ]
+        )
+
+    def finish(self) -> Work:
+        return self
+
+    def wait(self) -> None:
+        for work in self.works:
+            work.wait()
+        self.sent.clear()
 
 
-def scatter_sum_of_pieces(piece: Callable[[int, Tensor | None], Tensor], group: Group) -> Tensor:
-    """Sum over ranks of piece(this rank). `piece(r)`: what this rank adds to the result of rank r, contiguous; with a
-    second argument, into that memory.
+def start_scatter_sum_of_pieces(
+    piece: Callable[[int, Tensor | None], Tensor],
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    group: Group,
+) -> Pending[Tensor]:
+    """Sum over ranks of piece(this rank), of this shape, type and device.
 
-    A piece travels while the next is made. The parts are added in rank order, in fp32 (integers exactly), and rounded
-    once to the type of the pieces. Sends as many bytes as a reduce-scatter. Not differentiable.
+    `piece(r)`: what this rank adds to the result of rank r, contiguous; with a second argument, into that memory. A
+    piece travels while the next is made. The parts are added in rank order, in fp32 (integers exactly), and rounded
+    once to the type of the pieces, however they travel. Sends as many bytes as a reduce-scatter. Not differentiable.
+    `wait` before the next call for this group.
     """
     size, rank = group.size(), group.rank()
     if size == 1:
-        return piece(rank, None)
-    sent = [piece((rank + 1) % size, None)]
-    parts = sent[0].new_empty(size, *sent[0].shape)
-    works = []
+        return Pending(piece(rank, None))
+    copies = peer_copies.of(group)
+    exchange = _Messages(shape, dtype, device, group) if copies is None else copies.start_pieces(shape, dtype)
     for step in range(1, size):
-        if step > 1:
-            sent.append(piece((rank + step) % size, None))
-        to, source = (dist.get_global_rank(group, (rank + s) % size) for s in (step, -step))
-        works += dist.batch_isend_irecv(
-            [
-                dist.P2POp(dist.isend, sent[-1], to, group),
-                dist.P2POp(dist.irecv, parts[(rank - step) % size], source, group),
-            ]
-        )
-    piece(rank, parts[rank])
-    for work in works:
-        work.wait()
-    count_sent("activations", parts, group)
-    return sum_of_parts(parts.view(size, -1)).view(parts.shape[1:])
+        exchange.send(piece((rank + step) % size, None), step)
+    piece(rank, exchange.parts[rank])
+    count_sent("activations", exchange.parts, group)
+    return Pending(
+        exchange.parts, [exchange.finish()], lambda parts: sum_of_parts(parts.view(size, -1)).view(parts.shape[1:])
+    )
 
 
-def start_reduce(x: Tensor, group: Group, kind: Kind, op: Any = dist.ReduceOp.SUM) -> Pending:
+def start_reduce(x: Tensor, group: Group, kind: Kind, op: Any = dist.ReduceOp.SUM) -> Pending[Tensor]:
     """All-reduce of `x` over `group`, into x itself; no call for one rank. Not differentiable."""
     if group.size() == 1:
         return Pending(x)
     count_sent(kind, x, group, passes=2)
-    return Pending(x, dist.all_reduce(x, op=op, group=group, async_op=True))
+    return Pending(x, [dist.all_reduce(x, op=op, group=group, async_op=True)])
 
 
 def reduce_in_place(x: Tensor, group: Group, kind: Kind, op: Any = dist.ReduceOp.SUM) -> None:

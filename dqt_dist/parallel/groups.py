@@ -20,9 +20,9 @@ import torch.distributed as dist
 import torch.utils.deterministic
 
 from dqt_dist.config import Config, uses_cuda_graph
-from dqt_dist.errors import RunError
+from dqt_dist.errors import RunError, UserError
 from dqt_dist.launch import Launch
-from dqt_dist.parallel import megatron_device
+from dqt_dist.parallel import megatron_device, peer_copies
 
 Group = dist.ProcessGroup
 
@@ -78,8 +78,10 @@ def initialize(config: Config, launch: Launch) -> Groups:
         distributed_timeout_minutes=collective_timeout(config) // timedelta(minutes=1),
     )
     assert dist.group.WORLD is not None
+    tensor = parallel_state.get_tensor_model_parallel_group()
+    _choose_exchanges(config, tensor, device)
     return Groups(
-        tensor=parallel_state.get_tensor_model_parallel_group(),
+        tensor=tensor,
         data=parallel_state.get_data_parallel_group(),
         pipeline=parallel_state.get_pipeline_model_parallel_group(),
         model=parallel_state.get_model_parallel_group(),
@@ -87,6 +89,24 @@ def initialize(config: Config, launch: Launch) -> Groups:
         device=device,
         local_rank=launch.local_rank,
     )
+
+
+def _choose_exchanges(config: Config, tensor: Group, device: torch.device) -> None:
+    """Lets the tensor-parallel ranks copy to one another, as parallel.peer_copies says. A collective call.
+
+    Raises UserError when the config requires such copies and these ranks cannot make them.
+    """
+    wanted = config.parallel.peer_copies
+    low_bit = config.parallel.sequence and config.quantization.method == "dqt"
+    if not low_bit or wanted is False or (wanted == "auto" and device.type != "cuda"):
+        return
+    reason = peer_copies.reason_against(tensor, device)
+    if reason is None:
+        peer_copies.use_for(tensor, peer_copies.PeerCopies(tensor))
+    elif wanted is True:
+        raise UserError(
+            f'parallel.peer_copies: true needs tensor-parallel ranks that copy to one another, but {reason}; use "auto"'
+        )
 
 
 def collective_timeout(config: Config) -> timedelta:
@@ -132,5 +152,6 @@ def finalize() -> None:
 
     for holder in list(CLOSED_FIRST):
         holder.close()
+    peer_copies.forget()
     parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import socket
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable
 from contextlib import nullcontext
-from multiprocessing import get_context
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,12 +17,12 @@ from dqt_dist.launch import Launch
 from dqt_dist.lowbit.gradient_buffer import GradientState
 from dqt_dist.optim.engine import CombinedOptimizer
 from dqt_dist.parallel.collectives import BYTES_SENT
-from dqt_dist.parallel.groups import finalize
 from dqt_dist.training.cost import low_bit_bytes
 from dqt_dist.training.cuda_graph import EAGER_STEPS, StepGraphs, choose_forward_backward
 from dqt_dist.training.step import evaluate, run_schedule, train_step
 from tests.distributed import run_distributed
-from tests.parallel.runs import Run, Whole, assert_equal, start, whole_state
+from tests.gpus import Pools, on_gpus
+from tests.parallel.runs import Whole, assert_equal, start, whole_state
 from tests.small import random_batches, small_config
 from tests.training.conftest import Train
 
@@ -126,21 +122,12 @@ FP8 = [*BF16, "quantization.compute=fp8", "optimizer.state_bits=8", "optimizer.g
 ZERO_1 = ["deepspeed.zero_optimization.stage=1"]
 
 
-def states(rank: int, world_size: int, port: int, overrides: list[str]) -> tuple[list[float], Whole, dict[str, int]]:
+def states(launch: Launch, overrides: list[str]) -> tuple[list[float], Whole, dict[str, int]]:
     """Losses, the whole state on rank 0 and bytes sent, after some steps with a validation between two of them.
 
     In the last step, waiting for the device is an error in ZeRO stages 1 and 2.
     """
-    os.environ |= {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank)}
-    launch = Launch(rank, world_size, rank, world_size, "tests", "localhost", port)
-    try:
-        return _states(start(*overrides, "training.deterministic=true", launch=launch))
-    finally:
-        finalize()
-
-
-def _states(run: Run) -> tuple[list[float], Whole, dict[str, int]]:
+    run = start(*overrides, "training.deterministic=true", launch=launch)
     forward_backward = run.forward_backward
     losses = []
     BYTES_SENT.clear()
@@ -158,32 +145,9 @@ def _states(run: Run) -> tuple[list[float], Whole, dict[str, int]]:
     return losses, whole_state(run), sent
 
 
-Pools = list[ProcessPoolExecutor]
-"""A process per rank, which keeps its GPU from test to test."""
-
-
-@pytest.fixture(scope="module")
-def processes() -> Iterator[Pools]:
-    pools = [ProcessPoolExecutor(1, mp_context=get_context("spawn")) for _ in range(2)]
-    yield pools
-    for pool in pools:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-def on_gpus(pools: Pools, world_size: int, overrides: list[str]) -> tuple[list[float], Whole, dict]:
-    """`states` on rank 0 of as many GPUs."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    runs = [pools[rank].submit(states, rank, world_size, port, overrides) for rank in range(world_size)]
-    for run in as_completed(runs, timeout=120):
-        run.result()  # an error of any rank, at once
-    return runs[0].result()
-
-
 def assert_graph_leaves_the_bits(pools: Pools, world_size: int, overrides: list[str]) -> None:
     eager, recorded = (
-        on_gpus(pools, world_size, [*overrides, f"training.cuda_graph={graph}"]) for graph in ("false", "true")
+        on_gpus(pools, world_size, states, [*overrides, f"training.cuda_graph={graph}"]) for graph in ("false", "true")
     )
     assert eager[0] == recorded[0] and len(set(eager[0])) == STEPS + 1
     assert_equal(recorded[1], eager[1])
@@ -204,12 +168,12 @@ def assert_graph_leaves_the_bits(pools: Pools, world_size: int, overrides: list[
     ],
     ids=["bf16", "fp8", "latents", "one micro-batch", "recompute", "none", "bitnet"],
 )
-def test_a_step_waits_for_nothing_and_a_graph_leaves_its_bits(processes: Pools, overrides: list[str]) -> None:
+def test_a_step_waits_for_nothing_and_a_graph_leaves_its_bits(gpu_processes: Pools, overrides: list[str]) -> None:
     """Six micro-batches per step, unless a case says otherwise.
 
     All losses differ, so a batch or an update that a graph does not see would show.
     """
-    assert_graph_leaves_the_bits(processes, 1, overrides)
+    assert_graph_leaves_the_bits(gpu_processes, 1, overrides)
 
 
 TP_2 = [*ZERO_1, "parallel.tensor=2", "parallel.sequence=true"]
@@ -233,17 +197,31 @@ PP_2 = [*ZERO_1, "parallel.pipeline=2", "model.num_layers=4", "training.global_b
     ],
     ids=["ZeRO 1", "one micro-batch", "ZeRO 2", "none", "TP SP", "TP", "TP none", "PP", "interleaved"],
 )
-def test_a_graph_over_two_gpus_leaves_its_bits(processes: Pools, overrides: list[str]) -> None:
-    assert_graph_leaves_the_bits(processes, 2, overrides)
+def test_a_graph_over_two_gpus_leaves_its_bits(gpu_processes: Pools, overrides: list[str]) -> None:
+    assert_graph_leaves_the_bits(gpu_processes, 2, overrides)
 
 
 @pytest.mark.gpu
 @pytest.mark.multi_gpu
 @pytest.mark.parametrize("compute", [BF16, FP8], ids=["bf16", "fp8"])
-def test_stages_over_nccl_have_the_same_bits(processes: Pools, compute: list[str]) -> None:
+def test_stages_over_nccl_have_the_same_bits(gpu_processes: Pools, compute: list[str]) -> None:
     """ZeRO 0 to 3, three micro-batches per rank, without the check for waiting: DeepSpeed's stage 0 and 3 wait."""
-    losses, wanted, _ = on_gpus(processes, 2, [*compute, "deepspeed.zero_optimization.stage=0"])
+    losses, wanted, _ = on_gpus(gpu_processes, 2, states, [*compute, "deepspeed.zero_optimization.stage=0"])
     for stage in (1, 2, 3):
-        again, found, _ = on_gpus(processes, 2, [*compute, f"deepspeed.zero_optimization.stage={stage}"])
+        again, found, _ = on_gpus(gpu_processes, 2, states, [*compute, f"deepspeed.zero_optimization.stage={stage}"])
         assert again == losses
         assert_equal(found, wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.multi_gpu
+@pytest.mark.parametrize("compute", [BF16, FP8], ids=["bf16", "fp8"])
+def test_copies_between_gpus_leave_the_bits(gpu_processes: Pools, compute: list[str]) -> None:
+    overrides = [*compute, *TP_2, "training.cuda_graph=true"]
+    messages, copies = (
+        on_gpus(gpu_processes, 2, states, [*overrides, f"parallel.peer_copies={wanted}"])
+        for wanted in ("false", "true")
+    )
+    assert copies[0] == messages[0]
+    assert_equal(copies[1], messages[1])
+    assert copies[2] == messages[2]
