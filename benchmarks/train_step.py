@@ -322,6 +322,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
         pairs = itertools.pairwise(marks)
         each = [first.elapsed_time(second) / 1e3 if on_cuda else second - first for first, second in pairs]
         seconds = statistics.median(each)
+        flops = flops_per_token(config.model, config.data.document_masking)
         tokens = config.training.global_batch_size * config.model.seq_length
         total, low_bit = cost.count_parameters(model_chunks, engine.optimizer.low_bit, groups)
         row: dict[str, Any] = {
@@ -330,8 +331,8 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
             "step_ms": seconds * 1e3,
             "step_ms_each": [1e3 * s for s in each],
             "loader_wait_ms": 1e3 * sum(waited) / len(waited),
-            "mfu": flops_per_token(config.model) * tokens / seconds / peak_flops,
-            "tflops": flops_per_token(config.model) * tokens / seconds / groups.world.size() / 1e12,
+            "mfu": flops * tokens / seconds / peak_flops,
+            "tflops": flops * tokens / seconds / groups.world.size() / 1e12,
             # A CPU's resident memory never shrinks, so variants could not be compared.
             "peak_memory_gib": cost.peak_memory_bytes(groups) / 2**30 if on_cuda else None,
             "between_steps_gib": torch.cuda.memory_allocated() / 2**30 if on_cuda else None,

@@ -288,6 +288,10 @@ class DataConfig(Section):
     gives the metric valid_loss.code. Each takes the time of a validation."""
     tokenizer: Annotated[str, Field(min_length=1)]
     """SentencePiece .model file, or tokenizer.json of Hugging Face, with which the corpora were tokenised."""
+    document_masking: bool = False
+    """Attention does not cross documents: a token sees what stands before it in its own document, and positions restart
+    with each document, in training and in validation. The mark at the end of a document begins the next one. Default:
+    a token sees all that stands before it in its sample, whatever document that is of."""
     num_workers: NonNegativeInt = 2
     """Processes of each rank that read samples; 0: the rank reads them itself."""
 
