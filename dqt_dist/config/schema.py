@@ -478,6 +478,16 @@ class Config(Section):
         return self.logging.tensorboard and step % self.logging.histogram_interval == 0
 
     @property
+    def has_variable_length_attention(self) -> bool:
+        """Whether torch's flash attention for sequences of varying length takes the heads of this model, on a GPU.
+
+        Heads are of 16 bits, and their width is a multiple of 8 and at most 256 (check_flash_attention_head_dim of
+        aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+        """
+        head = self.model.head_dim
+        return self.quantization.dtype == "bf16" and head % 8 == 0 and head <= 256
+
+    @property
     def layers_per_chunk(self) -> int:
         """Blocks of a model chunk."""
         return self.model.num_layers // self.parallel.num_model_chunks

@@ -46,23 +46,14 @@ def document_mask(document_starts: Tensor, config: Config) -> Tensor:
     Both shapes depend on the shape of document_starts alone, as a CUDA graph needs.
     """
     b, s = document_starts.shape[0], config.model.seq_length
-    if document_starts.is_cuda and has_variable_length_kernel(config):
+    if document_starts.is_cuda and config.has_variable_length_attention:
         sample = torch.arange(b, dtype=torch.int32, device=document_starts.device)[:, None]
         return pad((document_starts + s * sample).flatten(), (0, 1), value=b * s)
     position = torch.arange(s, dtype=torch.int32, device=document_starts.device)
-    document = torch.searchsorted(document_starts, position.expand(b, s), right=True)
+    document = (document_starts[:, :, None] <= position).sum(1)
     sees = (document[:, :, None] == document[:, None, :]) & (position[:, None] >= position)
     mask = torch.zeros(b, 1, s, s, dtype=TORCH_DTYPES[config.quantization.dtype], device=position.device)
     return mask.masked_fill_(~sees[:, None], -torch.inf)
-
-
-def has_variable_length_kernel(config: Config) -> bool:
-    """Whether torch's flash attention for sequences of varying length takes the heads of this model.
-
-    It takes 16-bit heads whose width is a multiple of 8 and at most 256 (check_flash_attention_head_dim in torch's
-    native/transformers/cuda/sdp_utils.cpp).
-    """
-    return config.quantization.dtype == "bf16" and config.model.head_dim % 8 == 0 and config.model.head_dim <= 256
 
 
 class RotarySelfAttention(SelfAttention):

@@ -263,6 +263,42 @@ def test_model_equals_the_written_out_llama(models: Models, method: str, sub_nor
         tolerance.assert_close(found.gradients[name], expected, name)
 
 
+# ---- documents ----
+
+
+def logits_of(rank: int, world_size: int, samples: dict[str, tuple[Tensor, Tensor | None]], *overrides: str) -> Any:
+    """Logits [1, s, vocabulary] of one model for each (tokens [1, s], document starts [1, documents] or None)."""
+    config = small_config("data.document_masking=true", "training.micro_batch_size=1", *overrides)
+    groups = process_groups.initialize(config, Launch(rank, world_size, rank, world_size, "test", "", 0))
+    (model,) = build_model(config, groups)
+    logits = {}
+    with megatron_device.cuda_or_cpu(), torch.no_grad():
+        for name, (tokens, starts) in samples.items():
+            mask = None if starts is None else document_mask(starts, config)
+            logits[name] = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), mask).numpy()
+    return logits
+
+
+def test_a_document_has_the_logits_that_it_has_alone() -> None:
+    """Tokens 6 to 15 are a document. In `alone` the document begins at 0, so that its angles are other ones."""
+    tokens = torch.randint(64, (1, 16))
+    other = torch.cat([(tokens[:, :6] + 1) % 64, tokens[:, 6:]], dim=1)
+    packed, alone = torch.tensor([[0, 6]], dtype=torch.int32), torch.tensor([[0, 10]], dtype=torch.int32)
+    samples: dict[str, tuple[Tensor, Tensor | None]] = {
+        "packed": (tokens, packed),
+        "after another": (other, packed),
+        "alone": (tokens.roll(-6, 1), alone),
+        "across": (tokens, None),
+    }
+    found = run_distributed(logits_of, 1, samples, "model.init_std=0.3", "quantization.activation=none")[0]
+    document = {name: torch.from_numpy(logits)[:, 6:] for name, logits in found.items()}
+    assert torch.equal(document["after another"], document["packed"])
+    document["alone"] = torch.from_numpy(found["alone"])[:, :10]
+    NETWORK_FP32.assert_close(document["packed"], document["alone"])
+    # Negative control.
+    assert float((document["across"] - document["alone"]).abs().max()) > 0.1 * float(document["alone"].abs().max())
+
+
 # ---- its controls ----
 
 
