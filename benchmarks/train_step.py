@@ -79,6 +79,7 @@ VARIANTS: dict[str, list[str]] = {
     "dqt-fp8": FP8,
     "dqt-fp8, codes only": [*FP8, *CODES_ONLY],
     "dqt-fp8, codes only, CUDA graph": [*FP8, *CODES_ONLY, "training.cuda_graph=true"],
+    "dqt-fp8, documents": [*FP8, "data.document_masking=true"],
     "dqt-fp8, dW in bf16": [*FP8, "quantization.weight_gradient=bf16"],
     "dqt-fp8, fused update": [*FP8, "optimizer.fused_backward=true", "optimizer.max_grad_norm=0"],
     "dqt-fp8, recompute mlp": [*FP8, "training.recompute=mlp"],
@@ -88,7 +89,7 @@ VARIANTS: dict[str, list[str]] = {
         *FP8, "optimizer.fused_backward=true", "optimizer.max_grad_norm=0", "training.recompute=full",
     ],
 }  # fmt: skip
-for name in ("none-bf16", "bitnet-bf16", "dqt-bf16", "dqt-int8", "dqt-fp8"):
+for name in ("none-bf16", "bitnet-bf16", "dqt-bf16", "dqt-int8", "dqt-fp8", "dqt-fp8, documents"):
     VARIANTS[f"{name}, CUDA graph"] = [*VARIANTS[name], "training.cuda_graph=true"]
 DEFAULTS = {
     "cuda": (
