@@ -79,6 +79,7 @@ VARIANTS: dict[str, list[str]] = {
     "dqt-fp8": FP8,
     "dqt-fp8, codes only": [*FP8, *CODES_ONLY],
     "dqt-fp8, codes only, CUDA graph": [*FP8, *CODES_ONLY, "training.cuda_graph=true"],
+    "dqt-fp8, documents": [*FP8, "data.document_masking=true"],
     "dqt-fp8, dW in bf16": [*FP8, "quantization.weight_gradient=bf16"],
     "dqt-fp8, fused update": [*FP8, "optimizer.fused_backward=true", "optimizer.max_grad_norm=0"],
     "dqt-fp8, recompute mlp": [*FP8, "training.recompute=mlp"],
@@ -88,7 +89,7 @@ VARIANTS: dict[str, list[str]] = {
         *FP8, "optimizer.fused_backward=true", "optimizer.max_grad_norm=0", "training.recompute=full",
     ],
 }  # fmt: skip
-for name in ("none-bf16", "bitnet-bf16", "dqt-bf16", "dqt-int8", "dqt-fp8"):
+for name in ("none-bf16", "bitnet-bf16", "dqt-bf16", "dqt-int8", "dqt-fp8", "dqt-fp8, documents"):
     VARIANTS[f"{name}, CUDA graph"] = [*VARIANTS[name], "training.cuda_graph=true"]
 DEFAULTS = {
     "cuda": (
@@ -322,6 +323,7 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
         pairs = itertools.pairwise(marks)
         each = [first.elapsed_time(second) / 1e3 if on_cuda else second - first for first, second in pairs]
         seconds = statistics.median(each)
+        flops = flops_per_token(config.model, config.data.document_masking)
         tokens = config.training.global_batch_size * config.model.seq_length
         total, low_bit = cost.count_parameters(model_chunks, engine.optimizer.low_bit, groups)
         row: dict[str, Any] = {
@@ -330,8 +332,8 @@ def measure(args: argparse.Namespace, config: Any, groups: Any, peak_flops: floa
             "step_ms": seconds * 1e3,
             "step_ms_each": [1e3 * s for s in each],
             "loader_wait_ms": 1e3 * sum(waited) / len(waited),
-            "mfu": flops_per_token(config.model) * tokens / seconds / peak_flops,
-            "tflops": flops_per_token(config.model) * tokens / seconds / groups.world.size() / 1e12,
+            "mfu": flops * tokens / seconds / peak_flops,
+            "tflops": flops * tokens / seconds / groups.world.size() / 1e12,
             # A CPU's resident memory never shrinks, so variants could not be compared.
             "peak_memory_gib": cost.peak_memory_bytes(groups) / 2**30 if on_cuda else None,
             "between_steps_gib": torch.cuda.memory_allocated() / 2**30 if on_cuda else None,

@@ -49,4 +49,11 @@ def random_batches(config: Config, step: int, data_rank: int, data_size: int) ->
     tokens = torch.randint(model.vocab_size, (training.global_batch_size, model.seq_length + 1), generator=generator)
     micro = tokens.view(-1, data_size, training.micro_batch_size, model.seq_length + 1)[:, data_rank]
     mask = torch.ones(training.micro_batch_size, model.seq_length)
-    return [{"tokens": t[:, :-1].contiguous(), "labels": t[:, 1:].contiguous(), "loss_mask": mask} for t in micro]
+    batches = [{"tokens": t[:, :-1].contiguous(), "labels": t[:, 1:].contiguous(), "loss_mask": mask} for t in micro]
+    if config.data.document_masking:
+        # Other documents in every sample, fewer in some, and documents of length 0, which is what is left of a row.
+        begins = torch.randint(1, model.seq_length + 1, (training.global_batch_size, 4), generator=generator)
+        begins[:, 0] = 0
+        starts = begins.sort(dim=1).values.int().view(-1, data_size, training.micro_batch_size, 4)[:, data_rank]
+        batches = [batch | {"document_starts": start} for batch, start in zip(batches, starts, strict=True)]
+    return batches

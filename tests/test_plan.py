@@ -74,6 +74,7 @@ ACTIVATIONS = [
     *((1, recompute) for recompute in ("training.recompute=none", MLP, FULL)),
     *((1, BF16, "quantization.method=none", *recompute) for recompute in ((), (MLP,), (FULL,))),
     (1, BF16, "model.num_query_groups=4"),
+    *((1, "data.document_masking=true", *recompute) for recompute in ((), (BF16,), (FULL,))),
     (1, MLP, "training.recompute_layers=1"),
     (1, "quantization.method=none"),
     *((1, BF16, "quantization.method=bitnet", *recompute) for recompute in ((), (MLP,))),

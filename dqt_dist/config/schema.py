@@ -292,6 +292,10 @@ class DataConfig(Section):
     gives the metric valid_loss.code. Each takes the time of a validation."""
     tokenizer: Annotated[str, Field(min_length=1)]
     """SentencePiece .model file, or tokenizer.json of Hugging Face, with which the corpora were tokenised."""
+    document_masking: bool = False
+    """Attention does not cross documents: a token sees what stands before it in its own document, and positions restart
+    with each document, in training and in validation. The mark at the end of a document begins the next one. Default:
+    a token sees all that stands before it in its sample, whatever document that is of."""
     num_workers: NonNegativeInt = 2
     """Processes of each rank that read samples; 0: the rank reads them itself."""
 
@@ -476,6 +480,16 @@ class Config(Section):
     def shows_codes(self, step: int) -> bool:
         """Whether the run writes figures of each matrix to TensorBoard after `step`."""
         return self.logging.tensorboard and step % self.logging.histogram_interval == 0
+
+    @property
+    def has_variable_length_attention(self) -> bool:
+        """Whether torch's flash attention for sequences of varying length takes the heads of this model, on a GPU.
+
+        Heads are of 16 bits, and their width is a multiple of 8 and at most 256 (check_flash_attention_head_dim of
+        aten/src/ATen/native/transformers/cuda/sdp_utils.cpp).
+        """
+        head = self.model.head_dim
+        return self.quantization.dtype == "bf16" and head % 8 == 0 and head <= 256
 
     @property
     def layers_per_chunk(self) -> int:

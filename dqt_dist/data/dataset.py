@@ -2,7 +2,16 @@
 
 A sample is `sequence_length + 1` consecutive tokens of the stream that all documents make when laid end to end; inputs
 are the first `sequence_length`, labels the last. Documents are packed: a sample may hold the end of one, the mark eod
-and the beginning of the next, and attention and positions run across the mark (document masking is off).
+and the beginning of the next. With document masking (data.document_masking) a sample says where its documents begin:
+
+    inputs             e  f </s> a  b  c </s>  x  y          document_starts    0, 2, 6
+    labels             f </s> a  b  c </s> x   y  z
+
+The lengths in the index say where a document begins. The mark before it, where there is one, belongs to it: an input is
+of the document of its label. So no label is predicted from another document, the loss leaves none out, and a document
+is read as tools/evaluate.py, lm-eval and llama.cpp give it to a model, after one mark. (Megatron's reset_attention_mask
+looks for the mark's id and ends documents after it: the mark then predicts the first token of a document from the
+document before.)
 
 The order. Megatron's GPTDataset shuffles all epochs of a run together, so which sample comes first depends on how many
 samples the run will draw: extending a run would change the data it has already seen. Here only the index building is
@@ -37,7 +46,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -65,8 +74,10 @@ Blend = Sequence[tuple[str, float]]
 
 
 class Datasets(NamedTuple):
-    """The samples of a run. An item is a dict with `tokens` and `labels` int64 [sequence_length] and `loss_mask`
-    float32 [sequence_length]."""
+    """The samples of a run. An item is a dict with `tokens` and `labels` int64 [sequence_length], `loss_mask` float32
+    [sequence_length] and, with document masking, `document_starts` int32 [documents]: the positions at which documents
+    begin, ascending from 0. It is as long as the most documents that a sample of its dataset holds; the rest of it is
+    sequence_length."""
 
     train: torch.utils.data.Dataset
     valid: torch.utils.data.Dataset | None
@@ -82,6 +93,7 @@ def build_datasets(
     sequence_length: int,
     vocab_size: int,
     tokenizer_path: str | Path | None,
+    document_masking: bool = False,
     seed: int,
     num_train_samples: int,
     num_valid_samples: int,
@@ -105,7 +117,9 @@ def build_datasets(
     """
     tokenizer = None if tokenizer_path is None else check_tokenizer(tokenizer_path, vocab_size)
     held_out = valid_fraction if valid is None else 0.0
-    config = _megatron_config(sequence_length, vocab_size, tokenizer, seed, Path(cache_dir), build_here)
+    config = _megatron_config(
+        sequence_length, vocab_size, tokenizer, document_masking, seed, Path(cache_dir), build_here
+    )
     open_blend = functools.partial(_open_blend, held_out=held_out, vocab_size=vocab_size, tokenizer=tokenizer)
     # Every process checks all files before any waits for another, so that all of them stop for the same reason.
     training = open_blend("data.train", train, split=Split.train, num_samples=num_train_samples, config=config)
@@ -176,9 +190,15 @@ def _open_blend(
         tokens = _require_one_sample(where, prefix, indexed, documents, held_out, split, config.sequence_length)
         _require_memory_for_index(where, count, tokens, len(documents), config.sequence_length)
         sources.append(functools.partial(EpochDataset, indexed, prefix, documents, count, split, config))
-    if len(sources) == 1:
-        return sources[0]
-    return lambda: BlendedDataset([source() for source in sources], weights, num_samples, config)
+
+    def build() -> torch.utils.data.Dataset:
+        built = [source() for source in sources]
+        most_documents = max(source.most_documents for source in built)
+        for source in built:  # samples of all sources are stacked
+            source.most_documents = most_documents
+        return built[0] if len(built) == 1 else BlendedDataset(built, weights, num_samples, config)
+
+    return build
 
 
 def _require_one_sample(
@@ -215,7 +235,13 @@ def _require_memory_for_index(where: str, num_samples: int, tokens: int, documen
 
 
 def _megatron_config(
-    sequence_length: int, vocab_size: int, tokenizer: Tokenizer | None, seed: int, cache_dir: Path, build_here: bool
+    sequence_length: int,
+    vocab_size: int,
+    tokenizer: Tokenizer | None,
+    document_masking: bool,
+    seed: int,
+    cache_dir: Path,
+    build_here: bool,
 ) -> EpochDatasetConfig:
     eod = None if tokenizer is None else tokenizer.eod_id
     # What Megatron's datasets ask of a tokenizer. It has no `pad`: nothing is padded.
@@ -227,10 +253,12 @@ def _megatron_config(
         # The blend and the split are made here; without these two Megatron would take itself to be mocked.
         blend=([], None),
         split="1",
+        # These three look for the mark's id; `document_masking` is ours.
         reset_position_ids=False,
         reset_attention_mask=False,
         eod_mask_loss=False,
         create_attention_mask=False,
+        document_masking=document_masking,
         cache_dir=cache_dir,
         build_here=build_here,
     )
@@ -250,9 +278,10 @@ def split_documents(num_documents: int, held_out: float, split: Split) -> np.nda
 
 @dataclass
 class EpochDatasetConfig(GPTDatasetConfig):
-    """Megatron's configuration and where our index lies (`path_to_cache` stays None: Megatron's own cache is not
-    used)."""
+    """Megatron's configuration, document masking, and where our index lies (`path_to_cache` stays None: Megatron's own
+    cache is not used)."""
 
+    document_masking: bool = False
     cache_dir: Path = Path()
     build_here: bool = True
 
@@ -264,9 +293,34 @@ class EpochDataset(GPTDataset):
     dataset: IndexedDataset
     dataset_path: str
     num_samples: int
+    most_documents: int = 0
+    """Length of `document_starts`."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        if self.config.document_masking:
+            # Of every sample that the index has, so that the length is the same on all ranks.
+            self.most_documents = int(np.diff(self.sample_index[:, 0]).max()) + 1
 
     def __len__(self) -> int:
         return self.num_samples
+
+    def __getitem__(self, idx: int) -> dict[str, torch.Tensor]:
+        sample = super().__getitem__(idx)
+        if self.config.document_masking:
+            sample["document_starts"] = self._document_starts(idx, sample["tokens"].numpy())
+        return sample
+
+    def _document_starts(self, idx: int, tokens: np.ndarray) -> torch.Tensor:
+        number = int(self.shuffle_index[idx])
+        (first, offset), (last, _) = self.sample_index[number], self.sample_index[number + 1]
+        lengths = self.dataset.sequence_lengths[self.document_index[first:last]]
+        later = np.cumsum(lengths, dtype=np.int64) - offset  # where all documents but the first begin
+        before, tokenizer = later - 1, cast(Any, self.config.tokenizer)
+        later -= (before >= 0) & (tokens[before] == tokenizer.eod)
+        starts = np.full(self.most_documents, self.config.sequence_length, dtype=np.int32)
+        starts[0], starts[1 : 1 + len(later)] = 0, later
+        return torch.from_numpy(starts)
 
     def _build_document_sample_shuffle_indices(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         tokens_per_epoch = self._get_num_tokens_per_epoch()

@@ -32,15 +32,16 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from dqt_dist.errors import UserError
 
 MicroBatch = dict[str, torch.Tensor]
-_FIELDS = ("tokens", "labels", "loss_mask")
+_FIELDS = ("tokens", "labels", "loss_mask", "document_starts")
 
 
 class Loader:
     """The micro-batches of one data-parallel rank, step by step.
 
-    dataset: a map-style dataset of dicts with `tokens` and `labels` int64 [S] and `loss_mask` float32 [S] (dataset.py).
-    len(loader) is the number of whole steps in it. Raises UserError when the global batch is not a multiple of
-    data_parallel_size * micro_batch_size, or the dataset holds less than one step.
+    dataset: a map-style dataset of dicts with `tokens` and `labels` int64 [S], `loss_mask` float32 [S] and, with
+    document masking, `document_starts` int32 [D] (dataset.py). len(loader) is the number of whole steps in it. Raises
+    UserError when the global batch is not a multiple of data_parallel_size * micro_batch_size, or the dataset holds
+    less than one step.
     """
 
     def __init__(
@@ -78,7 +79,8 @@ class Loader:
         """Yield one list of micro-batches per step, from the step that begins with `first_sample` to the end of the
         data.
 
-        Each micro-batch is {"tokens": int64 [B, S], "labels": int64 [B, S], "loss_mask": float32 [B, S]} on the CPU.
+        Each micro-batch is {"tokens": int64 [B, S], "labels": int64 [B, S], "loss_mask": float32 [B, S]} on the CPU,
+        with document masking also {"document_starts": int32 [B, D]}.
         Whoever leaves the iterator before its end closes it: workers that are left ignore the SIGTERM with which
         multiprocessing would end them at the exit of this process, and it would wait for them for ever.
         """
@@ -107,8 +109,7 @@ class Loader:
         workers = [process for process in multiprocessing.active_children() if process not in others]
         try:
             for step in steps:
-                fields = zip(*(step[field] for field in _FIELDS), strict=True)
-                yield [dict(zip(_FIELDS, parts, strict=True)) for parts in fields]
+                yield [dict(zip(step, parts, strict=True)) for parts in zip(*step.values(), strict=True)]
         finally:
             if isinstance(steps, _MultiProcessingDataLoaderIter):
                 # What DataLoader does when `steps` is collected. The traceback of an error that a worker met keeps
@@ -147,8 +148,9 @@ def _stop_signals_held() -> Iterator[None]:
 
 
 class _Steps(Dataset):
-    """Item s: all micro-batches on this rank of the step whose first sample is s, as three tensors [M, B, S] (few large
-    tensors cross from a worker process more cheaply than many small ones, each of which would hold an open file)."""
+    """Item s: all micro-batches on this rank of the step whose first sample is s, as a tensor [M, B, S] per field (few
+    large tensors cross from a worker process more cheaply than many small ones, each of which would hold an open
+    file)."""
 
     def __init__(
         self,
@@ -173,4 +175,5 @@ class _Steps(Dataset):
         return {
             field: torch.stack([sample[field] for sample in samples]).unflatten(0, (-1, self.micro_batch_size))
             for field in _FIELDS
+            if field in samples[0]
         }

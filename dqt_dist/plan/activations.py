@@ -14,6 +14,8 @@ memory.py; with sequence parallelism the tensors marked * have T / tensor tokens
     recompute full     of a block stays: x*
     once               head and loss: x* H e, its root*, norm(x)* H e, logits V e and some numbers per token; token ids
     bitnet             the ternary copy of each weight, e bytes
+    document masking   with attention for sequences of varying length, from 2 samples a micro-batch on: attention's
+                       output H e once more, in the order of the next product; else once the mask, sequence e per token
 
 tests/test_plan.py sums up the tensors that a real step saves. On a CPU torch's rms_norm and the unfused SwiGLU keep
 more, which `on_gpu=False` counts. On GPUs the estimate agrees with docs/benchmarks/train_step.md
@@ -97,6 +99,9 @@ def _halves(config: Config, on_gpu: bool) -> tuple[_Half, _Half]:
             weights = [matrix.numel * element for matrix in block_linears(config)]
             attention += weights[0] + weights[1]
             feed_forward += weights[2] + weights[3]
+    in_documents = config.data.document_masking and on_gpu and config.has_variable_length_attention
+    if in_documents and config.training.micro_batch_size > 1:
+        attention += tokens * attention_width * element
     if model.sub_norm:
         attention += _sub_norm_bytes(config, tokens, attention_width)
         feed_forward += _sub_norm_bytes(config, tokens, ffn)
@@ -144,6 +149,8 @@ def activation_bytes(
     num_again = config.recompute_layers * (config.parallel.virtual_pipeline or 1)
     per_micro_batch = num_again * again + (num_blocks - num_again) * block
     tokens = training.micro_batch_size * model.seq_length
+    if config.data.document_masking and not (on_gpu and config.has_variable_length_attention):
+        per_micro_batch += tokens * model.seq_length * DTYPE_BYTES[config.quantization.dtype]
     if stage == 0:
         per_micro_batch += tokens * 8  # token ids, for the gradient of the embedding
     if stage != last_stage(config):

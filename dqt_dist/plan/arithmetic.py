@@ -3,7 +3,8 @@
 Model FLOPs follow the PaLM paper (arXiv 2204.02311, appendix B), with causal attention counted once:
 
     matrix products       6 FLOPs per weight and token, forward and backward together
-    scores and values     6 * layers * hidden * sequence FLOPs per token
+    scores and values     6 * layers * hidden * sequence FLOPs per token; with document masking not counted: how far a
+                          token sees then depends on the documents, and what is counted is never more than what is done
     recomputation         not counted
     embedding look-up     not counted
 """
@@ -16,10 +17,11 @@ from dqt_dist.config import Config, ModelConfig
 from dqt_dist.errors import UserError
 
 
-def flops_per_token(model: ModelConfig) -> int:
+def flops_per_token(model: ModelConfig, document_masking: bool = False) -> int:
     """Model FLOPs of one training token, forward and backward."""
     products = model.num_layers * model.linear_weights_per_block + model.vocab_size * model.hidden_size
-    return 6 * products + 6 * model.num_layers * model.hidden_size * model.seq_length
+    attention = 0 if document_masking else model.num_layers * model.hidden_size * model.seq_length
+    return 6 * (products + attention)
 
 
 @dataclass(frozen=True)

@@ -298,7 +298,7 @@ class Trainer:
         tokens_per_second = self.tokens_per_step / seconds
         skipped_steps = int(self.optimizer.skipped_steps)
         code_metrics = self.low_bit_metrics.collect().overall if self.optimizer.low_bit.enabled else {}
-        flops = flops_per_token(self.config.model) * tokens_per_second
+        flops = flops_per_token(self.config.model, self.config.data.document_masking) * tokens_per_second
         self.recorder.log(
             {
                 "step": self.step,
@@ -480,6 +480,7 @@ def build_loaders(config: Config, groups: Groups, start: store.Progress) -> tupl
         sequence_length=config.model.seq_length,
         vocab_size=config.model.vocab_size,
         tokenizer_path=data.tokenizer,
+        document_masking=data.document_masking,
         seed=training.seed,
         # Samples before a resume may have been consumed in global batches of another size.
         num_train_samples=start.samples + max(0, training.steps - start.step) * training.global_batch_size,

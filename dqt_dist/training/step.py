@@ -13,12 +13,14 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor, nn
 
 from dqt_dist.config import Config
+from dqt_dist.layers.attention import document_mask
 from dqt_dist.optim.schedule import StepRates
 from dqt_dist.parallel import megatron_device
 from dqt_dist.parallel.groups import Groups
 
 Batch = dict[str, Tensor]
-"""One micro-batch: tokens and labels int64, loss_mask fp32, each [micro_batch_size, seq_length]."""
+"""One micro-batch: tokens and labels int64, loss_mask fp32, each [micro_batch_size, seq_length]; with document masking
+also document_starts int32 [micro_batch_size, documents]."""
 
 ForwardBackward = Callable[[list[Batch]], Tensor]
 """Runs the micro-batches of a step forward and backward, into the gradient buffers. Returns this rank's mean loss."""
@@ -42,13 +44,14 @@ def _masked_mean(loss_mask: Tensor, loss_divisor: int, per_token_loss: Tensor) -
 
 
 def _forward_step(
-    batches: Iterator[Batch], model: nn.Module, device: torch.device, loss_divisor: int
+    batches: Iterator[Batch], model: nn.Module, config: Config, device: torch.device, loss_divisor: int
 ) -> tuple[Tensor, partial]:
-    """Megatron's forward_step_func: runs one micro-batch through this stage."""
+    """Megatron's forward_step_func: runs one micro-batch through this stage. Every stage reads the batch."""
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in next(batches).items()}
     tokens = batch["tokens"]
     position_ids = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
-    output = model(tokens, position_ids, None, labels=batch["labels"])
+    mask = document_mask(batch["document_starts"], config) if config.data.document_masking else None
+    output = model(tokens, position_ids, mask, labels=batch["labels"])
     return output, partial(_masked_mean, batch["loss_mask"], loss_divisor)
 
 
@@ -68,7 +71,7 @@ def run_schedule(
     """
     with megatron_device.cuda_or_cpu():
         losses: list[Tensor] = get_forward_backward_func()(
-            forward_step_func=partial(_forward_step, device=groups.device, loss_divisor=loss_divisor),
+            forward_step_func=partial(_forward_step, config=config, device=groups.device, loss_divisor=loss_divisor),
             data_iterator=[iter(batches) for _ in model_chunks],
             model=list(model_chunks),
             num_microbatches=len(batches),

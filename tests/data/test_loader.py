@@ -200,6 +200,55 @@ def test_blend_follows_its_weights_and_does_not_look_ahead(prepared, build):
     assert rows(build(123, train=blend)[0]) == rows(dataset)[:123]
 
 
+def starts_of(sample) -> list[int]:
+    """Where its documents begin, each once."""
+    starts = sample["document_starts"].tolist()
+    assert starts == sorted(starts) and starts[0] == 0
+    return sorted(set(starts) - {SEQUENCE_LENGTH})
+
+
+def test_a_document_begins_with_the_mark_before_it(prepared, build):
+    """All samples of a blend, several epochs of the smaller source. Masking changes nothing else in a sample."""
+    blend = [(prepared.train, 3.0), (prepared.other, 1.0)]
+    masked, plain = (build(400, train=blend, document_masking=masking)[0] for masking in (True, False))
+    for number in range(400):
+        sample = masked[number]
+        marks = (sample["tokens"] == prepared.tokenizer.eod_id).nonzero().flatten().tolist()
+        assert starts_of(sample) == sorted({0, *marks})
+        assert {name: value.tolist() for name, value in plain[number].items()} == {
+            name: value.tolist() for name, value in sample.items() if name != "document_starts"
+        }
+    assert len({len(masked[number]["document_starts"]) for number in range(400)}) == 1
+
+
+def test_documents_without_marks_begin_where_the_index_says(tmp_path: Path):
+    """Each document is one id over and over; 2, the mark, ends some. Some documents are longer than a sample, some have
+    one token."""
+    with quiet_megatron_import():
+        from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+    random.seed(5)
+    builder = IndexedDatasetBuilder(str(tmp_path / "plain.bin"), dtype=np.uint16)
+    for number in range(3, 303):
+        length = random.choice([1, 1, 2, 3, 20, 150])
+        ids = [number] * length if number % 3 else [*[number] * length, 2]
+        builder.add_document(np.array(ids, dtype=np.uint16), [len(ids)])
+    builder.finalize(str(tmp_path / "plain.idx"))
+    dataset = build_datasets(
+        train=[(str(tmp_path / "plain"), 1.0)], valid=None, valid_fraction=0.0, sequence_length=SEQUENCE_LENGTH,
+        vocab_size=303, tokenizer_path=None, document_masking=True, seed=7, num_train_samples=200, num_valid_samples=0,
+        cache_dir=tmp_path / "cache", build_here=True, barrier=lambda: None,
+    ).train  # fmt: skip
+    dataset.config.tokenizer.eod = 2
+    seen = set()
+    for number in range(200):
+        sample = dataset[number]
+        row = sample["tokens"].tolist()
+        without_mark = {i for i in range(1, SEQUENCE_LENGTH) if 2 not in row[i - 1 : i + 1] and row[i - 1] != row[i]}
+        assert starts_of(sample) == sorted({0} | {i for i, token in enumerate(row) if token == 2} | without_mark)
+        seen |= set(row)
+    assert len(seen) > 290
+
+
 def test_validation_is_the_same_for_every_seed_and_number_of_steps(build):
     fixed = rows(build()[1])
     assert len(fixed) == 40
@@ -268,9 +317,12 @@ def test_ranks_partition_each_step_whatever_their_number(build, size, micro_batc
     assert step == 3
 
 
-def test_micro_batches_have_the_promised_shapes(build):
-    micro_batch = next(loader(build()[0]).iterate(0))[0]
-    assert {k: (v.shape, v.dtype) for k, v in micro_batch.items()} == {
+@pytest.mark.parametrize("masking", [False, True])
+def test_micro_batches_have_the_promised_shapes(build, masking: bool):
+    dataset = build(document_masking=masking)[0]
+    micro_batch = next(loader(dataset).iterate(0))[0]
+    documents = {"document_starts": ((2, dataset.most_documents), torch.int32)} if masking else {}
+    assert {k: (v.shape, v.dtype) for k, v in micro_batch.items()} == documents | {
         "tokens": ((2, SEQUENCE_LENGTH), torch.int64),
         "labels": ((2, SEQUENCE_LENGTH), torch.int64),
         "loss_mask": ((2, SEQUENCE_LENGTH), torch.float32),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dqt_dist.config import Config
 from dqt_dist.launch import Launch
+from dqt_dist.layers.attention import document_mask
 from dqt_dist.layers.build import build_model
 from dqt_dist.layers.parameters import low_bit_matrices, parameters
 from dqt_dist.lowbit.coordinates import ShardLayout
@@ -52,19 +53,24 @@ def rotate(x: Tensor, base: float) -> Tensor:
     )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Causal softmax attention, [b, heads, s, d] on keys and values of fewer heads."""
+def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor) -> Tensor:
+    """Causal softmax attention, [b, heads, s, d] on keys and values of fewer heads, in documents that begin at starts
+    [b, documents]."""
     share, length = q.shape[1] // k.shape[1], q.shape[2]
     k, v = k.repeat_interleave(share, dim=1), v.repeat_interleave(share, dim=1)
     scores = q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5
-    future = torch.ones(length, length, dtype=torch.bool).triu(1)
-    return scores.masked_fill(future, float("-inf")).softmax(-1) @ v
+    hidden = torch.ones(length, length, dtype=torch.bool).triu(1).repeat(len(q), 1, 1, 1)
+    for sample, begins in enumerate(starts.tolist()):
+        for begin in begins:
+            hidden[sample, :, begin:, :begin] = True
+    return scores.masked_fill(hidden, float("-inf")).softmax(-1) @ v
 
 
-def llama(tokens: Tensor, w: Weights, config: Config, linear: Linear) -> Tensor:
-    """Logits [b, s, vocabulary] of tokens [b, s]. `linear(x, weight)` computes a linear of a block."""
-    model = config.model
+def llama(samples: dict[str, Tensor], w: Weights, config: Config, linear: Linear) -> Tensor:
+    """Logits [b, s, vocabulary] of a micro-batch. `linear(x, weight)` computes a linear of a block."""
+    model, tokens = config.model, samples["tokens"]
     batch, length = tokens.shape
+    starts = samples.get("document_starts", torch.zeros(batch, 1, dtype=torch.int32))
 
     def heads(x: Tensor, count: int) -> Tensor:
         return x.view(batch, length, count, -1).transpose(1, 2)
@@ -79,7 +85,7 @@ def llama(tokens: Tensor, w: Weights, config: Config, linear: Linear) -> Tensor:
         q = rotate(heads(linear(h, w[f"{a}.q_proj"]), model.num_attention_heads), model.rope_base)
         k = rotate(heads(linear(h, w[f"{a}.k_proj"]), model.num_query_groups), model.rope_base)
         v = heads(linear(h, w[f"{a}.v_proj"]), model.num_query_groups)
-        h = attend(q, k, v).transpose(1, 2).reshape(batch, length, -1)
+        h = attend(q, k, v, starts).transpose(1, 2).reshape(batch, length, -1)
         x = x + linear(sub_norm(h, f"{a}.attn_sub_norm"), w[f"{a}.o_proj"])
         h = rms_norm(x, w[f"layers.{i}.post_attention_layernorm"], model.norm_epsilon)
         h = F.silu(linear(h, w[f"{m}.gate_proj"])) * linear(h, w[f"{m}.up_proj"])
@@ -113,7 +119,7 @@ def bitnet_linear(x: Tensor, weight: Tensor) -> Tensor:
 def reference(weights: Weights, config: Config, batch: dict[str, Tensor], linear: Linear) -> tuple[Tensor, Weights]:
     """Logits, and gradients of the mean loss with respect to every weight, in float64."""
     leaves = {name: weight.double().requires_grad_() for name, weight in weights.items()}
-    logits = llama(batch["tokens"], leaves, config, linear)
+    logits = llama(batch, leaves, config, linear)
     F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()).backward()
     return logits.detach(), {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
 
@@ -145,11 +151,12 @@ def run_model(config: Config, groups: process_groups.Groups) -> dict[str, Any]:
     shake_norms(model_chunks)
     batch = random_batches(config, step=1, data_rank=0, data_size=1)[0]
     positions = torch.arange(config.model.seq_length).expand_as(batch["tokens"])
+    mask = document_mask(batch["document_starts"], config) if config.data.document_masking else None
     with megatron_device.cuda_or_cpu():
         (model,) = model_chunks
         with torch.no_grad():
-            logits = model(batch["tokens"], positions, None)
-        model(batch["tokens"], positions, None, labels=batch["labels"]).mean().backward()
+            logits = model(batch["tokens"], positions, mask)
+        model(batch["tokens"], positions, mask, labels=batch["labels"]).mean().backward()
     weights, gradients = [], []
     for parameter in parameters(model_chunks):
         assert parameter.tensor.grad is not None
@@ -191,6 +198,7 @@ METHODS: dict[str, tuple[list[str], Linear]] = {
     "dqt": (["quantization.method=dqt", "quantization.activation=none"], plain_linear),
     "dqt 4 bit": (["quantization.bits=4", "quantization.activation=none"], plain_linear),
     "dqt embeddings": (["quantization.embeddings=true", "quantization.activation=none"], plain_linear),
+    "dqt documents": (["data.document_masking=true", "quantization.activation=none"], plain_linear),
     "dqt int8": (["quantization.method=dqt"], int8_linear),
     "bitnet": (["quantization.method=bitnet", "quantization.activation=none"], bitnet_linear),
 }
@@ -255,6 +263,42 @@ def test_model_equals_the_written_out_llama(models: Models, method: str, sub_nor
         tolerance.assert_close(found.gradients[name], expected, name)
 
 
+# ---- documents ----
+
+
+def logits_of(rank: int, world_size: int, samples: dict[str, tuple[Tensor, Tensor | None]], *overrides: str) -> Any:
+    """Logits [1, s, vocabulary] of one model for each (tokens [1, s], document starts [1, documents] or None)."""
+    config = small_config("data.document_masking=true", "training.micro_batch_size=1", *overrides)
+    groups = process_groups.initialize(config, Launch(rank, world_size, rank, world_size, "test", "", 0))
+    (model,) = build_model(config, groups)
+    logits = {}
+    with megatron_device.cuda_or_cpu(), torch.no_grad():
+        for name, (tokens, starts) in samples.items():
+            mask = None if starts is None else document_mask(starts, config)
+            logits[name] = model(tokens, torch.arange(tokens.shape[1]).expand_as(tokens), mask).numpy()
+    return logits
+
+
+def test_a_document_has_the_logits_that_it_has_alone() -> None:
+    """Tokens 6 to 15 are a document. In `alone` the document begins at 0, so that its angles are other ones."""
+    tokens = torch.randint(64, (1, 16))
+    other = torch.cat([(tokens[:, :6] + 1) % 64, tokens[:, 6:]], dim=1)
+    packed, alone = torch.tensor([[0, 6]], dtype=torch.int32), torch.tensor([[0, 10]], dtype=torch.int32)
+    samples: dict[str, tuple[Tensor, Tensor | None]] = {
+        "packed": (tokens, packed),
+        "after another": (other, packed),
+        "alone": (tokens.roll(-6, 1), alone),
+        "across": (tokens, None),
+    }
+    found = run_distributed(logits_of, 1, samples, "model.init_std=0.3", "quantization.activation=none")[0]
+    document = {name: torch.from_numpy(logits)[:, 6:] for name, logits in found.items()}
+    assert torch.equal(document["after another"], document["packed"])
+    document["alone"] = torch.from_numpy(found["alone"])[:, :10]
+    NETWORK_FP32.assert_close(document["packed"], document["alone"])
+    # Negative control.
+    assert float((document["across"] - document["alone"]).abs().max()) > 0.1 * float(document["alone"].abs().max())
+
+
 # ---- its controls ----
 
 
@@ -269,8 +313,12 @@ def rope_of_neighbours(x: Tensor, base: float, rotate: Callable[..., Tensor] = r
     return rotate(x[..., order], base)[..., order.argsort()]
 
 
-def other_groups(q: Tensor, k: Tensor, v: Tensor, attend: Callable[..., Tensor] = attend) -> Tensor:
-    return attend(q, k.flip(1), v.flip(1))
+def other_groups(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, attend: Callable[..., Tensor] = attend) -> Tensor:
+    return attend(q, k.flip(1), v.flip(1), starts)
+
+
+def across_documents(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, attend: Callable[..., Tensor] = attend) -> Tensor:
+    return attend(q, k, v, starts[:, :1])
 
 
 def distance(found: Found, linear: Linear) -> float:
@@ -286,6 +334,7 @@ def distance(found: Found, linear: Linear) -> float:
         ("rotate", without_rope),
         ("rotate", rope_of_neighbours),
         ("attend", other_groups),
+        ("attend", across_documents),
     ],
 )
 def test_a_reference_that_is_wrong_in_one_part_is_far_away(
@@ -293,7 +342,8 @@ def test_a_reference_that_is_wrong_in_one_part_is_far_away(
 ) -> None:
     """The comparison above distinguishes the conventions: measured was over 1, the tolerance is 5e-5."""
     monkeypatch.setattr(sys.modules[__name__], part, wrong)
-    assert distance(models["none", False, 1], plain_linear) > 0.1
+    method = "dqt documents" if wrong is across_documents else "none"
+    assert distance(models[method, False, 1], plain_linear) > 0.1
 
 
 def test_a_reference_without_8_bit_activations_is_far_away(models: Models) -> None:

@@ -13,6 +13,7 @@ SEQUENCE = ("parallel.tensor=2", "parallel.sequence=true")
 LAYOUTS = [
     (1, ()),
     (1, ("quantization.method=none", "quantization.compute=bf16")),
+    (1, ("data.document_masking=true",)),
     (2, SEQUENCE),
     (2, ("parallel.pipeline=2",)),
     (2, ("deepspeed.zero_optimization.stage=3",)),

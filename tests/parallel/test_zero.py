@@ -111,6 +111,7 @@ STAGE_CASES: dict[str, tuple[Any, ...]] = {
         "optimizer.state_bits=8",
         "model.ffn_hidden_size=64",
     ),
+    "documents": (3, 5, "data.document_masking=true"),
     "none": (3, 5, BF16, "quantization.method=none"),
     "bitnet": (3, 5, "quantization.method=bitnet"),
 }

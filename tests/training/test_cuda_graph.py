@@ -89,7 +89,7 @@ DP_2 = ("training.global_batch_size=16",)  # 4 micro-batches per rank: a first o
 @pytest.mark.parametrize(
     ("ranks", "settings", "width"),
     [
-        (1, ["deepspeed.zero_optimization.stage=1"], 4),
+        (1, ["deepspeed.zero_optimization.stage=1", "data.document_masking=true"], 4),
         (1, ["training.global_batch_size=2", "optimizer.gradient_dtype=bf16"], 2),
         (2, ["deepspeed.zero_optimization.stage=0", *DP_2], 2),
         (2, ["deepspeed.zero_optimization.stage=1", "training.global_batch_size=8"], 2),
@@ -120,6 +120,7 @@ STEPS = EAGER_STEPS + 3
 BF16 = ["quantization.compute=bf16", "model.hidden_size=64", "model.ffn_hidden_size=128"]
 FP8 = [*BF16, "quantization.compute=fp8", "optimizer.state_bits=8", "optimizer.gradient_dtype=bf16"]
 ZERO_1 = ["deepspeed.zero_optimization.stage=1"]
+DOCUMENTS = ["data.document_masking=true"]
 
 
 def states(launch: Launch, overrides: list[str]) -> tuple[list[float], Whole, dict[str, int]]:
@@ -163,15 +164,21 @@ def assert_graph_leaves_the_bits(pools: Pools, world_size: int, overrides: list[
         [*BF16, *ZERO_1, "quantization.latent_bits=4", "quantization.scale_refit_interval=1"],
         [*BF16, *ZERO_1, "training.global_batch_size=2"],
         [*FP8, *ZERO_1, "training.recompute=full"],
+        [*FP8, *ZERO_1, *DOCUMENTS, "training.recompute=full"],
+        [*BF16, *ZERO_1, *DOCUMENTS, "training.micro_batch_size=1"],
         [*BF16, *ZERO_1, "quantization.method=none"],
         [*BF16, *ZERO_1, "quantization.method=bitnet"],
     ],
-    ids=["bf16", "fp8", "latents", "one micro-batch", "recompute", "none", "bitnet"],
+    ids=[
+        *("bf16", "fp8", "latents", "one micro-batch", "recompute", "documents, recompute", "documents", "none"),
+        "bitnet",
+    ],
 )
 def test_a_step_waits_for_nothing_and_a_graph_leaves_its_bits(gpu_processes: Pools, overrides: list[str]) -> None:
     """Six micro-batches per step, unless a case says otherwise.
 
-    All losses differ, so a batch or an update that a graph does not see would show.
+    All losses differ, so a batch or an update that a graph does not see would show. Documents begin elsewhere in each
+    sample of each step.
     """
     assert_graph_leaves_the_bits(gpu_processes, 1, overrides)
 
@@ -194,8 +201,13 @@ PP_2 = [*ZERO_1, "parallel.pipeline=2", "model.num_layers=4", "training.global_b
         [*BF16, *TP_2, "quantization.method=none"],
         [*FP8, *PP_2],
         [*BF16, *PP_2, "parallel.virtual_pipeline=2"],
+        [*BF16, *PP_2, *DOCUMENTS],
+        [*BF16, *TP_2, *DOCUMENTS],
     ],
-    ids=["ZeRO 1", "one micro-batch", "ZeRO 2", "none", "TP SP", "TP", "TP none", "PP", "interleaved"],
+    ids=[
+        *("ZeRO 1", "one micro-batch", "ZeRO 2", "none", "TP SP", "TP", "TP none", "PP", "interleaved"),
+        *("PP documents", "TP SP documents"),
+    ],
 )
 def test_a_graph_over_two_gpus_leaves_its_bits(gpu_processes: Pools, overrides: list[str]) -> None:
     assert_graph_leaves_the_bits(gpu_processes, 2, overrides)

@@ -15,7 +15,7 @@ from dqt_dist.checkpoint.folder import step_of
 from tests import forked
 from tests.training.conftest import ROOT, Train, command, environment
 
-DP_2 = ("checkpoint.keep_last=99", "checkpoint.interval=10", "logging.interval=10")
+DP_2 = ("checkpoint.keep_last=99", "checkpoint.interval=10", "logging.interval=10", "data.document_masking=true")
 
 
 def zero(stage: int) -> str:
@@ -58,7 +58,8 @@ def killed_after_step_10(config_file: Path, folder: Path, stage: int) -> Path:
 def test_twenty_steps_equal_ten_a_kill_and_ten_more_at_any_stage(
     config_file: Path, train: Train, tmp_path: Path
 ) -> None:
-    """Two data-parallel ranks. Codes, scales, moments, high-precision parameters, step and data position."""
+    """Two data-parallel ranks, documents masked. Codes, scales, moments, high-precision parameters, step and data
+    position."""
     through = tmp_path / "through"
     settings = (*DP_2, "training.steps=20")
     assert train(*settings, zero(0), f"checkpoint.dir={through}", processes=2).returncode == 0

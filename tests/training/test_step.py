@@ -33,6 +33,7 @@ METHODS = {
     "8 bit": ("quantization.bits=8",),
     "embeddings": ("quantization.embeddings=true",),
     "sub-norms": ("model.sub_norm=true",),
+    "documents": ("data.document_masking=true",),
     "bitnet": ("quantization.method=bitnet",),
     "none": ("quantization.method=none",),
 }
@@ -47,7 +48,9 @@ LAYOUTS = {
     "TP 2 DP 2 ZeRO 1": (4, "parallel.tensor=2", ZERO_1),
 }
 CASES = [(layout, "ternary") for layout in LAYOUTS]
-CASES += [(layout, method) for layout in ("TP 2 sequence", "TP 2 PP 2") for method in ("sub-norms", "embeddings")]
+CASES += [
+    (layout, method) for layout in ("TP 2 sequence", "TP 2 PP 2") for method in ("sub-norms", "embeddings", "documents")
+]
 CASES += [
     (layout, method) for layout in ("TP 2 PP 2", "DP 3 ZeRO 1") for method in ("4 bit", "8 bit", "bitnet", "none")
 ]
@@ -93,7 +96,7 @@ def test_three_steps_leave_the_same_codes_but_for_a_few_draws(layout: str, metho
     assert fraction_of_codes_that_differ(found.final, wanted.final, wanted.config) <= CODES_FP32
 
 
-@pytest.mark.parametrize("method", ["ternary", "sub-norms", "embeddings", "bitnet", "none"])
+@pytest.mark.parametrize("method", ["ternary", "sub-norms", "embeddings", "documents", "bitnet", "none"])
 def test_pipeline_parallelism_alone_changes_no_bit(method: str) -> None:
     found = recorded(2, STEPS, *METHODS[method], "parallel.pipeline=2")
     wanted = recorded(1, STEPS, *METHODS[method])
