@@ -101,7 +101,8 @@ DEFAULTS = {
 }
 """Config and variants by device."""
 PARTS: list[tuple[str, tuple[str, ...]]] = [
-    ("communication", ("nccl", "c10d::", "gloo:")),
+    # c10d:: holds the barriers of parallel/peer_copies.py, and gloo; PtoP are copies from one GPU to another.
+    ("communication", ("nccl", "c10d::", "gloo:", "Memcpy PtoP")),
     ("update", ("_adamw", "_update_kernel", "multi_tensor_apply")),
     ("attention", ("sdpa", "cudnn::fusion", "flash", "fmha", "scaled_dot_product")),
     (

@@ -91,13 +91,23 @@ def rms_norm_backward(dh: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor
     return dx.to(x.dtype), (dh * normed).sum(dim=0)
 
 
-def swiglu_absmax(gate_up: Tensor) -> Tensor:
-    """Largest |silu(gate) * up| of each token, fp32 [tokens, 1], where the width is split over ranks."""
+def operand_scale(x: Tensor, operand_dtype: torch.dtype) -> Tensor:
+    """The scale of x as an operand, fp32 [tokens, 1], from these features alone. The scale over features that are split
+    over ranks is the largest of theirs, as a division by the largest code keeps the order."""
+    if x.is_cuda:
+        from dqt_dist.kernels import quantize_triton
+
+        return quantize_triton.operand_scale(x, operand_dtype)
+    return token_scale(token_absmax(x), operand_dtype)
+
+
+def swiglu_scale(gate_up: Tensor, operand_dtype: torch.dtype) -> Tensor:
+    """`operand_scale` of silu(gate) * up."""
     if gate_up.is_cuda:
         from dqt_dist.kernels import quantize_triton
 
-        return quantize_triton.swiglu_absmax(gate_up)
-    return token_absmax(_swiglu(gate_up))
+        return quantize_triton.swiglu_scale(gate_up, operand_dtype)
+    return token_scale(token_absmax(_swiglu(gate_up)), operand_dtype)
 
 
 def swiglu_quantize(gate_up: Tensor, operand_dtype: torch.dtype | None, scale: Tensor | None = None) -> Operand:

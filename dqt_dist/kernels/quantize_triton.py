@@ -421,11 +421,18 @@ def swiglu_quantize(
     return _launch(gate_up, gate_up.shape[1] // 2, operand_dtype, scale, SWIGLU)[:2]
 
 
-def swiglu_absmax(gate_up: Tensor) -> Tensor:
+def operand_scale(x: Tensor, operand_dtype: torch.dtype) -> Tensor:
     """See quantize.py."""
-    _, scale, _ = _launch(gate_up, gate_up.shape[1] // 2, torch.int8, None, SWIGLU, write_codes=False)
+    _, scale, _ = _launch(x, x.shape[1], operand_dtype, None, IDENTITY, write_codes=False)
     assert scale is not None
-    return scale * CODE_MAX[torch.int8]
+    return scale
+
+
+def swiglu_scale(gate_up: Tensor, operand_dtype: torch.dtype) -> Tensor:
+    """See quantize.py."""
+    _, scale, _ = _launch(gate_up, gate_up.shape[1] // 2, operand_dtype, None, SWIGLU, write_codes=False)
+    assert scale is not None
+    return scale
 
 
 def rms_norm_backward(dh: Tensor, x: Tensor, weight: Tensor, inverse_rms: Tensor) -> tuple[Tensor, Tensor]:

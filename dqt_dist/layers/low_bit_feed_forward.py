@@ -16,17 +16,17 @@ import torch
 from megatron.core import parallel_state
 from torch import Tensor, nn
 
-from dqt_dist.kernels.quantize import swiglu_absmax, swiglu_backward, swiglu_quantize
+from dqt_dist.kernels.quantize import swiglu_backward, swiglu_quantize, swiglu_scale
 from dqt_dist.layers.low_bit_linear import (
     ColumnParallelLowBitLinear,
     RowGradient,
     RowParallelLowBitLinear,
     apply_function,
     column_forward,
+    complete_scale,
     flat,
     norm_backward,
     row_forward,
-    row_scale_of_input,
     start_column_dgrad,
     start_full_sequence,
     unflat,
@@ -45,7 +45,7 @@ class _FeedForward(torch.autograd.Function):
         gate_up = column_forward(operand, fc1, x.dtype)
         h_dtype, h_scale = fc2.compute.activation_dtype, None
         if h_dtype is not None and fc2.group.size() > 1:
-            h_scale = row_scale_of_input(swiglu_absmax(gate_up), fc2)
+            h_scale = complete_scale(swiglu_scale(gate_up, h_dtype), fc2)
         h = swiglu_quantize(gate_up, h_dtype, h_scale)
         ctx.save_for_backward(x, norm_weight, operand.scale, gate_up, h.scale)
         ctx.fc1, ctx.fc2 = fc1, fc2

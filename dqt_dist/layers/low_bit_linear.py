@@ -27,10 +27,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dqt_dist.kernels.quantize import Operand, quantize, rms_norm_backward, rms_norm_quantize
+from dqt_dist.kernels.quantize import Operand, operand_scale, quantize, rms_norm_backward, rms_norm_quantize
 from dqt_dist.layers.compute import Compute, Multiply, make_compute
 from dqt_dist.layers.transformer_config import LlamaTransformerConfig
-from dqt_dist.lowbit.activation import token_absmax, token_scale
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.parallel.collectives import (
     Group,
@@ -117,14 +116,14 @@ def start_multiply_and_scatter(
 ) -> Pending[Tensor]:
     """`multiply` of x, [tokens, features] of type `dtype`, summed over TP: this rank's tokens of the sum.
 
-    The partial sums of a rank's tokens travel to this rank during the product of the next rank's.
+    The partial sums of other ranks' tokens travel to these ranks while further tokens are multiplied.
     """
-    count = x.values.shape[0] // linear.group.size()
+    shape = (x.values.shape[0] // linear.group.size(), features)
 
-    def piece(rank: int, out: Tensor | None) -> Tensor:
-        return multiply(x.tokens(rank * count, (rank + 1) * count), out)
+    def piece(start: int, stop: int, out: Tensor | None) -> Tensor:
+        return multiply(x.tokens(start, stop), out)
 
-    return start_scatter_sum_of_pieces(piece, (count, features), dtype, x.values.device, linear.group)
+    return start_scatter_sum_of_pieces(piece, shape, dtype, x.values.device, linear.group)
 
 
 def start_column_dgrad(grad: Operand, linear: LowBitLinear) -> Pending[Tensor]:
@@ -136,11 +135,10 @@ def start_column_dgrad(grad: Operand, linear: LowBitLinear) -> Pending[Tensor]:
     return start_reduce(multiply(grad), linear.group, "activations")
 
 
-def row_scale_of_input(absmax: Tensor, linear: LowBitLinear) -> Tensor:
-    """Scale [tokens, 1] of a row-parallel input from this rank's maxima, completed over TP."""
-    assert linear.compute.activation_dtype is not None
-    reduce_in_place(absmax, linear.group, "activation_maxima", op=dist.ReduceOp.MAX)
-    return token_scale(absmax, linear.compute.activation_dtype)
+def complete_scale(scale: Tensor, linear: LowBitLinear) -> Tensor:
+    """Scale [tokens, 1] of a row-parallel input, from the scale of this rank's features."""
+    reduce_in_place(scale, linear.group, "activation_maxima", op=dist.ReduceOp.MAX)
+    return scale
 
 
 def row_forward(x: Operand, linear: LowBitLinear, dtype: torch.dtype) -> Tensor:
@@ -236,7 +234,7 @@ class _RowParallel(torch.autograd.Function):
         tokens, operand_dtype = flat(x), linear.compute.activation_dtype
         scale = None
         if operand_dtype is not None and linear.group.size() > 1:
-            scale = row_scale_of_input(token_absmax(tokens), linear)
+            scale = complete_scale(operand_scale(tokens, operand_dtype), linear)
         operand = quantize(tokens, operand_dtype, scale)
         ctx.save_for_backward(x, operand.scale)
         ctx.linear = linear

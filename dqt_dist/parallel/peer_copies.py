@@ -36,13 +36,14 @@ ALIGNMENT = 256
 class PeerWork:
     """An exchange under way."""
 
-    arrived: torch.cuda.Event
+    arrived: list[torch.cuda.Event]
     sent: Any
     """Memory that the exchange reads or writes; it must stay allocated until the exchange has ended."""
 
     def wait(self) -> None:
         """What the current stream runs from now on runs after the exchange."""
-        torch.cuda.current_stream().wait_event(self.arrived)
+        for event in self.arrived:
+            torch.cuda.current_stream().wait_event(event)
         self.sent = None
 
 
@@ -82,6 +83,8 @@ class PeerCopies:
         self.size, self.rank = group.size(), group.rank()
         # Barriers and copies are small pieces of work that others wait for.
         self.stream = torch.cuda.Stream(priority=-1)
+        self.own_stream = torch.cuda.Stream()
+        """For copies of own shards to gathered tensors, which no other rank waits for."""
         self.staging, self.pieces = PeerMemory(group), PeerMemory(group)
 
     def start_gather(self, shards: Sequence[Tensor], gathered: Sequence[Tensor]) -> PeerWork:
@@ -90,7 +93,13 @@ class PeerCopies:
         starts = [0]
         for shard in raw:
             starts.append(starts[-1] + -(-shard.numel() // ALIGNMENT) * ALIGNMENT)
+        results = [result.view(-1).view(torch.uint8).view(self.size, -1) for result in gathered]
         handle = self.staging.at_least(starts[-1])
+        self.own_stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.own_stream):
+            for result, shard in zip(results, raw, strict=True):
+                result[self.rank].copy_(shard)
+            kept = self.own_stream.record_event()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             staged = [
@@ -103,12 +112,12 @@ class PeerCopies:
             for own, shard in zip(staged[self.rank], raw, strict=True):
                 own.copy_(shard)
             handle.barrier()
-            for step in range(1, self.size + 1):  # each rank begins with its neighbour, so that no two read from one
+            for step in range(1, self.size):  # each rank begins with its neighbour, so that no two read from one
                 source = (self.rank + step) % self.size
-                for result, shard in zip(gathered, staged[source], strict=True):
-                    result.view(-1).view(torch.uint8).view(self.size, -1)[source].copy_(shard)
+                for result, shard in zip(results, staged[source], strict=True):
+                    result[source].copy_(shard)
             handle.barrier()
-            return PeerWork(self.stream.record_event(), (shards, gathered))
+            return PeerWork([kept, self.stream.record_event()], (shards, gathered))
 
     def start_pieces(self, shape: Sequence[int], dtype: torch.dtype) -> PeerPieces:
         """An exchange of pieces of this shape. The pieces of the exchange before must have been summed, or be about to
@@ -130,20 +139,21 @@ class PeerPieces:
         with torch.cuda.stream(copies.stream):
             self.handle.barrier()
 
-    def send(self, piece: Tensor, step: int) -> None:
-        """Sends `piece` to the rank `step` ranks after this one."""
+    def send(self, piece: Tensor, step: int, start: int) -> None:
+        """Sends `piece`, rows from `start` on of this rank's part, to the rank `step` ranks after this one."""
         copies = self.copies
         to = (copies.rank + step) % copies.size
         copies.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(copies.stream):
-            self.handle.get_buffer(to, self.shape, self.dtype, copies.rank * self.numel).copy_(piece)
+            part = self.handle.get_buffer(to, self.shape, self.dtype, copies.rank * self.numel)
+            part[start : start + piece.shape[0]].copy_(piece)
         self.sent.append(piece)
 
     def finish(self) -> PeerWork:
         """After all sends. Once the result has been waited for, `parts` hold what all ranks have sent."""
         with torch.cuda.stream(self.copies.stream):
             self.handle.barrier()
-            return PeerWork(self.copies.stream.record_event(), self.sent)
+            return PeerWork([self.copies.stream.record_event()], self.sent)
 
 
 _COPIES: dict[str, PeerCopies] = {}

@@ -34,6 +34,7 @@ from dqt_dist.layers import compute, low_bit_feed_forward, low_bit_linear
 from dqt_dist.layers.low_bit_feed_forward import LowBitFeedForward
 from dqt_dist.layers.low_bit_linear import NormColumnParallelLowBitLinear, RowParallelLowBitLinear
 from dqt_dist.lowbit import coordinates
+from dqt_dist.lowbit.activation import ACTIVATION_CODES
 from dqt_dist.lowbit.coordinates import LogicalMatrix, RowBlock, ShardLayout
 from dqt_dist.lowbit.matrix import LowBitMatrix
 from dqt_dist.lowbit.packing import new_packed
@@ -244,7 +245,11 @@ def _layers(config: Config) -> None:
             layer(torch.empty(*tokens, hidden, dtype=dtype, device=CUDA))
     if config.quantization.activation != "none":
         # What only a group of several tensor-parallel ranks asks for.
-        quantize.swiglu_absmax(torch.empty(tokens[0] * tokens[1], 2 * model.ffn_hidden_size, dtype=dtype, device=CUDA))
+        gate_up = torch.empty(tokens[0] * tokens[1], 2 * model.ffn_hidden_size, dtype=dtype, device=CUDA)
+        operand_dtype = ACTIVATION_CODES[config.quantization.activation]
+        assert operand_dtype is not None
+        quantize.swiglu_scale(gate_up, operand_dtype)
+        quantize.operand_scale(gate_up[:, :hidden], operand_dtype)
 
 
 def _layout(rows: int, columns: int) -> ShardLayout:

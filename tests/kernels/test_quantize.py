@@ -62,7 +62,9 @@ def test_codes_are_those_of_the_prologue(operand_dtype: torch.dtype) -> None:
     scale = token_scale(token_absmax(h), operand_dtype)
     assert operand.scale is not None and torch.equal(operand.scale, scale)
     assert torch.equal(operand.values.float(), codes_at(h, scale, operand_dtype).float())
-    assert torch.equal(kernels.swiglu_absmax(gate_up), token_absmax(h))
+    assert torch.equal(kernels.swiglu_scale(gate_up, operand_dtype), scale)
+    halves = [kernels.operand_scale(half, operand_dtype) for half in h.chunk(2, dim=1)]
+    assert torch.equal(torch.maximum(*halves), scale) and not torch.equal(halves[0], scale)
     _, again = kernels.swiglu_backward(made(5, 48), gate_up, operand.scale, operand_dtype, None)
     assert torch.equal(again.values.float(), operand.values.float())
     other = kernels.swiglu_quantize(gate_up, operand_dtype, operand.scale * 2)
@@ -140,7 +142,8 @@ def test_swiglu_kernels_equal_definition(
         kernels.swiglu_quantize(gate_up, operand_dtype),
     )
     equal_or_close(found.values, wanted.values, 2)
-    torch.testing.assert_close(run(kernels.swiglu_absmax, gate_up), kernels.swiglu_absmax(gate_up))
+    torch.testing.assert_close(run(kernels.swiglu_scale, gate_up, E4M3), kernels.swiglu_scale(gate_up, E4M3))
+    assert torch.equal(run(kernels.operand_scale, gate_up, E4M3), kernels.operand_scale(gate_up, E4M3))
     row_scale = torch.tensor([2.0**-6, 2.0**-5]).repeat_interleave(features) if as_codes else None
     gradient, h = run(kernels.swiglu_backward, dh, gate_up, found.scale, operand_dtype, row_scale)
     wanted_gradient, wanted_h = kernels.swiglu_backward(dh, gate_up, wanted.scale, operand_dtype, row_scale)

@@ -33,10 +33,9 @@ def exchange(values: Tensor, group: Group, busy: Tensor) -> list[Tensor]:
     second = start_gather_sequence([values], group)
     count = values.shape[0] // group.size()
 
-    def piece(rank: int, out: Tensor | None) -> Tensor:
-        part = values[rank * count : (rank + 1) * count]
+    def piece(start: int, stop: int, out: Tensor | None) -> Tensor:
         torch.mm(busy, busy)
-        return torch.mul(part, group.rank() + 1.5, out=out)
+        return torch.mul(values[start:stop], group.rank() + 1.5, out=out)
 
     total = start_scatter_sum_of_pieces(piece, (count, values.shape[1]), values.dtype, values.device, group)
     torch.mm(busy, busy)
