@@ -361,7 +361,8 @@ def work(machine: Machine) -> None:
         machine.stopping = machine.stopping or machine.seconds > machine.args.seconds
         for task in [task for task in machine.running if task.process is not None and task.process.poll() is not None]:
             machine.running.remove(task)
-            machine.free.append(task.slot)
+            if not task.evaluation:
+                machine.free.append(task.slot)
             ended(machine, task)
         if machine.stopping:
             machine.queue.clear()
@@ -391,7 +392,8 @@ def begin(machine: Machine, task: Task) -> None:
     args, name = machine.args, task.run.name
     folder = args.output / name
     folder.mkdir(exist_ok=True)
-    task.slot = machine.free.pop(0)
+    if not task.evaluation:  # short and small: it runs beside the next run
+        task.slot = machine.free.pop(0)
     task.start_step = step_of(task.run, args)
     if task.evaluation:
         command = [ROOT / "tools/evaluate.py", "--checkpoint", folder, "--data", args.data / "second", "--json"]
@@ -465,7 +467,7 @@ def ended(machine: Machine, task: Task) -> None:
         speed = json.loads((folder / "summary.json").read_text())["tokens_per_s"]
         about += f"validation {' '.join(valid)}, {speed:,.0f} tokens/s"
         if wants_second_text(task.run, args):
-            machine.queue.insert(0, Task(task.run, evaluation=True))
+            begin(machine, Task(task.run, evaluation=True, slot=task.slot))
     elif code == STOPPED_EXIT_CODE:
         about += f"saved at step {step_of(task.run, args)}"
     elif task.told_at is not None:
