@@ -249,8 +249,9 @@ class ParallelConfig(Section):
     """Sequence parallelism: norms and residuals are split over the tensor-parallel ranks by sequence position."""
     peer_copies: bool | Literal["auto"] = "auto"
     """Whether activations travel between tensor-parallel ranks as copies by the GPUs' copy engines, and not as NCCL
-    kernels, which take multiprocessors from the products beside them. Only with sequence parallelism. "auto": where the
-    ranks are on one host and their GPUs have access to one another's memory. Results have the same bits either way."""
+    kernels, which take multiprocessors from the products beside them. Only with sequence parallelism. "auto": with
+    quantization.compute "fp8" and without document masking, where the ranks are on one host and their GPUs have access
+    to one another's memory. Results have the same bits either way."""
     context: PositiveInt = 1
     """Context parallel size. Only 1: megatron-core's attention over a split sequence exists inside Transformer Engine
     only."""

@@ -116,14 +116,14 @@ def start_multiply_and_scatter(
 ) -> Pending[Tensor]:
     """`multiply` of x, [tokens, features] of type `dtype`, summed over TP: this rank's tokens of the sum.
 
-    The partial sums of other ranks' tokens travel to these ranks while further tokens are multiplied.
+    The partial sums of a rank's tokens travel to this rank during the product of the next rank's.
     """
-    shape = (x.values.shape[0] // linear.group.size(), features)
+    count = x.values.shape[0] // linear.group.size()
 
-    def piece(start: int, stop: int, out: Tensor | None) -> Tensor:
-        return multiply(x.tokens(start, stop), out)
+    def piece(rank: int, out: Tensor | None) -> Tensor:
+        return multiply(x.tokens(rank * count, (rank + 1) * count), out)
 
-    return start_scatter_sum_of_pieces(piece, shape, dtype, x.values.device, linear.group)
+    return start_scatter_sum_of_pieces(piece, (count, features), dtype, x.values.device, linear.group)
 
 
 def start_column_dgrad(grad: Operand, linear: LowBitLinear) -> Pending[Tensor]:

@@ -139,14 +139,13 @@ class _Messages:
         """Must stay allocated until the messages have left."""
         self.works: list[Work] = []
 
-    def send(self, piece: Tensor, step: int, start: int) -> None:
+    def send(self, piece: Tensor, step: int) -> None:
         to, source = (dist.get_global_rank(self.group, (self.rank + s) % self.size) for s in (step, -step))
-        received = self.parts[(self.rank - step) % self.size, start : start + piece.shape[0]]
         self.sent.append(piece)
         self.works += dist.batch_isend_irecv(
             [
                 dist.P2POp(dist.isend, piece, to, self.group),
-                dist.P2POp(dist.irecv, received, source, self.group),
+                dist.P2POp(dist.irecv, self.parts[(self.rank - step) % self.size], source, self.group),
             ]
         )
 
@@ -160,32 +159,27 @@ class _Messages:
 
 
 def start_scatter_sum_of_pieces(
-    piece: Callable[[int, int, Tensor | None], Tensor],
+    piece: Callable[[int, Tensor | None], Tensor],
     shape: Sequence[int],
     dtype: torch.dtype,
     device: torch.device,
     group: Group,
 ) -> Pending[Tensor]:
-    """Sum over ranks of parts of this shape, [tokens, features], type and device; each rank gets the sum of its part.
+    """Sum over ranks of piece(this rank), of this shape, type and device.
 
-    `piece(start, stop, None)`: rows start to stop of what this rank adds to the parts of all ranks, one after the
-    other, contiguous; with a third argument, into that memory. A piece travels while the next is made. The parts are
-    added in rank order, in fp32 (integers exactly), and rounded once to the type of the pieces, however they travel.
-    Sends as many bytes as a reduce-scatter. Not differentiable. `wait` before the next call for this group.
+    `piece(r)`: what this rank adds to the result of rank r, contiguous; with a second argument, into that memory. A
+    piece travels while the next is made. The parts are added in rank order, in fp32 (integers exactly), and rounded
+    once to the type of the pieces, however they travel. Sends as many bytes as a reduce-scatter. Not differentiable.
+    `wait` before the next call for this group.
     """
-    size, rank, tokens = group.size(), group.rank(), shape[0]
+    size, rank = group.size(), group.rank()
     if size == 1:
-        return Pending(piece(0, tokens, None))
+        return Pending(piece(rank, None))
     copies = peer_copies.of(group)
     exchange = _Messages(shape, dtype, device, group) if copies is None else copies.start_pieces(shape, dtype)
-    middle = tokens // 2
     for step in range(1, size):
-        first = (rank + step) % size * tokens
-        # Two pieces for each rank: the first is under way when the part is half made.
-        for start, stop in ((0, middle), (middle, tokens)):
-            if start < stop:
-                exchange.send(piece(first + start, first + stop, None), step, start)
-    piece(rank * tokens, (rank + 1) * tokens, exchange.parts[rank])
+        exchange.send(piece((rank + step) % size, None), step)
+    piece(rank, exchange.parts[rank])
     count_sent("activations", exchange.parts, group)
     return Pending(
         exchange.parts, [exchange.finish()], lambda parts: sum_of_parts(parts.view(size, -1)).view(parts.shape[1:])

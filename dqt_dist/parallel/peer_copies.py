@@ -36,14 +36,13 @@ ALIGNMENT = 256
 class PeerWork:
     """An exchange under way."""
 
-    arrived: list[torch.cuda.Event]
+    arrived: torch.cuda.Event
     sent: Any
     """Memory that the exchange reads or writes; it must stay allocated until the exchange has ended."""
 
     def wait(self) -> None:
         """What the current stream runs from now on runs after the exchange."""
-        for event in self.arrived:
-            torch.cuda.current_stream().wait_event(event)
+        torch.cuda.current_stream().wait_event(self.arrived)
         self.sent = None
 
 
@@ -68,11 +67,14 @@ class PeerMemory:
                 raise RuntimeError(
                     f"{num_bytes:,} bytes of peer memory are needed first while a CUDA graph is recorded"
                 )
-            memory = symmetric_memory.empty(
-                (num_bytes,), dtype=torch.uint8, device=torch.device("cuda", torch.cuda.current_device())
-            )
+            device = torch.device("cuda", torch.cuda.current_device())
+            memory = symmetric_memory.empty((num_bytes,), dtype=torch.uint8, device=device)
+            # torch 2.11 clears the memory's signals on the default stream. Without this wait, that could happen after
+            # another rank's first barrier has set one.
+            torch.cuda.synchronize()
             self.handle = symmetric_memory.rendezvous(memory, self.group)
             self.grown.append(memory)
+            torch.cuda.synchronize()  # the handle's tables are uploaded on the current stream
         return self.handle
 
 
@@ -83,8 +85,6 @@ class PeerCopies:
         self.size, self.rank = group.size(), group.rank()
         # Barriers and copies are small pieces of work that others wait for.
         self.stream = torch.cuda.Stream(priority=-1)
-        self.own_stream = torch.cuda.Stream()
-        """For copies of own shards to gathered tensors, which no other rank waits for."""
         self.staging, self.pieces = PeerMemory(group), PeerMemory(group)
 
     def start_gather(self, shards: Sequence[Tensor], gathered: Sequence[Tensor]) -> PeerWork:
@@ -93,13 +93,7 @@ class PeerCopies:
         starts = [0]
         for shard in raw:
             starts.append(starts[-1] + -(-shard.numel() // ALIGNMENT) * ALIGNMENT)
-        results = [result.view(-1).view(torch.uint8).view(self.size, -1) for result in gathered]
         handle = self.staging.at_least(starts[-1])
-        self.own_stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.own_stream):
-            for result, shard in zip(results, raw, strict=True):
-                result[self.rank].copy_(shard)
-            kept = self.own_stream.record_event()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             staged = [
@@ -112,12 +106,12 @@ class PeerCopies:
             for own, shard in zip(staged[self.rank], raw, strict=True):
                 own.copy_(shard)
             handle.barrier()
-            for step in range(1, self.size):  # each rank begins with its neighbour, so that no two read from one
+            for step in range(1, self.size + 1):  # each rank begins with its neighbour, so that no two read from one
                 source = (self.rank + step) % self.size
-                for result, shard in zip(results, staged[source], strict=True):
-                    result[source].copy_(shard)
+                for result, shard in zip(gathered, staged[source], strict=True):
+                    result.view(-1).view(torch.uint8).view(self.size, -1)[source].copy_(shard)
             handle.barrier()
-            return PeerWork([kept, self.stream.record_event()], (shards, gathered))
+            return PeerWork(self.stream.record_event(), (shards, gathered))
 
     def start_pieces(self, shape: Sequence[int], dtype: torch.dtype) -> PeerPieces:
         """An exchange of pieces of this shape. The pieces of the exchange before must have been summed, or be about to
@@ -139,21 +133,20 @@ class PeerPieces:
         with torch.cuda.stream(copies.stream):
             self.handle.barrier()
 
-    def send(self, piece: Tensor, step: int, start: int) -> None:
-        """Sends `piece`, rows from `start` on of this rank's part, to the rank `step` ranks after this one."""
+    def send(self, piece: Tensor, step: int) -> None:
+        """Sends `piece` to the rank `step` ranks after this one."""
         copies = self.copies
         to = (copies.rank + step) % copies.size
         copies.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(copies.stream):
-            part = self.handle.get_buffer(to, self.shape, self.dtype, copies.rank * self.numel)
-            part[start : start + piece.shape[0]].copy_(piece)
+            self.handle.get_buffer(to, self.shape, self.dtype, copies.rank * self.numel).copy_(piece)
         self.sent.append(piece)
 
     def finish(self) -> PeerWork:
         """After all sends. Once the result has been waited for, `parts` hold what all ranks have sent."""
         with torch.cuda.stream(self.copies.stream):
             self.handle.barrier()
-            return PeerWork([self.copies.stream.record_event()], self.sent)
+            return PeerWork(self.copies.stream.record_event(), self.sent)
 
 
 _COPIES: dict[str, PeerCopies] = {}

@@ -197,6 +197,7 @@ PP_2 = [*ZERO_1, "parallel.pipeline=2", "model.num_layers=4", "training.global_b
         [*BF16, "deepspeed.zero_optimization.stage=2", "quantization.latent_bits=4"],
         [*BF16, *ZERO_1, "quantization.method=none"],
         [*FP8, *TP_2],
+        [*BF16, *TP_2],
         [*FP8, *ZERO_1, "parallel.tensor=2", "training.global_batch_size=2"],
         [*BF16, *TP_2, "quantization.method=none"],
         [*FP8, *PP_2],
@@ -205,7 +206,7 @@ PP_2 = [*ZERO_1, "parallel.pipeline=2", "model.num_layers=4", "training.global_b
         [*BF16, *TP_2, *DOCUMENTS],
     ],
     ids=[
-        *("ZeRO 1", "one micro-batch", "ZeRO 2", "none", "TP SP", "TP", "TP none", "PP", "interleaved"),
+        *("ZeRO 1", "one micro-batch", "ZeRO 2", "none", "TP SP", "TP SP bf16", "TP", "TP none", "PP", "interleaved"),
         *("PP documents", "TP SP documents"),
     ],
 )

@@ -33,9 +33,10 @@ def exchange(values: Tensor, group: Group, busy: Tensor) -> list[Tensor]:
     second = start_gather_sequence([values], group)
     count = values.shape[0] // group.size()
 
-    def piece(start: int, stop: int, out: Tensor | None) -> Tensor:
+    def piece(rank: int, out: Tensor | None) -> Tensor:
+        part = values[rank * count : (rank + 1) * count]
         torch.mm(busy, busy)
-        return torch.mul(values[start:stop], group.rank() + 1.5, out=out)
+        return torch.mul(part, group.rank() + 1.5, out=out)
 
     total = start_scatter_sum_of_pieces(piece, (count, values.shape[1]), values.dtype, values.device, group)
     torch.mm(busy, busy)
@@ -44,7 +45,7 @@ def exchange(values: Tensor, group: Group, busy: Tensor) -> list[Tensor]:
 
 
 def compare(launch: Launch) -> None:
-    config = small_config(*TP_2, "quantization.compute=bf16", "training.cuda_graph=true")
+    config = small_config(*TP_2, "parallel.peer_copies=true", "quantization.compute=bf16", "training.cuda_graph=true")
     groups = initialize(config, launch)
     group = groups.tensor
     copies = peer_copies.of(group)
