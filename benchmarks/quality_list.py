@@ -148,6 +148,7 @@ class Run:
             "training.replica_check_interval=0",
             f"optimizer.warmup_steps={min(100, steps)}",
             "optimizer.min_learning_rate_ratio=0.0",
+            "optimizer.low_bit_beta1=0.9",
             f"logging.interval={max(1, evaluation // 7)}",
             "logging.tensorboard=false",
             "checkpoint.interval=0",

@@ -3,7 +3,8 @@
     seconds = (FLOPs / (GPUs * bf16 peak * MFU) + tensor) / pipeline factor / bubble + exchange + far
 
     MFU        of one GPU, by method, precision and recomputation: docs/benchmarks/train_step.md, one H200, 1.36 B
-               weights, ternary also 134 M. The size nearest to the model's is taken, on a logarithmic scale.
+               weights, ternary also 134 M, and 6.74 B on an H100. The size nearest to the model's is taken, on a
+               logarithmic scale.
     tensor     seconds per byte that tensor-parallel ranks send, measured at TP 2 with sequence parallelism, 1.36 B
                weights: docs/planning.md, with CUDA graphs docs/benchmarks/layouts.md. So a wider model, which computes
                more per byte, loses less; that more ranks send as fast as two is a guess.
@@ -35,8 +36,8 @@ TRAIN_STEP, PLANNING, LAYOUTS, ZERO_STAGES = (
     "docs/benchmarks/layouts.md",
     "docs/benchmarks/zero_stages.md",
 )
-LARGE, SMALL = 1_364_297_728, 134_105_856
-"""Weights of the two measured models, configs/1b_ternary.json and configs/130m_ternary.json."""
+LARGE, SMALL, SEVEN = 1_364_297_728, 134_105_856, 6_738_415_616
+"""Weights of the measured models: configs/1b_ternary.json, 130m_ternary.json and 7b_ternary.json."""
 
 MFU: dict[str, dict[int, float]] = {
     "none-bf16": {LARGE: 0.510},
@@ -46,10 +47,11 @@ MFU: dict[str, dict[int, float]] = {
     "dqt-fp8": {LARGE: 0.794, SMALL: 0.134},
     "dqt-fp8, dW in bf16": {LARGE: 0.681},
     "dqt-bf16, CUDA graph": {LARGE: 0.529, SMALL: 0.351},
-    "dqt-fp8, CUDA graph": {LARGE: 0.785, SMALL: 0.432},
+    "dqt-fp8, CUDA graph": {SEVEN: 0.871, LARGE: 0.785, SMALL: 0.432},
     "none-bf16, CUDA graph": {LARGE: 0.504},
 }
-"""Model FLOPs over the bf16 peak of one GPU, by the page's variant and the model's weights."""
+"""Model FLOPs over the bf16 peak of one GPU, by the page's variant and the model's weights; SEVEN on an H100, with
+micro-batches of 4 sequences."""
 RECOMPUTE_MFU = {"none": 0.794, "mlp": 0.698, "full": 0.623}
 """Of dqt-fp8 at LARGE. Their ratios hold for the other methods too, as far as is known."""
 
@@ -65,7 +67,7 @@ TENSOR_SECONDS_PER_BYTE = {
     "none": (16_384 / 91_129 - 16_384 / 58_272 / 2) / 8.22e9,
     "dqt-fp8": (16_384 / 56_590 - 16_384 / 88_139 / 2) / 5.81e9,
     "none, CUDA graph": (16_384 / 90_324 - 16_384 / 58_048 / 2) / 8.22e9,
-    "dqt-fp8, CUDA graph": (16_384 / 126_332 - 16_384 / 88_122 / 2) / 5.81e9,
+    "dqt-fp8, CUDA graph": (16_384 / 137_822 - 16_384 / 88_934 / 2) / 5.81e9,
 }
 """What a step at TP 2 takes longer than half of a step on one H100, over the bytes that a rank sends in it. Pages as
 PIPELINE_FACTORS."""
@@ -78,6 +80,8 @@ SECONDS_PER_BYTE = {
 """What a step at DP 2 takes longer than on one GPU, over the bytes that a rank sends in it. With a CUDA graph from
 LAYOUTS; other methods were not measured with one and are taken as without."""
 STAGE_3_FACTOR, OFFLOAD_FACTOR = 97_803 / 99_955, 73_003 / 99_955
+LATENTS_FACTOR = (87_104 + 87_365) / (88_312 + 88_212)
+"""Tokens/s with 8-bit latents over those of codes alone, 1.36 B weights, fp8, one H100: TRAIN_STEP."""
 
 
 @dataclass(frozen=True)
@@ -110,9 +114,9 @@ def expected_speed(config: Config, grid: ProcessGrid, device: Device) -> Speed |
         return None
     tokens = config.training.global_batch_size * config.model.seq_length
     flops = tokens * flops_per_token(config.model)
-    mfu, notes = _single_gpu(config)
-    if device.name != "H200":
-        notes.append(f"one {device.name} is taken to be as efficient as the H200 of that page, by its bf16 peak")
+    mfu, measured_on, notes = _single_gpu(config)
+    if device.name != measured_on:
+        notes.append(f"one {device.name} is taken to be as efficient as the {measured_on} of that page, by bf16 peak")
     parts = {"products": flops / (grid.world_size * device.bf16_tflops * 1e12 * mfu)}
 
     def slow_down(part: str, share: float) -> None:
@@ -122,8 +126,6 @@ def expected_speed(config: Config, grid: ProcessGrid, device: Device) -> Speed |
     method = "dqt-fp8" if quantization.method == "dqt" else "none"
     if quantization.method == "dqt" and quantization.compute != "fp8" and grid.tensor * grid.pipeline > 1:
         notes.append(f"tensor and pipeline parallel with {quantization.compute}: unmeasured, as fp8")
-    if quantization.latent_bits is not None:
-        notes.append("latents: unmeasured, as codes alone")
     if quantization.method == "dqt" and config.optimizer.second_moment == "factored":
         notes.append("factored second moment: unmeasured, as a full one")
     if grid.tensor > 1:
@@ -171,7 +173,8 @@ def _row(name: str, table: Collection[str], config: Config) -> str:
     return with_graph if uses_cuda_graph(config) and with_graph in table else name
 
 
-def _single_gpu(config: Config) -> tuple[float, list[str]]:
+def _single_gpu(config: Config) -> tuple[float, str, list[str]]:
+    """MFU of one GPU, the GPU on which it was measured, and notes."""
     quantization, training = config.quantization, config.training
     variant = f"{quantization.method}-{quantization.compute}"
     if quantization.compute == "fp8" and quantization.weight_gradient == "bf16":
@@ -184,12 +187,16 @@ def _single_gpu(config: Config) -> tuple[float, list[str]]:
     slower = RECOMPUTE_MFU["none"] / RECOMPUTE_MFU[training.recompute] - 1
     mfu = MFU[variant][size] / (1 + share * slower)
     name = variant + ("" if training.recompute == "none" else f", recompute {training.recompute}")
-    notes = [f"{name}: MFU {mfu:.3f} of one GPU, {TRAIN_STEP}, {size / 1e9:.3g} B weights, one H200"]
+    gpu = "H100" if size == SEVEN else "H200"
+    notes = [f"{name}: MFU {mfu:.3f} of one GPU, {TRAIN_STEP}, {size / 1e9:.3g} B weights, one {gpu}"]
     if not 0.5 < weights / size < 2:
         notes.append(f"a model of {weights / 1e9:.3g} B weights: unmeasured")
+    if quantization.latent_bits is not None:
+        mfu *= LATENTS_FACTOR
+        notes.append(f"latents: {LATENTS_FACTOR:.2f} of codes alone, {TRAIN_STEP}, 1.36 B weights, fp8, one H100")
     if share and variant != "dqt-fp8":
         notes.append(f"recompute {training.recompute} with {variant}: unmeasured, slower by the ratio of dqt-fp8")
-    return mfu, notes
+    return mfu, gpu, notes
 
 
 def _measured(name: str, size: int, config: Config, page: str) -> str:

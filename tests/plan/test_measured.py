@@ -150,25 +150,52 @@ def test_data_parallel_with_graphs_scales_as_it_was_measured() -> None:
 
 
 def test_layouts_with_graphs_scale_as_they_were_measured() -> None:
-    """Of the page's last table of speeds: PP 2 as a share of two single GPUs, TP 2 by what it takes longer than half of
-    one, over what a rank sends. Ordinary weights have a single GPU without a graph only, where the plan has one with a
-    graph."""
+    """PP 2 as a share of two single GPUs, TP 2 by what it takes longer than half of one, over what a rank sends.
+
+    Ordinary weights have a single GPU without a graph only, where the plan has one with a graph.
+    """
     page = (ROOT / speed.LAYOUTS).read_text(encoding="utf-8")
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
     speeds = {
         (row[0], row[1]): float(row[2].replace(",", "")) for row in lines if len(row) == 14 and row[2][-1:].isdigit()
     }
-    single = "one GPU, micro-batch 8"
-    for method, of_single in (("none-bf16", "none-bf16"), ("dqt-fp8", "dqt-fp8, CUDA graph")):
-        row, alone = f"{'none' if method == 'none-bf16' else method}, CUDA graph", speeds[single, of_single]
-        share = speeds["PP 2", f"{method}, CUDA graph"] / (2 * alone)
+    single, graph = "one GPU, micro-batch 8", "CUDA graph"
+    for method, of_single, tensor_parallel in (
+        ("none-bf16", (single, "none-bf16"), ((single, "none-bf16"), "TP 2, SP")),
+        (
+            "dqt-fp8",
+            (single, f"dqt-fp8, {graph}"),
+            (("one GPU, same call", f"dqt-fp8, {graph}"), "TP 2, SP, peer copies"),
+        ),
+    ):
+        row = f"{'none' if method == 'none-bf16' else method}, {graph}"
+        share = speeds["PP 2", f"{method}, {graph}"] / (2 * speeds[of_single])
         assert speed.PIPELINE_FACTORS[row] * 8 / 9 == pytest.approx(share, rel=1e-6)
         batch = ("training.micro_batch_size=8", "training.global_batch_size=8")
         cut = ("parallel.tensor=2", "parallel.sequence=true")
         config = load_config(LARGE, [*EIGHT_BITS, *CODES_ONLY, *VARIANTS[method], *batch, *cut])
         sent = sum(sent_to_tensor_ranks(config, process_grid(config, 2), 0).values())
-        longer = 16_384 / speeds["TP 2, SP", f"{method}, CUDA graph"] - 16_384 / alone / 2
+        alone, layout = tensor_parallel
+        longer = 16_384 / speeds[layout, f"{method}, {graph}"] - 16_384 / speeds[alone] / 2
         assert speed.TENSOR_SECONDS_PER_BYTE[row] == pytest.approx(longer / sent, rel=2e-3)
+
+
+def test_seven_billion_weights_and_latents_are_those_of_the_page() -> None:
+    page = (ROOT / speed.TRAIN_STEP).read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    seven = next(row for row in lines if row[:2] == ["4", "none"])
+    batch = ("training.micro_batch_size=4", "training.global_batch_size=4", "training.recompute=none")
+    config = load_config(
+        ROOT / "configs/7b_ternary.json",
+        ["model.seq_length=2048", *EIGHT_BITS, *CODES_ONLY, *batch, *VARIANTS["dqt-fp8, CUDA graph"]],
+    )
+    found = speed.expected_speed(config, process_grid(config, 1), device_named("h100"))
+    assert found is not None
+    assert found.tokens_per_second == pytest.approx(float(seven[3].replace(",", "")), rel=0.01)
+    assert largest_footprint(config, process_grid(config, 1)).total / 2**30 == pytest.approx(float(seven[8]), rel=0.05)
+    speeds = {name: [float(row[1].replace(",", "")) for row in lines if row[0] == name and len(row) == 7]
+              for name in ("codes only", "8-bit latents")}  # fmt: skip
+    assert sum(speeds["8-bit latents"]) / sum(speeds["codes only"]) == pytest.approx(speed.LATENTS_FACTOR, rel=1e-6)
 
 
 def test_what_leaves_a_machine() -> None:
