@@ -27,38 +27,46 @@ def angles(length: int, head: int, base: float, device: torch.device) -> tuple[T
 
 class _SplitAndRotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, mixed: Tensor, groups: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx, mixed: Tensor, groups: int, cos: Tensor, sin: Tensor, batch_major: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.save_for_backward(cos, sin)
         if mixed.is_cuda:
             from dqt_dist.kernels import rope_triton
 
-            return rope_triton.split_and_rotate(mixed, groups, cos, sin)
+            return rope_triton.split_and_rotate(mixed, groups, cos, sin, batch_major)
         s, b = mixed.shape[:2]
         head = 2 * cos.shape[1]
         per_group = mixed.view(s, b, groups, -1, head)
         q, k, v = per_group[..., :-2, :], per_group[..., -2, :], per_group[..., -1, :]
         q = q.reshape(s, b, -1, head)
-        return _rotated(q, cos, sin), _rotated(k, cos, sin), v.contiguous()
+        q, k, v = _rotated(q, cos, sin), _rotated(k, cos, sin), v.contiguous()
+        if batch_major:
+            q, k, v = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v))
+        return q, k, v
 
     @staticmethod
-    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor, None, None, None, None]:
         cos, sin = ctx.saved_tensors
         if dq.is_cuda:
             from dqt_dist.kernels import rope_triton
 
-            return rope_triton.gather_rotated_back(dq, dk, dv, cos, sin), None, None, None
+            return rope_triton.gather_rotated_back(dq, dk, dv, cos, sin), None, None, None, None
         s, b, groups, head = dk.shape
         dq = _rotated(dq, cos, -sin).view(s, b, groups, -1, head)
         dk = _rotated(dk, cos, -sin)
-        return torch.cat([dq, dk.unsqueeze(3), dv.unsqueeze(3)], dim=3).view(s, b, -1), None, None, None
+        return torch.cat([dq, dk.unsqueeze(3), dv.unsqueeze(3)], dim=3).view(s, b, -1), None, None, None, None
 
 
-def split_and_rotate(mixed: Tensor, groups: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_and_rotate(
+    mixed: Tensor, groups: int, cos: Tensor, sin: Tensor, batch_major: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
     """Rotated q [s, b, heads, d] and k [s, b, groups, d], and v [s, b, groups, d], all contiguous.
 
-    mixed: [s, b, groups * (heads / groups + 2) * d]; cos and sin: of positions 0 .. s - 1, see `angles`.
+    mixed: [s, b, groups * (heads / groups + 2) * d]; cos and sin: of positions 0 .. s - 1, see `angles`. batch_major:
+    the results are [b, s, ..] in memory, for attention that takes samples one after the other.
     """
-    return _SplitAndRotate.apply(mixed, groups, cos, sin)
+    return _SplitAndRotate.apply(mixed, groups, cos, sin, batch_major)
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -115,14 +115,21 @@ def _launch(mixed: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Te
     )
 
 
-def split_and_rotate(mixed: Tensor, groups: int, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def split_and_rotate(
+    mixed: Tensor, groups: int, cos: Tensor, sin: Tensor, batch_major: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """See rope.py."""
     mixed = mixed.contiguous()
     s, b, width = mixed.shape
     head = 2 * cos.shape[1]
     queries = width // head // groups - 2
-    q = torch.empty(s, b, groups * queries, head, dtype=mixed.dtype, device=mixed.device)
-    k, v = (torch.empty(s, b, groups, head, dtype=mixed.dtype, device=mixed.device) for _ in range(2))
+    outer = (b, s) if batch_major else (s, b)
+    q, k, v = (
+        torch.empty(*outer, heads, head, dtype=mixed.dtype, device=mixed.device)
+        for heads in (groups * queries, groups, groups)
+    )
+    if batch_major:
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
     _launch(mixed, q, k, v, cos, sin, backward=False)
     return q, k, v
 

@@ -72,7 +72,8 @@ class RotarySelfAttention(SelfAttention):
         mixed = apply_module(self.linear_qkv)(hidden_states)[0]
         head = self.hidden_size_per_attention_head
         cos, sin = angles(mixed.shape[0], head, self.config.rope_base, mixed.device)
-        return split_and_rotate(mixed, self.num_query_groups_per_partition, cos, sin)
+        groups, batch_major = self.num_query_groups_per_partition, self.config.batch_major_attention
+        return split_and_rotate(mixed, groups, cos, sin, batch_major)
 
 
 class CausalAttention(nn.Module):
@@ -106,7 +107,7 @@ class CausalAttention(nn.Module):
 
     def _attend_in_documents(self, query: Tensor, key: Tensor, value: Tensor, cumulative_lengths: Tensor) -> Tensor:
         s, b = query.shape[:2]
-        # [s, b, n, d] -> [b * s, n, d]; a copy unless b is 1, as the kernel has one stride for all positions
+        # [s, b, n, d] -> [b * s, n, d]; no copy of what is batch-major in memory
         query, key, value = (x.transpose(0, 1).flatten(0, 1) for x in (query, key, value))
         attend, arguments = _variable_length_attention()
         out = attend(

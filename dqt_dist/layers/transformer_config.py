@@ -21,6 +21,8 @@ class LlamaTransformerConfig(TransformerConfig):
     quantization: QuantizationConfig = field(default_factory=QuantizationConfig)
     sub_norm: bool = False
     rope_base: float = 10000.0
+    batch_major_attention: bool = False
+    """Whether attention takes queries, keys and values sample after sample in memory."""
 
 
 # Megatron's fields for each value of training.recompute.
@@ -81,6 +83,7 @@ def transformer_config(config: Config, on_cpu: bool) -> LlamaTransformerConfig:
         quantization=config.quantization,
         sub_norm=model.sub_norm,
         rope_base=model.rope_base,
+        batch_major_attention=config.data.document_masking and config.has_variable_length_attention and not on_cpu,
     )
 
 

@@ -198,7 +198,7 @@ def _attention_and_loss(config: Config) -> None:
     cos, sin = rope.angles(s, head, model.rope_base, CUDA)
     mixed = torch.empty(s, b, _qkv_width(config), dtype=dtype, device=CUDA)
     rotation = AutogradStep(rope._SplitAndRotate)
-    outputs = rotation.forward(mixed, model.num_query_groups, cos, sin)
+    outputs = rotation.forward(mixed, model.num_query_groups, cos, sin, False)
     # Attention hands its gradients back as [batch, heads, sequence, head] in memory.
     rotation.backward(
         *(torch.empty(b, x.shape[2], s, head, dtype=dtype, device=CUDA).permute(2, 0, 1, 3) for x in outputs)

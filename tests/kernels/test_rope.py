@@ -46,15 +46,18 @@ def test_rotation_is_a_complex_product(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("batch_major", [False, True], ids=["", "batch major"])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernels_equal_definition(run: Runner, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_kernels_equal_definition(run: Runner, shape: tuple[int, ...], batch_major: bool, dtype: torch.dtype) -> None:
     """The same three operations; a fused multiply-add may round one of them less."""
     mixed, grads = inputs(shape, dtype)
     cos, sin = angles(shape[0], shape[4], 10000.0, mixed.device)
 
     def forward_and_backward(mixed: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *grads: torch.Tensor):
         leaf = mixed.requires_grad_()
-        outputs = split_and_rotate(leaf, shape[2], cos, sin)
+        outputs = split_and_rotate(leaf, shape[2], cos, sin, batch_major)
+        in_memory = [x.transpose(0, 1) if batch_major else x for x in outputs]
+        assert all(x.is_contiguous() for x in in_memory)
         return *(x.detach() for x in outputs), *torch.autograd.grad(outputs, leaf, grads)
 
     ulp = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-8}[dtype]
