@@ -203,6 +203,18 @@ def study(size: str = "S") -> list[Run]:
         ("dqt_ternary", 2e-3),
     )
     runs = [Run(size, method, rate) for method, rate in order]
+    # A slow first moment helps codes alone, so it may help the coarser latents and grids, and the rate with it.
+    runs += [
+        with_beta1(Run(size, method, rate), beta1)
+        for method, rate, beta1 in (
+            ("dqt_ternary", 1e-3, 0.98),
+            ("ternary_of_4", 2e-3, 0.98),
+            ("dqt_ternary", 5e-4, 0.98),
+            ("ternary_of_8", 2e-3, 0.95),
+            ("dqt4", 1e-3, 0.98),
+            ("dqt_ternary", 2e-3, 0.98),
+        )
+    ]
     # What the scale, the decay and the range of the latents do.
     variants = {
         "fixed_scale": ("quantization.scale_refit_interval=0",),
@@ -229,9 +241,7 @@ def study(size: str = "S") -> list[Run]:
         "two_stages": ("optimizer.schedule=two_stage",),
     }
     runs += [Run(size, "dqt_ternary", 5e-4, label=label, settings=settings) for label, settings in of_ternary.items()]
-    runs += [
-        with_beta1(Run(size, "dqt_ternary", rate), beta1) for rate, beta1 in ((5e-4, 0.95), (5e-4, 0.98), (1e-3, 0.98))
-    ]
+    runs.append(with_beta1(Run(size, "dqt_ternary", 5e-4), 0.95))
     # 4-bit codes are clamped often (saturation 0.08 at half the run): a wider range, or decay.
     runs += [
         Run(size, method, 1e-3, label=label, settings=settings)
