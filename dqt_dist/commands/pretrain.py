@@ -49,7 +49,7 @@ DEFAULT_GPU = "h100"
 
 
 def main() -> int:
-    print_any_text()
+    print_any_text(may_be_lost=True)  # metrics.jsonl has the figures too
     launch = None
     try:
         launch = discover()
