@@ -16,6 +16,7 @@ from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE, RunError, UserError,
 
 ROOT = Path(__file__).parent.parent
 AGAIN = "; when that is mended, run the same command again\n"
+MEMORY = "; --plan --gpu NAME shows what takes memory, docs/faq.md what lowers it\n"
 OTHER_PATH = "; give another path, or the right to use this one\n"
 
 
@@ -39,6 +40,14 @@ def end_with(error: BaseException | None) -> int:
             RUN_ERROR_EXIT_CODE,
             f"tool: /out: No space left on device{AGAIN}",
         ),
+        (MemoryError(), RUN_ERROR_EXIT_CODE, f"tool: out of memory{MEMORY}"),
+        (
+            RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nx"
+            ),
+            RUN_ERROR_EXIT_CODE,
+            "tool: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes." + MEMORY,
+        ),
         (OSError(13, "Permission denied", "/out"), EXIT_CODE, f"tool: /out: Permission denied{OTHER_PATH}"),
     ],
     ids=str,
@@ -50,7 +59,9 @@ def test_an_expected_end_is_one_message_and_an_exit_code(
     assert capsys.readouterr() == ("", message)
 
 
-@pytest.mark.parametrize("defect", [ZeroDivisionError(), OSError("of no file"), ConnectionResetError(104, "reset")])
+@pytest.mark.parametrize(
+    "defect", [ZeroDivisionError(), RuntimeError("a shape"), OSError("of no file"), ConnectionResetError(104, "reset")]
+)
 def test_a_defect_keeps_its_traceback(defect: Exception) -> None:
     with pytest.raises(type(defect)):
         end_with(defect)
