@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
-from dqt_dist.errors import UserError, told
+from dqt_dist.errors import UserError, naming, told
 
 INTERRUPTED_EXIT_CODE = 130
 """What a shell reports for a command that SIGINT ended: 128 + 2."""
+
+BROKEN_PIPE_EXIT_CODE = 141
+"""The same for SIGPIPE, 128 + 13, as when `head` has seen enough."""
 
 
 class RaisingArgumentParser(argparse.ArgumentParser):
@@ -52,11 +56,44 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def print_any_text() -> None:
-    """From now on a character that the terminal's encoding lacks is shown as "?" and is no error."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
+class _Output(io.FileIO):
+    """What a process prints. The first piece that the device refuses (a full disk, a pipe whose reader is gone) is an
+    OSError that names this output, and no error where `may_be_lost`; later ones are dropped without a word."""
+
+    def __init__(self, stream: io.TextIOWrapper, may_be_lost: bool) -> None:
+        super().__init__(stream.fileno(), "wb", closefd=False)
+        self.shown_name = stream.name.strip("<>")
+        self.drops = may_be_lost
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if self.drops:
+                return len(data)
+            self.drops = True
+            raise OSError(error.errno, error.strerror, self.shown_name) from error
+
+
+def print_any_text(may_be_lost: bool = False) -> None:
+    """From now on a character that the terminal's encoding lacks is shown as "?" and is no error, nor is, where it
+    `may_be_lost`, an output that takes no more."""
+    sys.stdout = _lenient(sys.stdout, sys.__stdout__, may_be_lost)
+    sys.stderr = _lenient(sys.stderr, sys.__stderr__, may_be_lost)
+
+
+def _lenient(stream: Any, of_process: Any, may_be_lost: bool) -> Any:
+    """`stream`, or one in its place. A stream that is not `of_process`, such as that of a test, keeps its file."""
+    if stream is None:  # closed by whoever started this process: no file that is opened later must take its place
+        return open(os.devnull, "w")
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors="replace")
+    if not isinstance(stream, io.TextIOWrapper) or stream is not of_process:
+        return stream
+    raw: Any = _Output(stream, may_be_lost)
+    buffer = raw if stream.write_through else io.BufferedWriter(raw)
+    like = {"line_buffering": stream.line_buffering, "write_through": stream.write_through}
+    return io.TextIOWrapper(buffer, stream.encoding, "replace", **like)
 
 
 @contextmanager
@@ -97,7 +134,8 @@ def drawing(option: str, file: Path) -> Any:
 def save_picture(figure: Any, file: Path) -> None:
     """Writes a figure of matplotlib as PNG, under its name when it is whole."""
     partial = file.with_name(f".{file.name}.partial")
-    figure.savefig(partial, dpi=130, format="png")
+    with naming(partial):
+        figure.savefig(partial, dpi=130, format="png")
     partial.rename(file)
 
 
@@ -108,11 +146,14 @@ def run_tool(
 
     An expected failure becomes one message on standard error that begins with `name`, the name of the tool. The exit
     code is 2 for wrong input, 1 for work that failed on good input, and 130 for Ctrl-C, whose message is `interrupted`.
-    Other exceptions keep their traceback.
+    It is 141 for an output that nobody reads to its end. Other exceptions keep their traceback.
     """
     print_any_text()
     try:
         run(args)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return BROKEN_PIPE_EXIT_CODE
     except KeyboardInterrupt:
         return _fail(name, interrupted, INTERRUPTED_EXIT_CODE)
     except Exception as error:

@@ -75,10 +75,14 @@ def told(error: Exception) -> SpokenError | None:
     """What the user is told of `error`; None for a defect, which an OSError that names no file is too.
 
     An OSError that names one is a RunError for what the machine is short of (space, quota) or fails in, and a UserError
-    for a file that cannot be used whatever happens: read-only, no permission, a file where a folder should be.
+    for a file that cannot be used whatever happens: read-only, no permission, a file where a folder should be. Memory
+    that is not there, of the machine or of a GPU, is a RunError.
     """
     if isinstance(error, SpokenError):
         return error
+    if _is_out_of_memory(error):
+        first = (str(error).splitlines() or ["out of memory"])[0]
+        return RunError(f"{first}; --plan --gpu NAME shows what takes memory, docs/faq.md what lowers it", local=True)
     if not isinstance(error, OSError) or error.filename is None:
         return None
     rank = f"rank {error.rank}: " if isinstance(error, RankOSError) else ""
@@ -86,6 +90,12 @@ def told(error: Exception) -> SpokenError | None:
     if error.errno is None or error.errno in _FAULTS_OF_THE_MACHINE:  # numpy: None where the disk takes no whole array
         return RunError(f"{text}; when that is mended, run the same command again", local=local)
     return UserError(f"{text}; give another path, or the right to use this one", local=local)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Torch is not imported here. On a CPU it raises a RuntimeError (c10/core/impl/alloc_cpu.cpp)."""
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_torch)
 
 
 @contextmanager

@@ -38,8 +38,8 @@ LOOPBACK = "127.0.0.1"
 FIRST_PORT, NUM_PORTS = 20000, 10000
 """Ports derived from a SLURM job. They lie below 32768, where the ports begin that Linux assigns by itself."""
 
-SECONDS_FOR_RANK_0 = 3
-"""The time by which rank 0 may find an error later than the other ranks, when all ranks find it."""
+SECONDS_FOR_OTHER_RANKS = 3
+"""The time by which one rank may find an error later than another, when all ranks find it."""
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,19 @@ def leave_warnings_to_first_rank(launch: Launch) -> None:
 
 
 def report(error: SpokenError, launch: Launch | None) -> int:
-    """Prints the message on rank 0, and for a local error also on the rank that raised it. Returns the exit code."""
+    """Prints the message on rank 0, and for a local error also on the rank that raised it. Returns the exit code.
+
+    Launchers send SIGTERM to the other ranks when one rank exits. Rank 0 may not have printed by then, and a rank that
+    still starts dies with 143. srun returns the highest exit code of all ranks. So each rank stays until the others
+    have found the error too, and its exit code is safe from SIGTERM.
+    """
     if launch is None or launch.rank == 0:
         print(f"error: {error}", file=sys.stderr, flush=True)
     elif error.local:
         print(f"error on rank {launch.rank}: {error}", file=sys.stderr, flush=True)
-    else:
-        # Launchers kill the other ranks when one rank exits. So this rank waits until rank 0 has printed. If it is
-        # killed while waiting, it still exits with this exit code, because srun returns the highest exit code of all
-        # ranks.
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(error.exit_code))
-        time.sleep(SECONDS_FOR_RANK_0)
+    if launch is not None and launch.world_size > 1 and not error.local:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(SECONDS_FOR_OTHER_RANKS)
     return error.exit_code
 
 
@@ -130,14 +132,16 @@ def _from_torch_variables(env: Mapping[str, str]) -> Launch:
     launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "deepspeed" if "CROSS_RANK" in env else "environment"
     # deepspeed sets LOCAL_SIZE where torchrun sets LOCAL_WORLD_SIZE.
     local_size = "LOCAL_WORLD_SIZE" if "LOCAL_WORLD_SIZE" in env else "LOCAL_SIZE"
+    world_size = _integer(env, "WORLD_SIZE", POSITIVE)
+    local_world_size = _integer(env, local_size, POSITIVE) if local_size in env else world_size
     return Launch(
-        rank=_integer(env, "RANK"),
-        world_size=_integer(env, "WORLD_SIZE"),
-        local_rank=_integer(env, "LOCAL_RANK"),
-        local_world_size=_integer(env, local_size) if local_size in env else _integer(env, "WORLD_SIZE"),
+        rank=_integer(env, "RANK", range(world_size)),
+        world_size=world_size,
+        local_rank=_integer(env, "LOCAL_RANK", range(local_world_size)),
+        local_world_size=local_world_size,
         launcher=launcher,
         master_address=_text(env, "MASTER_ADDR"),
-        master_port=_integer(env, "MASTER_PORT"),
+        master_port=_integer(env, "MASTER_PORT", PORTS),
     )
 
 
@@ -158,7 +162,7 @@ def _from_mpi(env: Mapping[str, str]) -> Launch:
     rank, world_size, local_rank, local_world_size = world.rank, world.size, node.rank, node.size
     meeting_point = None
     if rank == 0:
-        port = _integer(env, "MASTER_PORT") if "MASTER_PORT" in env else _free_port()
+        port = _integer(env, "MASTER_PORT", PORTS) if "MASTER_PORT" in env else _free_port()
         meeting_point = env.get("MASTER_ADDR") or (LOOPBACK if one_node else _address_of_this_machine()), port
     address, port = world.bcast(meeting_point, root=0)
     # MPI is not needed any more. If MPI_Finalize ran at the end of the process, a rank that fails would wait for the
@@ -188,21 +192,22 @@ def _free_port() -> int:
 
 
 def _from_srun(env: Mapping[str, str]) -> Launch:
-    world_size = _integer(env, "SLURM_STEP_NUM_TASKS")
+    world_size = _integer(env, "SLURM_STEP_NUM_TASKS", POSITIVE)
     tasks_per_node = expand_tasks_per_node(_text(env, "SLURM_STEP_TASKS_PER_NODE"))
     nodes = _text(env, "SLURM_STEP_NODELIST" if "SLURM_STEP_NODELIST" in env else "SLURM_JOB_NODELIST")
     # Steps of one job may run at the same time, so the port depends on the step too. Every rank of a step computes the
     # same port.
     port = FIRST_PORT + (16 * _integer(env, "SLURM_JOB_ID") + _integer(env, "SLURM_STEP_ID")) % NUM_PORTS
     address = env.get("MASTER_ADDR") or (LOOPBACK if len(tasks_per_node) == 1 else _hostnames(nodes)[0])
+    local_world_size = tasks_per_node[_integer(env, "SLURM_NODEID", range(len(tasks_per_node)))]
     return Launch(
-        rank=_integer(env, "SLURM_PROCID"),
+        rank=_integer(env, "SLURM_PROCID", range(world_size)),
         world_size=world_size,
-        local_rank=_integer(env, "SLURM_LOCALID"),
-        local_world_size=tasks_per_node[_integer(env, "SLURM_NODEID")],
+        local_rank=_integer(env, "SLURM_LOCALID", range(local_world_size)),
+        local_world_size=local_world_size,
         launcher="srun",
         master_address=address,
-        master_port=_integer(env, "MASTER_PORT") if "MASTER_PORT" in env else port,
+        master_port=_integer(env, "MASTER_PORT", PORTS) if "MASTER_PORT" in env else port,
     )
 
 
@@ -254,19 +259,22 @@ def _expand_ranges(ranges: str) -> list[str]:
 
 # ---- reading variables ----
 
+POSITIVE, PORTS = range(1, 1 << 31), range(1, 1 << 16)
+
 
 def _text(env: Mapping[str, str], name: str) -> str:
-    try:
-        return env[name]
-    except KeyError:
-        raise UserError(
-            f"environment: {name} is not set, though its companions are; start through a launcher"
-        ) from None
+    text = env.get(name)
+    if not text:
+        raise UserError(f"environment: {name} is not set, though its companions are; start through a launcher")
+    return text
 
 
-def _integer(env: Mapping[str, str], name: str) -> int:
+def _integer(env: Mapping[str, str], name: str, allowed: range = range(1 << 31)) -> int:
     text = _text(env, name)
     try:
-        return int(text)
+        value = int(text)
     except ValueError:
-        raise UserError(f"environment: {name} = {text!r} is not an integer") from None
+        value = -1
+    if value not in allowed:
+        raise UserError(f"environment: {name} = {text!r} is not an integer from {allowed[0]} to {allowed[-1]}")
+    return value

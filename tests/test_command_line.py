@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,7 @@ from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE, RunError, UserError,
 
 ROOT = Path(__file__).parent.parent
 AGAIN = "; when that is mended, run the same command again\n"
+MEMORY = "; --plan --gpu NAME shows what takes memory, docs/faq.md what lowers it\n"
 OTHER_PATH = "; give another path, or the right to use this one\n"
 
 
@@ -36,6 +40,14 @@ def end_with(error: BaseException | None) -> int:
             RUN_ERROR_EXIT_CODE,
             f"tool: /out: No space left on device{AGAIN}",
         ),
+        (MemoryError(), RUN_ERROR_EXIT_CODE, f"tool: out of memory{MEMORY}"),
+        (
+            RuntimeError(
+                "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nx"
+            ),
+            RUN_ERROR_EXIT_CODE,
+            "tool: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes." + MEMORY,
+        ),
         (OSError(13, "Permission denied", "/out"), EXIT_CODE, f"tool: /out: Permission denied{OTHER_PATH}"),
     ],
     ids=str,
@@ -47,10 +59,50 @@ def test_an_expected_end_is_one_message_and_an_exit_code(
     assert capsys.readouterr() == ("", message)
 
 
-@pytest.mark.parametrize("defect", [ZeroDivisionError(), OSError("of no file"), ConnectionResetError(104, "reset")])
+@pytest.mark.parametrize(
+    "defect", [ZeroDivisionError(), RuntimeError("a shape"), OSError("of no file"), ConnectionResetError(104, "reset")]
+)
 def test_a_defect_keeps_its_traceback(defect: Exception) -> None:
     with pytest.raises(type(defect)):
         end_with(defect)
+
+
+OUTPUT = """
+import argparse, sys
+from dqt_dist.command_line import print_any_text, run_tool
+
+def run(_):
+    for number in range(20000):
+        print("figure", number)
+
+if sys.argv[1] == "run":
+    print_any_text(may_be_lost=True)
+    run(None)
+    print("goes on", file=sys.stderr)
+else:
+    sys.exit(run_tool("tool", run, argparse.Namespace()))
+"""
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    ("who", "output", "ends"),
+    [
+        ("tool", "> /dev/full", (RUN_ERROR_EXIT_CODE, f"tool: stdout: No space left on device{AGAIN}")),
+        ("tool", "| head -c 9 > /dev/null; exit ${PIPESTATUS[0]}", (141, "")),
+        ("tool", ">&-", (0, "")),
+        ("run", "> /dev/full", (0, "goes on\n")),
+        ("run", "| head -c 9 > /dev/null; exit ${PIPESTATUS[0]}", (0, "goes on\n")),
+        ("run", ">&- 2>&-", (0, "")),
+    ],
+)
+def test_an_output_that_takes_no_more_is_an_error_of_a_tool_and_none_of_a_run(
+    who: str, output: str, ends: tuple[int, str], unbuffered: str
+) -> None:
+    line = ["bash", "-c", f'"$0" -c "$1" {who} {output}', sys.executable, OUTPUT]
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(line, env=variables, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == ends
 
 
 def test_an_error_that_names_no_file_gets_the_name_of_what_was_written() -> None:

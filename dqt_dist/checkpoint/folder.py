@@ -90,22 +90,31 @@ def unused(path: Path) -> Path:
 
 
 def resolve(path: Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest one of a run or of its checkpoints folder.
+    """The checkpoint that `path` means: itself, or the newest complete one of a run or of its checkpoints folder.
 
     Raises UserError when there is none, saying what was found instead.
     """
+    return [each for each in candidates(path) if (each / MANIFEST).is_file()][-1]
+
+
+def candidates(path: Path) -> list[Path]:
+    """The checkpoints that `path` may mean, oldest first: itself, or all of a run or of its checkpoints folder.
+
+    At least one has a manifest; the others may be anything. Raises UserError when none has one, saying what was found
+    instead.
+    """
     try:
-        return _resolve(path)
+        return _candidates(path)
     except OSError as error:  # a name too long, a folder that must not be entered
         raise UserError(f"{path}: cannot be opened ({error.strerror})") from error
 
 
-def _resolve(path: Path) -> Path:
+def _candidates(path: Path) -> list[Path]:
     if (path / MANIFEST).is_file():
-        return path
-    found = complete_checkpoints(path / "checkpoints") or complete_checkpoints(path)
-    if found:
-        return found[-1]
+        return [path]
+    for folder in (path / "checkpoints", path):
+        if complete_checkpoints(folder):
+            return numbered(folder)
     if not path.exists():
         raise UserError(f"{path}: {'a link to nothing' if path.is_symlink() else 'no such file or folder'}")
     if not path.is_dir():

@@ -23,11 +23,11 @@ from dqt_dist.checkpoint.folder import (
     DamagedCheckpoint,
     Progress,
     bad_files,
+    candidates,
     numbered,
     progress_of,
     raise_if_bad,
     read_manifest,
-    resolve,
     step_of,
     unused,
 )
@@ -101,15 +101,19 @@ class Checkpoint:
 def find(config: Config, resume: str) -> Checkpoint | None:
     """The checkpoint `--resume` means: None for `none`, and for `auto` when there is none yet. A collective call.
 
-    `auto` is the newest one of the run that is whole. A path may be a checkpoint, a run or its checkpoints folder (then
-    its newest), and must be whole. Raises UserError when there is none.
+    `auto` is the newest one of the run that is whole. So is the path of another run, or of its checkpoints folder. The
+    path of a checkpoint means this one, which must be whole. Raises UserError when there is none.
     """
     if resume == "none":
         return None
-    if resume != "auto":
-        return opened(on_first_rank(lambda: resolve(Path(resume))))
+    if resume == "auto":
+        paths = on_first_rank(lambda: numbered(checkpoints_folder(config)))
+    else:
+        paths = on_first_rank(lambda: candidates(Path(resume)))
+        if paths == [Path(resume)]:
+            return opened(paths[0])
     damaged: dict[Path, str] = {}
-    for path in reversed(on_first_rank(lambda: numbered(checkpoints_folder(config)))):
+    for path in reversed(paths):
         try:
             found = opened(path)
             if step_of(path) != found.manifest["step"]:
@@ -120,6 +124,12 @@ def find(config: Config, resume: str) -> Checkpoint | None:
     if damaged:
         raise UserError("\n".join([*damaged.values(), "no checkpoint is whole; --resume none begins anew"]))
     return None
+
+
+def is_own(config: Config, checkpoint: Checkpoint) -> bool:
+    """Whether `checkpoint` is in the run's folder; either of the two may be a link."""
+    folder, path = checkpoints_folder(config).resolve(), checkpoint.path
+    return folder in (path.parent.resolve(), path.resolve().parent)
 
 
 def opened(path: Path) -> Checkpoint:
@@ -151,20 +161,21 @@ def set_aside(config: Config, checkpoint: Checkpoint) -> list[str]:
     those of later steps, which the run will compute anew.
 
     Otherwise --resume auto would take them up again after the next interruption. Nothing is deleted: `step_N` becomes
-    `left_step_N`. Returns a line for each; on the first rank, before anything is written. A collective call.
+    `left_step_N`. The damaged ones of another run stay as they are. Returns a line for each; on the first rank, before
+    anything is written. A collective call.
     """
+    damaged = {path.name: "; ".join(map(str.strip, why.splitlines())) for path, why in checkpoint.damaged.items()}
 
     def rename() -> list[str]:
-        if checkpoint.path.resolve().parent != checkpoints_folder(config).resolve():
-            return []
+        if not is_own(config, checkpoint):
+            return [f"{why}; passed over" for why in damaged.values()]
         lines = []
         for path in numbered(checkpoints_folder(config)):
-            why = checkpoint.damaged.get(path)
+            why = damaged.get(path.name)
             if why is None and step_of(path) <= checkpoint.manifest["step"]:
                 continue
             aside = path.rename(unused(path.with_name(f"left_{path.name}")))
-            what = f"{path}: a later checkpoint" if why is None else "; ".join(map(str.strip, why.splitlines()))
-            lines.append(f"{what}; set aside as {aside.name}")
+            lines.append(f"{why or f'{path}: a later checkpoint'}; set aside as {aside.name}")
         return lines
 
     return on_first_rank(rename)

@@ -49,7 +49,7 @@ DEFAULT_GPU = "h100"
 
 
 def main() -> int:
-    print_any_text()
+    print_any_text(may_be_lost=True)  # metrics.jsonl has the figures too
     launch = None
     try:
         launch = discover()
@@ -84,7 +84,10 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--config", required=True, metavar="FILE", help="JSON file of the run; see configs/")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value; may be repeated")
-    resume = "auto: the newest complete checkpoint of checkpoint.dir, or from scratch when there is none"
+    resume = (
+        "auto: the newest whole checkpoint of checkpoint.dir, or from scratch when there is none; PATH: a checkpoint, "
+        "or a run, which means its newest whole one"
+    )
     add("--resume", default="auto", metavar="{auto,none,PATH}", help=resume)
     looks = parser.add_argument_group(
         "instead of training", "Checks the config, prints, and stops. Only rank 0 of a launcher prints."

@@ -441,21 +441,42 @@ DERIVED_DEEPSPEED_KEYS = {
 }
 """Keys of DeepSpeed's own config that follow from our fields, and the fields to use."""
 
-DEEPSPEED_KEYS = (
-    *("zero_optimization", "zero_allow_untested_optimizer", "steps_per_print", "timers", "wall_clock_breakdown"),
-    *("memory_breakdown", "dump_state", "comms_logger", "tensorboard", "wandb", "csv_monitor", "comet"),
-)
-"""Keys of DeepSpeed's own config that are handed on. DeepSpeed ignores keys that it does not know, and others speak of
-what this project does itself: sums of gradients, recomputation, data, checkpoints, compilation."""
+_KINDS = {
+    "an object": lambda value: isinstance(value, dict),
+    "true or false": lambda value: isinstance(value, bool),
+    "a positive integer or null": lambda value: value is None or (type(value) is int and value > 0),
+}
 
-ZERO_KEYS = (
-    *("stage", "offload_optimizer", "allgather_partitions", "allgather_bucket_size", "overlap_comm", "sub_group_size"),
-    *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
-    *("stage3_max_live_parameters", "stage3_max_reuse_distance", "stage3_module_granularity_threshold"),
-    *("stage3_use_all_reduce_for_fetch_params", "stage3_allgather_sequential", "ignore_unused_parameters"),
-    *("memory_efficient_linear", "log_trace_cache_warnings", "enable_sanity_checks", "leaf_module"),
-)
-"""Keys of zero_optimization that are handed on."""
+DEEPSPEED_KEYS = {
+    **dict.fromkeys(("zero_optimization", "timers", "comms_logger"), "an object"),
+    **dict.fromkeys(("tensorboard", "wandb", "csv_monitor", "comet"), "an object"),
+    **dict.fromkeys(("wall_clock_breakdown", "memory_breakdown", "dump_state"), "true or false"),
+    "steps_per_print": "a positive integer or null",
+}
+"""Keys of DeepSpeed's own config that are handed on, with the kind of value. DeepSpeed ignores keys that it does not
+know, and others speak of what this project does itself: sums of gradients, recomputation, data, checkpoints,
+compilation."""
+
+TIMERS = ("throughput",)
+"""Keys of `timers`. DeepSpeed ignores others."""
+
+ZERO_STAGES = {
+    "allgather_bucket_size": (1, 2),
+    **dict.fromkeys(
+        (
+            *("overlap_comm", "sub_group_size", "memory_efficient_linear", "enable_sanity_checks"),
+            *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters"),
+            *("stage3_model_persistence_threshold", "stage3_max_reuse_distance", "stage3_allgather_sequential"),
+            *("stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params"),
+            "log_trace_cache_warnings",
+        ),
+        (3,),
+    ),
+}
+"""Keys of zero_optimization that are handed on, and the stages in which they have an effect (DeepSpeed 0.19.8)."""
+
+ZERO_KEYS = ("stage", "offload_optimizer", *ZERO_STAGES)
+"""All that are handed on."""
 
 REDUCTION_KEYS = ("reduce_scatter", "reduce_bucket_size", "contiguous_gradients", "round_robin_gradients")
 """Keys of zero_optimization about the reduction of gradients, which is not DeepSpeed's here."""
@@ -481,11 +502,16 @@ def _profile_problems(config: Config) -> Iterable[str]:
 
 
 def _deepspeed_problems(config: Config) -> Iterable[str]:
-    for key in config.deepspeed:
+    for key, value in config.deepspeed.items():
         if key in DERIVED_DEEPSPEED_KEYS:
             yield f"deepspeed.{key}: is derived, so that two fields cannot disagree; use {DERIVED_DEEPSPEED_KEYS[key]}"
         elif key not in DEEPSPEED_KEYS:
-            yield f"deepspeed.{key}: {_not_handed_on(key, DEEPSPEED_KEYS)}"
+            yield f"deepspeed.{key}: {_not_handed_on(key, list(DEEPSPEED_KEYS))}"
+        elif not _KINDS[DEEPSPEED_KEYS[key]](value) and key != "zero_optimization":
+            yield f"deepspeed.{key}: {shown(value)} is not valid; should be {DEEPSPEED_KEYS[key]}"
+        elif key == "timers":
+            for timer in value.keys() - TIMERS:
+                yield f"deepspeed.timers.{timer}: {_not_handed_on(timer, TIMERS)}"
     zero = config.zero
     if not isinstance(zero.section, dict):
         yield (
@@ -513,6 +539,12 @@ def _deepspeed_problems(config: Config) -> Iterable[str]:
             )
     for key in zero.section.keys() - {*ZERO_KEYS, *REDUCTION_KEYS, "offload_param"}:
         yield f"deepspeed.zero_optimization.{key}: {_not_handed_on(key, ZERO_KEYS)}"
+    for key, stages in ZERO_STAGES.items():
+        if key in zero.section and stage not in stages:
+            yield (
+                f"deepspeed.zero_optimization.{key}: has no effect in stage {stage}, only in stage "
+                f"{' and '.join(map(str, stages))}; leave it out"
+            )
     yield from _offload_problems(config, zero)
 
 

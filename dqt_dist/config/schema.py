@@ -50,8 +50,8 @@ class Section(BaseModel):
 class ModelConfig(Section):
     """The LLaMA to train: RMSNorm, RoPE, SwiGLU, no biases."""
 
-    num_layers: PositiveInt
-    """Number of transformer blocks, each an attention and a feed-forward half."""
+    num_layers: Annotated[int, Field(ge=1, le=10_000)]
+    """Number of transformer blocks, each an attention and a feed-forward half. Building one takes milliseconds."""
     hidden_size: PositiveInt
     """Width of the residual stream: how many numbers stand for a token between two blocks."""
     ffn_hidden_size: PositiveInt

@@ -188,7 +188,7 @@ def _open_blend(
         indexed = IndexedDataset(prefix)
         documents = split_documents(len(indexed), held_out, split)
         tokens = _require_one_sample(where, prefix, indexed, documents, held_out, split, config.sequence_length)
-        _require_memory_for_index(where, count, tokens, len(documents), config.sequence_length)
+        _require_memory_for_index(where, split, count, tokens, len(documents), config.sequence_length)
         sources.append(functools.partial(EpochDataset, indexed, prefix, documents, count, split, config))
 
     def build() -> torch.utils.data.Dataset:
@@ -221,16 +221,18 @@ def _require_one_sample(
     return tokens
 
 
-def _require_memory_for_index(where: str, num_samples: int, tokens: int, documents: int, sequence_length: int) -> None:
+def _require_memory_for_index(
+    where: str, split: Split, num_samples: int, tokens: int, documents: int, sequence_length: int
+) -> None:
     """An index is made in memory, and has a few numbers for each sample and each document of each epoch."""
     epochs = num_samples * sequence_length // tokens + 1
     needed = 12 * num_samples + 4 * documents * epochs
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > memory:
+        field = "training.steps" if split is Split.train else "training.eval_batches"
         raise UserError(
-            f"training.steps: {num_samples} samples of {where} (training.steps * training.global_batch_size, or those"
-            f" of the validation) are {epochs} epochs of it, whose index takes {needed / 2**30:,.0f} GiB; this machine"
-            f" has {memory / 2**30:,.0f} GiB; use fewer steps"
+            f"{field}: {num_samples} samples of {where} ({field} * training.global_batch_size) are {epochs} epochs of"
+            f" it, whose index takes {needed / 2**30:,.0f} GiB; this machine has {memory / 2**30:,.0f} GiB; use fewer"
         )
 
 

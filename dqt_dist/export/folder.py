@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from dqt_dist.errors import UserError
+from dqt_dist.errors import UserError, naming
 
 
 def check_output(output: Path) -> None:
@@ -32,7 +32,8 @@ def new_folder(output: Path) -> Iterator[Path]:
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir()
     try:
-        yield scratch
+        with naming(scratch):
+            yield scratch
         if output.is_dir():
             output.rmdir()  # empty, or check_output had refused it
         scratch.rename(output)

@@ -365,8 +365,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         "bf16": {"enabled": config.quantization.dtype == "bf16", "check_grad_overflow": False},
         # torch's AdamW also updates masters that are offloaded to the host.
         "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": True,
     }
-    settings.setdefault("zero_allow_untested_optimizer", True)
     settings.setdefault("steps_per_print", None)
     # DeepSpeed's measurement of throughput waits for the device at the beginning and the end of each step. The training
     # loop measures throughput.
@@ -455,6 +455,10 @@ def initialize_engine(module: nn.Module, torch_optimizer: torch.optim.AdamW, con
     except ValidationError as error:  # of a value; all ranks have the same
         problems = [f"{'.'.join(map(str, detail['loc']))}: {detail['msg']}" for detail in error.errors()]
         raise UserError(f"deepspeed: DeepSpeed refuses the section: {'; '.join(problems)}") from error
+    except (AssertionError, ImportError, TypeError, ValueError) as error:
+        if config.deepspeed in ({}, {"zero_optimization": {"stage": config.zero_stage}}):
+            raise  # no value to blame
+        raise UserError(f"deepspeed: DeepSpeed refuses the section: {error}") from error
     require_internals(engine, ENGINE_INTERNALS)
     # Stages 0 and 1 would reduce in engine.step(). gradient_reducer.py reduces instead.
     engine.enable_backward_allreduce = False

@@ -61,7 +61,8 @@ def train(config: Config, launch: Launch, resume: str, stop: StopSignal) -> dict
     the run after its state was saved. Raises UserError for wrong data or checkpoints, RunError for a run that cannot go
     on. Raises SystemExit where another rank is the one that failed, and the message is printed.
     """
-    groups = initialize(config, launch)
+    with stop.while_ranks_meet():
+        groups = initialize(config, launch)
     watchdog = Watchdog(config, launch)
     try:
         with only_writer(config):
@@ -167,9 +168,7 @@ class Trainer:
         self.peak = cost.peak_flops(config, groups)
         self.valid_loss, self.valid_text_losses = math.nan, dict[str, float]()
         # A checkpoint of another run is saved here too, also by a run that has no step left to make.
-        folder = store.checkpoints_folder(config).resolve()
-        is_own = checkpoint is None or checkpoint.path.resolve().parent == folder
-        self.saved_step = self.step if is_own else -1
+        self.saved_step = self.step if checkpoint is None or store.is_own(config, checkpoint) else -1
         self.logged_skipped_steps = 0
         self.said_unhealthy = False
         self.clock, self.clock_step, self.training_seconds = time.perf_counter(), self.step, 0.0

@@ -40,7 +40,7 @@ def set_aside_other_course(config: Config, checkpoint: store.Checkpoint | None) 
     --resume auto would go on from them, and metrics of two courses would stand in one file.
     """
     run = Path(config.checkpoint.dir)
-    if checkpoint is not None and checkpoint.path.resolve().parent == store.checkpoints_folder(config).resolve():
+    if checkpoint is not None and store.is_own(config, checkpoint):
         return None
 
     def move() -> Path | None:

@@ -11,12 +11,19 @@ import os
 import select
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+
+from dqt_dist.errors import STOPPED_EXIT_CODE
 
 ANCESTORS = {"torchrun": 1, "mpirun": 1, "deepspeed": 2}
 """How many processes above a rank belong to its launcher. `deepspeed` starts a process per machine, which starts the
 ranks: a signal ends the first and reaches neither of the others. srun's daemon ends its tasks itself."""
+
+PATIENCE = 3.0
+"""Seconds after a signal in which the ranks may still meet and agree. Ranks that start together differ by less."""
 
 
 class StopSignal:
@@ -39,6 +46,36 @@ class StopSignal:
     def _remember_exit(self, process: int) -> None:
         select.select([process], [], [])
         self.received = True
+
+    @contextmanager
+    def while_ranks_meet(self) -> Iterator[None]:
+        """In this block a signal ends the process with STOPPED_EXIT_CODE, unless the block ends soon.
+
+        A rank that waits for others to start does so inside torch, where no handler of Python's runs, for up to the
+        timeout of the start-up. There is nobody yet to agree with, and nothing to save.
+        """
+        has_met = threading.Event()
+        reader, writer = os.pipe2(os.O_NONBLOCK)
+        previous = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)  # written to at once, whatever code runs
+
+        def watch() -> None:
+            while not self.received and not select.select([reader], [], [], 0.2)[0]:
+                pass
+            if not has_met.wait(PATIENCE):
+                print("stopped by a signal before the ranks had met; there was nothing to save", flush=True)
+                os._exit(STOPPED_EXIT_CODE)
+
+        watcher = threading.Thread(target=watch, daemon=True)
+        watcher.start()
+        try:
+            yield
+        finally:
+            has_met.set()
+            os.write(writer, b"\0")
+            watcher.join()
+            signal.set_wakeup_fd(previous)
+            os.close(reader)
+            os.close(writer)
 
     def ignore(self) -> None:
         """Ignores signals from now on. For a rank that exits after a stop.

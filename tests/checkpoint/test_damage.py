@@ -23,6 +23,7 @@ from dqt_dist.checkpoint.folder import MANIFEST, METADATA
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.checkpoint.store import shares
 from dqt_dist.errors import UserError
+from dqt_dist.training.run_folder import set_aside_other_course
 from tests.checkpoint.damage import ACCIDENTS, Payload, plant, rewrite_manifest
 from tests.checkpoint.states import MATRIX
 from tests.distributed import run_distributed
@@ -38,43 +39,70 @@ def newest(written: Path, tmp_path: Path) -> Path:
 # ---- accidents ----
 
 
-def resume(rank: int, world_size: int, folders: dict[str, str]) -> dict[str, tuple[str, list[str], str]]:
-    """For each run: the checkpoint of `auto`, what is said of the others, and what an explicit path to step 10 says."""
+def resume(rank: int, world_size: int, folders: dict[str, str], own: str) -> dict[str, tuple[str, list[str], str]]:
+    """For each run: the checkpoint of `own`, its folder or `auto`, what is said of the others, and what an explicit
+    path to step 10 says. On the way another run takes the same checkpoint, and changes nothing."""
     outcome = {}
     for name, folder in folders.items():
-        config = small_config(f"checkpoint.dir={folder}")
+        config, others = small_config(f"checkpoint.dir={folder}"), small_config(f"checkpoint.dir={folder}_other")
         try:
             store.find(config, f"{folder}/checkpoints/step_00000010")
         except UserError as error:
             explicit = str(error)
         else:
             explicit = "is used"
-        checkpoint = store.find(config, "auto")
+        elsewhere = store.find(others, folder if own == "auto" else own.format(folder))
+        assert elsewhere is not None
+        passed_over = store.set_aside(others, elsewhere)
+        checkpoint = store.find(config, own.format(folder))
         assert checkpoint is not None
         outcome[name] = checkpoint.path.name, store.set_aside(config, checkpoint), explicit
+        assert elsewhere.path.name == checkpoint.path.name
+        assert passed_over == [
+            line.replace("set aside as left_step_00000010", "passed over") for line in outcome[name][1]
+        ]
     return outcome
 
 
+@pytest.mark.parametrize("own", ["auto", "{0}/checkpoints/.."])
 def test_a_damaged_newest_checkpoint_is_reported_set_aside_and_the_one_before_it_used(
-    written: Path, tmp_path: Path
+    written: Path, tmp_path: Path, own: str
 ) -> None:
     folders = {"control": str(shutil.copytree(written, tmp_path / "control"))}
     for name, (damage, _) in ACCIDENTS.items():
         folders[name] = str(shutil.copytree(written, tmp_path / name))
         damage(tmp_path / name / "checkpoints" / "step_00000010")
-    of_ranks = run_distributed(resume, 3, folders)
+    of_ranks = run_distributed(resume, 3, folders, own)
     assert of_ranks[0] == of_ranks[1] == of_ranks[2]
     assert of_ranks[0].pop("control") == ("step_00000010", [], "is used")
     for name, (found, lines, explicit) in of_ranks[0].items():
         why = ACCIDENTS[name][1]
         assert found == "step_00000005", name
         (line,) = lines
-        assert str(tmp_path / name / "checkpoints" / "step_00000010") in line and why in line
+        assert f"{name}/checkpoints/" in line and "step_00000010" in line and why in line
         assert line.endswith("; set aside as left_step_00000010")
         left = sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
         assert left == ["left_step_00000010", "step_00000005"]
         if name != "a copy of an older one":  # under a name of the user's own a copy is a checkpoint
             assert "step_00000010" in explicit
+
+
+def find_linked(rank: int, world_size: int, folder: str) -> tuple[bool, list[str], bool]:
+    config = small_config(f"checkpoint.dir={folder}")
+    checkpoint = store.find(config, "auto")
+    assert checkpoint is not None
+    return (
+        store.is_own(config, checkpoint),
+        store.set_aside(config, checkpoint),
+        set_aside_other_course(config, checkpoint) is None,
+    )
+
+
+def test_a_newest_checkpoint_that_is_a_link_is_the_runs_own(newest: Path, tmp_path: Path) -> None:
+    """Somebody moved it to another disk. A course of elsewhere would set this one aside."""
+    newest.rename(tmp_path / "moved")
+    newest.symlink_to(tmp_path / "moved")
+    assert run_distributed(find_linked, 1, str(newest.parent.parent)) == [(True, [], True)]
 
 
 def find_auto(rank: int, world_size: int, folder: str) -> str:

@@ -237,6 +237,15 @@ FUSED = ("optimizer.fused_backward=true", "optimizer.max_grad_norm=0")
             "has no effect, as gradients are not reduced by DeepSpeed",
         ),
         (
+            ["deepspeed.zero_optimization.stage=2", "deepspeed.zero_optimization.overlap_comm=true"],
+            "deepspeed.zero_optimization.overlap_comm: has no effect in stage 2, only in stage 3; leave it out",
+        ),
+        (
+            ["deepspeed.zero_optimization.stage=3", "deepspeed.zero_optimization.allgather_bucket_size=1000"],
+            "deepspeed.zero_optimization.allgather_bucket_size: has no effect in stage 3, only in stage 1 and 2",
+        ),
+        (["deepspeed.zero_optimization.sub_group_size=1000"], "has no effect in stage 0, only in stage 3"),
+        (
             ["deepspeed.zero_optimization.offload_optimizer.device=cpu"],
             "deepspeed.zero_optimization.offload_optimizer: needs a ZeRO stage",
         ),
@@ -279,6 +288,11 @@ FUSED = ("optimizer.fused_backward=true", "optimizer.max_grad_norm=0")
             ["deepspeed.prescale_gradients=true"],
             "deepspeed.prescale_gradients: unknown key; known here: ",
         ),
+        (["model.num_layers=10001"], "model.num_layers: 10001 is not valid; should be less than or equal to 10000"),
+        (["deepspeed.comms_logger=3"], "deepspeed.comms_logger: 3 is not valid; should be an object"),
+        (["deepspeed.dump_state=yes"], 'deepspeed.dump_state: "yes" is not valid; should be true or false'),
+        (["deepspeed.steps_per_print=-1"], "-1 is not valid; should be a positive integer or null"),
+        (["deepspeed.timers.throughputt.enabled=true"], "throughputt: unknown key; did you mean 'throughput'?"),
         (["deepspeed.activation_checkpointing.profile=true"], "deepspeed.activation_checkpointing: unknown key"),
         (["checkpoint.dir=~/runs"], 'checkpoint.dir: "~/runs" begins with ~, which only a shell replaces'),
         (["data.train.0.path=~/x"], 'data.train.0.path: "~/x" begins with ~'),

@@ -283,6 +283,9 @@ def test_wrong_input_gives_the_field_and_both_numbers(prepared, build):
         UserError, match=rf"has {tokens} tokens, but one sample takes model.seq_length \+ 1 = {tokens + 1}"
     ):
         build(10, train=[(prepared.other, 1.0)], sequence_length=tokens)
+    for field, numbers in {"training.steps": (10**12,), "training.eval_batches": (10, 10**12)}.items():
+        with pytest.raises(UserError, match=rf"^{field}: 1000000000000 samples of .* whose index takes .* GiB"):
+            build(numbers[0], num_valid_samples=numbers[-1] if len(numbers) == 2 else 0)
 
 
 # ---------------------------------------------------------------- the loader

@@ -108,7 +108,12 @@ def test_steps_side_by_side_do_not_share_a_port(monkeypatch: pytest.MonkeyPatch)
     ("variables", "words"),
     [
         ({"RANK": "0", "WORLD_SIZE": "2"}, "LOCAL_RANK is not set"),
-        ({"RANK": "zero", "WORLD_SIZE": "2"}, "RANK = 'zero' is not an integer"),
+        ({"RANK": "zero", "WORLD_SIZE": "2"}, "RANK = 'zero' is not an integer from 0 to 1"),
+        ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK = '2' is not an integer from 0 to 1"),
+        ({"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE = '0' is not an integer from 1 to"),
+        ({"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": ""}, "MASTER_ADDR is not set"),
+        (SRUN | {"MASTER_PORT": "99999"}, "MASTER_PORT = '99999' is not an integer from 1 to 65535"),
+        (SRUN | {"SLURM_NODEID": "3"}, "SLURM_NODEID = '3' is not an integer from 0 to 2"),
     ],
 )
 def test_half_an_environment_is_refused(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], words: str) -> None:
@@ -210,7 +215,7 @@ def test_a_message_is_printed_once_and_says_who_is_to_blame(
     error: Exception, exit_code: int, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 2 for wrong input, 1 for a failed run. Rank 0 prints the message; the other ranks wait for it."""
-    monkeypatch.setattr("dqt_dist.launch.SECONDS_FOR_RANK_0", 0.0)
+    monkeypatch.setattr("dqt_dist.launch.SECONDS_FOR_OTHER_RANKS", 0.0)
     monkeypatch.setattr("signal.signal", lambda *_: None)  # the test process keeps its own handlers
     for rank in (0, 1):
         assert report(error, Launch(rank, 2, rank, 2, "tests", "", 0)) == exit_code

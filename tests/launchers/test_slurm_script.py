@@ -192,6 +192,23 @@ def test_what_must_not_come_back_does_not(
 # ---- the real program ----
 
 
+@needs_slurm
+def test_the_exit_code_of_srun_is_that_of_the_message(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """Rank 1 starts a second later than rank 0 finds the error. SLURM ends it when rank 0 has ended, and srun's exit
+    code is the highest of all."""
+    late = 'import os, time\ntime.sleep(1.0 if os.environ.get("SLURM_PROCID") == "1" else 0.0)\n'
+    (tmp_path / "sitecustomize.py").write_text(late)
+    line = [sys.executable, str(ROOT / "launchers/pretrain.py"), "--config", "absent.json"]
+    done = subprocess.run(
+        ["srun", "--nodes=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1", *line],
+        env=cluster.environment | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=MOST_SECONDS,
+    )
+    assert done.returncode == EXIT_CODE and done.stderr.count("error: absent.json: cannot be read") == 1, done.stderr
+
+
 def saved_steps(run: Path) -> list[int]:
     return sorted(step_of(path) for path in (run / "checkpoints").glob("step_*"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import signal
 import time
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from dqt_dist.errors import EXIT_CODE
+from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE
 from dqt_dist.export import convert as convert_module
+from tests import forked
 from tests.export.conftest import (
     NUM_STEPS,
     Trained,
@@ -22,6 +24,7 @@ from tests.export.conftest import (
     trained,  # noqa: F401
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 HF_FILES = {"config.json", "generation_config.json", "model.safetensors", "README.md", "dqt_dist.json"}
 HF_FILES |= {"tokenizer.model", "tokenizer.json", "tokenizer_config.json"}
 EIGHT_BITS, NONE, FLOATS = "quantization.bits=8", "quantization.method=none", "quantization.activation=none"
@@ -35,6 +38,20 @@ def checkpoint_of(run: Path) -> Path:
 def run(trained: Trained, tmp_path: Path) -> Path:  # noqa: F811
     """A copy of a run that a test may damage, in a folder of its own."""
     return shutil.copytree(trained(), tmp_path / "in" / "run")
+
+
+def limit_file_size() -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("export_format", ["hf-bitnet", "gguf"])
+def test_a_disk_that_is_full_is_one_message_and_leaves_nothing(run: Path, tmp_path: Path, export_format: str) -> None:
+    output = tmp_path / "out" / "export"
+    tool = [ROOT / "tools/convert_ckpt.py", "--checkpoint", run, "--output", output, "--format", export_format]
+    done = forked.run([*tool, "--no-verify"], prepare=limit_file_size)
+    assert done.returncode == RUN_ERROR_EXIT_CODE and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.count(f"convert_ckpt: {output.parent}/.export.partial: ") == 1, done.stderr
+    assert list(output.parent.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ long a fault of ours can hold up the suite.
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import signal
@@ -23,9 +24,10 @@ from dqt_dist.checkpoint.digest import digest_of
 from dqt_dist.checkpoint.folder import complete_checkpoints, resolve
 from dqt_dist.checkpoint.reader import CheckpointReader
 from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE, STOPPED_EXIT_CODE
+from tests import forked
 from tests.checkpoint.damage import flip, plant
 from tests.soak import STAGES, Soak
-from tests.training.conftest import ROOT, Train, environment
+from tests.training.conftest import ROOT, Train, environment, pretrain
 from tests.training.ranks import DEADLINE_SECONDS, Ranks, steps_logged
 
 ENDLESS = ("training.steps=100000", "logging.interval=1", "checkpoint.interval=0")
@@ -126,6 +128,29 @@ def test_a_signal_at_any_moment_saves_and_stops_all(
     else:  # nothing to save, or the step after which the signal was seen
         assert len(checkpoints(run)) <= 1
         assert not list(run.glob("checkpoints/.partial*"))
+
+
+def test_a_signal_ends_a_rank_that_waits_for_one_that_never_starts(config_file: Path, tmp_path: Path) -> None:
+    """Inside torch, where it would wait for the timeout of the start-up."""
+    variables, log = forked.ranks_environment(2)[0], tmp_path / "log"
+
+    def waits() -> bool:
+        with socket.socket() as other:
+            return other.connect_ex(("127.0.0.1", int(variables["MASTER_PORT"]))) == 0
+
+    rank = forked.start(pretrain(config_file), environment() | variables, log, log)
+    try:
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while not waits():
+            assert rank.is_alive() and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        assert rank.pid is not None
+        os.kill(rank.pid, signal.SIGTERM)
+        rank.join(DEADLINE_SECONDS)
+        assert rank.exitcode == STOPPED_EXIT_CODE
+        assert log.read_text().count("stopped by a signal before the ranks had met; there was nothing to save") == 1
+    finally:
+        rank.kill()
 
 
 def test_ranks_do_not_outlive_the_deepspeed_launcher(config_file: Path, tmp_path: Path) -> None:
