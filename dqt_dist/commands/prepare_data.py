@@ -31,7 +31,7 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dqt_dist.command_line import make_parser, program_name, run_tool
+from dqt_dist.command_line import as_typed, make_parser, run_tool
 from dqt_dist.errors import UserError, naming
 from dqt_dist.folder_lock import LOCK_FILE, FolderLock
 from dqt_dist.progress_line import ProgressLine
@@ -68,7 +68,7 @@ characters, or is one document when it is shorter. Only the field of --text-key 
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(DESCRIPTION, EXAMPLES)
+    parser = make_parser("dqt-prepare-data", DESCRIPTION, EXAMPLES)
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -157,7 +157,7 @@ def prepare(args: argparse.Namespace) -> None:
         refuse_other_tokenizer(args, names, tokenizer)
         loss = write_tokens(args, tokenizer, source, valid_source, request, count, scratch)
         # Another name may have been prepared meanwhile: look again, and let nobody come between looking and doing.
-        with FolderLock(args.output, program_name(), wait=True):
+        with FolderLock(args.output, as_typed("dqt-prepare-data"), wait=True):
             refuse_other_data(args, names, request)
             refuse_other_tokenizer(args, names, tokenizer)
             install(tokenizer, scratch, args.output)
@@ -174,7 +174,7 @@ def scratch_folder(output: Path, name: str) -> Iterator[Path]:
             if path.name != LOCK_FILE:
                 path.unlink()
 
-    with contextlib.ExitStack() as cleared, FolderLock(folder, f"{program_name()} --name {name}"):
+    with contextlib.ExitStack() as cleared, FolderLock(folder, f"{as_typed('dqt-prepare-data')} --name {name}"):
         clear()  # what an interrupted run left
         cleared.callback(remove_if_empty, folder)
         try:
@@ -437,4 +437,4 @@ def report(output: Path, names: list[str], loss: TextLoss, seconds: float) -> No
 
 def main(argv: list[str] | None = None) -> int:
     interrupted = "interrupted; run it again to start over"
-    return run_tool("prepare_data", prepare, parse_arguments(argv), interrupted)
+    return run_tool("dqt-prepare-data", prepare, parse_arguments(argv), interrupted)

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dqt_dist.command_line import RaisingArgumentParser, make_parser, positive, print_any_text, side_matter
-from dqt_dist.config import Config, check_world, load_config
+from dqt_dist.command_line import RaisingArgumentParser, as_typed, make_parser, positive, print_any_text, side_matter
+from dqt_dist.config import SHIPPED, Config, check_world, load_config
 from dqt_dist.errors import RUN_ERROR_EXIT_CODE, STOPPED_EXIT_CODE, told
 from dqt_dist.launch import discover, export, leave_warnings_to_first_rank, report
 from dqt_dist.plan.arithmetic import DEVICES, check_device, device_named
@@ -16,7 +16,7 @@ from dqt_dist.plan.report import describe, plan
 from dqt_dist.plan.suggest import show_suggestions
 from dqt_dist.training.stop import StopSignal
 
-EXAMPLES = """
+IN_CLONE = """
 one process:         python launchers/pretrain.py --config configs/130m_ternary.json
 one machine:         deepspeed launchers/pretrain.py --config configs/1b_ternary.json
                      torchrun --nproc-per-node 8 launchers/pretrain.py --config configs/1b_ternary.json
@@ -24,9 +24,21 @@ MPI:                 mpirun -n 8 python launchers/pretrain.py --config configs/1
                      launchers/mpi/pretrain.sh HOSTFILE configs/1b_ternary.json
 SLURM:               srun --ntasks-per-node 8 python launchers/pretrain.py --config configs/1b_ternary.json
                      launchers/slurm/submit.py --config configs/1b_ternary.json --nodes 2 --gpus-per-node 8
-installed command:   torchrun --no-python --nproc-per-node 8 dqt-pretrain --config configs/1b_ternary.json
-                     deepspeed --no_python dqt-pretrain --config configs/1b_ternary.json
 no GPU:              DS_ACCELERATOR=cpu deepspeed --num_gpus 4 launchers/pretrain.py --config configs/demo_cpu.json
+"""
+
+INSTALLED = """
+one process:         dqt-pretrain --config configs/130m_ternary.json
+one machine:         deepspeed --no_python dqt-pretrain --config configs/1b_ternary.json
+                     torchrun --no-python --nproc-per-node 8 dqt-pretrain --config configs/1b_ternary.json
+MPI:                 mpirun -n 8 dqt-pretrain --config configs/1b_ternary.json
+SLURM:               srun --ntasks-per-node 8 dqt-pretrain --config configs/1b_ternary.json
+no GPU:              DS_ACCELERATOR=cpu deepspeed --no_python --num_gpus 4 dqt-pretrain --config configs/demo_cpu.json
+
+configs/NAME.json is one of the configs that came with the program, where the working folder has none of that name.
+"""
+
+EXAMPLES = """\
 other values:        ... --set training.steps=100 --set checkpoint.dir=runs/try   (JSON or plain text)
 only look:           ... --dry-run --world-size 512 --gpu h100
                      ... --plan --gpus 8 --gpu h200       (every kind of memory and traffic, expected speed)
@@ -45,6 +57,7 @@ exit codes
 """
 
 
+COMMAND = "dqt-pretrain"
 DEFAULT_GPU = "h100"
 
 
@@ -80,9 +93,10 @@ def main() -> int:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = make_parser(__doc__, EXAMPLES, RaisingArgumentParser)
+    starts = INSTALLED if as_typed(COMMAND) == COMMAND else IN_CLONE
+    parser = make_parser(COMMAND, __doc__, starts + EXAMPLES, RaisingArgumentParser)
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="JSON file of the run; see configs/")
+    add("--config", required=True, metavar="FILE", help=f"JSON file of the run, as those in {SHIPPED}")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value; may be repeated")
     resume = "auto: the newest complete checkpoint of checkpoint.dir, or from scratch when there is none"
     add("--resume", default="auto", metavar="{auto,none,PATH}", help=resume)

@@ -19,6 +19,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import struct
 import threading
@@ -34,8 +35,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dqt_dist import MEGATRON_NOTES
+from dqt_dist.command_line import as_typed
 from dqt_dist.config import DataConfig, shown
-from dqt_dist.data.tokenizer import Tokenizer, document_hash, load_tokenizer
+from dqt_dist.data.tokenizer import SentencePieceTokenizer, Tokenizer, document_hash, load_tokenizer
 from dqt_dist.errors import RunError, UserError
 from dqt_dist.json_files import parse_json, read_json_object
 from dqt_dist.progress_line import ProgressLine
@@ -101,7 +103,7 @@ class Manifest:
                 raise ValueError(f"format is {shown(fields.get('format'))}, expected {MANIFEST_FORMAT}")
             return _of_its_types(Manifest(**fields))
         except (ValueError, TypeError) as error:
-            raise UserError(f"{path}: not a manifest of tools/prepare_data.py ({error}); {PREPARE_AGAIN}") from error
+            raise UserError(f"{path}: not a manifest of prepared data ({error}); {PREPARE_AGAIN}") from error
 
 
 Record = TypeVar("Record")
@@ -359,6 +361,13 @@ def check_files(data: DataConfig, vocab_size: int, cache_folder: Path) -> None:
 
 def check_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a run. Raises UserError: no such file, or more pieces than the model's vocabulary."""
+    path = Path(path)
+    if path.name == SentencePieceTokenizer.file_name and not path.is_file():
+        raise UserError(
+            f"data.tokenizer: {path} does not exist; this command makes it, with data, from Python's documentation, or"
+            f" from your files in place of python-docs: {as_typed('dqt-prepare-data')} --input python-docs"
+            f" --vocab-size {vocab_size} --output {shlex.quote(str(path.parent))}"
+        )
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
@@ -467,7 +476,7 @@ def _check_exists(prefix: str, where: str) -> None:
     hint = (
         f"it is the path without suffix; {folder} holds {', '.join(there)}"
         if there
-        else "tools/prepare_data.py makes them"
+        else f"{as_typed('dqt-prepare-data')} makes them"
     )
     raise UserError(f"{message}; {hint}")
 

@@ -111,7 +111,9 @@ def require_packages(export_format: str, verified: bool) -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         hint = " (--no-verify needs less)" if verified else ""
-        raise UserError(f"--format {export_format}: not installed: {', '.join(missing)}; pip install '.[export]'{hint}")
+        raise UserError(
+            f"--format {export_format}: not installed: {', '.join(missing)}; pip install 'dqt_dist[export]'{hint}"
+        )
 
 
 def _check_weights(request: Request, reader: CheckpointReader) -> None:
