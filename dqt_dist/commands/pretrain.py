@@ -9,7 +9,7 @@ from typing import Any
 
 from dqt_dist.command_line import RaisingArgumentParser, as_typed, make_parser, positive, print_any_text, side_matter
 from dqt_dist.config import SHIPPED, Config, check_world, load_config
-from dqt_dist.errors import RUN_ERROR_EXIT_CODE, STOPPED_EXIT_CODE, told
+from dqt_dist.errors import RUN_ERROR_EXIT_CODE, STOPPED_EXIT_CODE, UserError, told
 from dqt_dist.launch import discover, export, leave_warnings_to_first_rank, report
 from dqt_dist.plan.arithmetic import DEVICES, check_device, device_named
 from dqt_dist.plan.report import describe, plan
@@ -41,10 +41,11 @@ configs/NAME.json is one of the configs that came with the program, where the wo
 EXAMPLES = """\
 other values:        ... --set training.steps=100 --set checkpoint.dir=runs/try   (JSON or plain text)
 only look:           ... --dry-run --world-size 512 --gpu h100
+                     ... --dry-run --world-size 512 --rank 317     (builds that rank, without its memory)
                      ... --plan --gpus 8 --gpu h200       (every kind of memory and traffic, expected speed)
                      ... --suggest --gpus 64              (layouts that fit, the fastest first)
 
-The last three need no GPU, no data and no launcher. --check-files looks at data and tokenizer too.
+The last four need no GPU, no data and no launcher. --check-files looks at data and tokenizer too.
 
 exit codes
   0    the run is complete
@@ -113,6 +114,7 @@ def parse_arguments() -> argparse.Namespace:
     add = looks.add_argument
     number = "number of processes, which is that of GPUs (default: those of the launcher, else 1)"
     add("--world-size", "--gpus", type=positive, metavar="N", help=number)
+    add("--rank", type=int, metavar="R", help="with --dry-run: build this rank's layers and optimizer, without memory")
     known = ", ".join(device.name.lower() for device in DEVICES)
     add("--gpu", metavar="NAME", help=f"compare memory with this GPU: {known} (--plan and --suggest: {DEFAULT_GPU})")
     files = "data and tokenizer must be there and go together, as a run demands; without it they need not exist"
@@ -122,11 +124,15 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.look is None and (args.world_size or args.gpu or args.check_files):
         parser.error("--world-size, --gpus, --gpu and --check-files go with --dry-run, --plan or --suggest")
+    if args.look != "dry-run" and args.rank is not None:
+        parser.error("--rank goes with --dry-run")
     return args
 
 
 def look(args: argparse.Namespace, config: Config, world_size: int) -> None:
-    """Prints what --dry-run, --plan or --suggest say of `world_size` processes. Does not import torch."""
+    """Prints what --dry-run, --plan or --suggest say of `world_size` processes. Imports torch for --rank only."""
+    if args.rank is not None and not 0 <= args.rank < world_size:
+        raise UserError(f"--rank {args.rank}: must be from 0 to {world_size - 1}, as --world-size is {world_size}")
     if args.check_files:
         from dqt_dist.data.indexed import check_files
 
@@ -139,6 +145,11 @@ def look(args: argparse.Namespace, config: Config, world_size: int) -> None:
         print(plan(config, world_size, device))
     else:
         print(describe(config, world_size, device if args.gpu else None))
+        if args.rank is not None:
+            os.environ |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # a GPU has no part in it
+            from dqt_dist.training.dry_run import describe_rank
+
+            print(f"\n{describe_rank(config, args.rank, world_size)}")
 
 
 def choose_accelerator() -> None:
