@@ -108,6 +108,19 @@ def leave_warnings_to_first_rank(launch: Launch) -> None:
         logging.disable(logging.WARNING)
 
 
+def check_gpus(launch: Launch, visible: int) -> None:
+    """Raises UserError where this machine has more processes of the run than GPUs that one of them sees."""
+    if launch.local_world_size <= visible:
+        return
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "is not set")
+    raise UserError(
+        f"{launch.local_world_size} processes on {socket.gethostname()}, but this process sees {visible} GPU(s)"
+        f" (CUDA_VISIBLE_DEVICES: {shown}); start {visible}, let every process see all GPUs of the node, or train on"
+        " the CPU with DS_ACCELERATOR=cpu",
+        local=launch.local_rank == 0,
+    )
+
+
 def report(error: SpokenError, launch: Launch | None) -> int:
     """Prints the message on rank 0, and for a local error also on the rank that raised it. Returns the exit code."""
     if launch is None or launch.rank == 0:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
 from dqt_dist.command_line import RaisingArgumentParser, as_typed, make_parser, positive, print_any_text, side_matter
 from dqt_dist.config import SHIPPED, Config, check_world, load_config
 from dqt_dist.errors import RUN_ERROR_EXIT_CODE, STOPPED_EXIT_CODE, UserError, told
-from dqt_dist.launch import discover, export, leave_warnings_to_first_rank, report
+from dqt_dist.launch import Launch, check_gpus, discover, export, leave_warnings_to_first_rank, report
 from dqt_dist.plan.arithmetic import DEVICES, check_device, device_named
 from dqt_dist.plan.report import describe, plan
 from dqt_dist.plan.suggest import show_suggestions
@@ -77,7 +78,7 @@ def main() -> int:
             return 0
         check_world(config, launch.world_size)
         export(launch)
-        choose_accelerator()
+        choose_accelerator(launch)
         from dqt_dist.training.loop import train  # imports torch, DeepSpeed and Megatron: not before the checks
 
         summary = train(config, launch, args.resume, stop)
@@ -152,12 +153,26 @@ def look(args: argparse.Namespace, config: Config, world_size: int) -> None:
             print(f"\n{describe_rank(config, args.rank, world_size)}")
 
 
-def choose_accelerator() -> None:
-    """Tell DeepSpeed, before it is imported, that a machine without CUDA computes on its CPU."""
+def choose_accelerator(launch: Launch) -> None:
+    """GPUs, or the CPU where there are none or DS_ACCELERATOR=cpu asks for it. Before torch and DeepSpeed are imported.
+
+    Raises UserError for fewer GPUs than processes. A CPU that was not asked for is told.
+    """
+    accelerator = os.environ.get("DS_ACCELERATOR")
+    if accelerator == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import torch
 
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if torch.cuda.is_available():
+        check_gpus(launch, torch.cuda.device_count())
+    elif accelerator is None:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        if launch.rank == 0:
+            print(
+                f"no GPU is seen by torch {torch.__version__}: training on the CPU, as DS_ACCELERATOR=cpu asks for",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 @side_matter("the report")
