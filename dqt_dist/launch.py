@@ -31,6 +31,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dqt_dist.errors import SpokenError, UserError
 
@@ -66,7 +67,7 @@ def discover() -> Launch:
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return _from_torch_variables(env)
-    if "OMPI_COMM_WORLD_SIZE" in env or "MPI_LOCALNRANKS" in env:
+    if under_mpirun():
         return _from_mpi(env)
     if "SLURM_STEP_NUM_TASKS" in env:
         return _from_srun(env)
@@ -78,6 +79,23 @@ def discover() -> Launch:
             f"unset WORLD_SIZE (--dry-run --world-size plans for a number of processes)"
         )
     return Launch(0, 1, 0, 1, "none", LOOPBACK, _free_port())
+
+
+def under_mpirun() -> bool:
+    """Whether mpirun of Open MPI or of MPICH's family started this process."""
+    return "OMPI_COMM_WORLD_SIZE" in os.environ or "MPI_LOCALNRANKS" in os.environ
+
+
+def mpi() -> Any:
+    """mpi4py's MPI, which is started by the import. Raises UserError where no library is found."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"started by mpirun, but mpi4py does not work here: {error}; load the module of this mpirun's MPI, "
+            f"or put its library on LD_LIBRARY_PATH; a machine without MPI gets one by pip install 'dqt_dist[mpi]'"
+        ) from error
+    return MPI
 
 
 def export(launch: Launch) -> None:
@@ -158,13 +176,7 @@ def _from_torch_variables(env: Mapping[str, str]) -> Launch:
 
 
 def _from_mpi(env: Mapping[str, str]) -> Launch:
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise UserError(
-            f"started by mpirun, but mpi4py does not work here: {error}; load the module of this mpirun's MPI, "
-            f"or put its library on LD_LIBRARY_PATH; a machine without MPI gets one by pip install 'dqt_dist[mpi]'"
-        ) from error
+    MPI = mpi()
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     one_node = node.size == world.size
