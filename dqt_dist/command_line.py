@@ -1,4 +1,4 @@
-"""What the commands of dqt_dist/commands/ share: parsers whose help shows examples, pictures, exit codes of tools.
+"""What the commands of dqt_dist/commands/ share: their names, parsers whose help shows examples, pictures, exit codes.
 
 This file does not import torch, so --help answers at once.
 """
@@ -16,6 +16,18 @@ from typing import Any, NoReturn
 
 from dqt_dist.errors import UserError, naming, told
 
+SCRIPTS = {
+    "dqt-pretrain": "launchers/pretrain.py",
+    "dqt-submit": "launchers/slurm/submit.py",
+    "dqt-prepare-data": "tools/prepare_data.py",
+    "dqt-convert": "tools/convert_ckpt.py",
+    "dqt-evaluate": "tools/evaluate.py",
+    "dqt-generate": "tools/generate.py",
+    "dqt-inspect": "tools/inspect_ckpt.py",
+    "dqt-compare": "tools/compare_runs.py",
+}
+"""Each installed command, and the script of a clone that does the same."""
+
 INTERRUPTED_EXIT_CODE = 130
 """What a shell reports for a command that SIGINT ended: 128 + 2."""
 
@@ -30,19 +42,29 @@ class RaisingArgumentParser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}; --help explains")
 
 
-def program_name() -> str:
-    """What was typed to start this process: tools/evaluate.py in a clone, dqt-evaluate where it is installed."""
-    program, root = Path(sys.argv[0]).resolve(), Path(__file__).resolve().parents[1]
-    in_clone = program.suffix == ".py" and program.is_relative_to(root)
-    return str(program.relative_to(root)) if in_clone else program.name
+def as_typed(command: str) -> str:
+    """`command`, dqt-evaluate, as the user of this process types it: in a clone tools/evaluate.py.
+
+    Who started this process as an installed command gets installed commands, and so does who has no clone.
+    """
+    in_clone = (Path(__file__).resolve().parents[1] / SCRIPTS[command]).is_file()
+    return SCRIPTS[command] if in_clone and Path(sys.argv[0]).name not in SCRIPTS else command
+
+
+def short_name(command: str) -> str:
+    """What messages of `command` begin with: evaluate for tools/evaluate.py, dqt-evaluate where it is installed."""
+    return Path(as_typed(command)).stem
 
 
 def make_parser(
-    description: str | None, examples: str, parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser
+    command: str,
+    description: str | None,
+    examples: str,
+    parser_class: type[argparse.ArgumentParser] = argparse.ArgumentParser,
 ) -> argparse.ArgumentParser:
     """A parser whose help keeps the line breaks of `description` and `examples`; %(prog)s stands for the command."""
     return parser_class(
-        prog=program_name(),
+        prog=as_typed(command),
         description=description,
         epilog=examples,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -140,11 +162,11 @@ def save_picture(figure: Any, file: Path) -> None:
 
 
 def run_tool(
-    name: str, run: Callable[[argparse.Namespace], None], args: argparse.Namespace, interrupted: str = "interrupted"
+    command: str, run: Callable[[argparse.Namespace], None], args: argparse.Namespace, interrupted: str = "interrupted"
 ) -> int:
     """Calls run(args) and returns the exit code of the process.
 
-    An expected failure becomes one message on standard error that begins with `name`, the name of the tool. The exit
+    An expected failure becomes one message on standard error that begins with the short name of `command`. The exit
     code is 2 for wrong input, 1 for work that failed on good input, and 130 for Ctrl-C, whose message is `interrupted`.
     It is 141 for an output that nobody reads to its end. Other exceptions keep their traceback.
     """
@@ -155,15 +177,15 @@ def run_tool(
     except BrokenPipeError:
         return BROKEN_PIPE_EXIT_CODE
     except KeyboardInterrupt:
-        return _fail(name, interrupted, INTERRUPTED_EXIT_CODE)
+        return _fail(command, interrupted, INTERRUPTED_EXIT_CODE)
     except Exception as error:
         message = told(error)
         if message is None:
             raise
-        return _fail(name, message, message.exit_code)
+        return _fail(command, message, message.exit_code)
     return 0
 
 
-def _fail(name: str, message: object, exit_code: int) -> int:
-    print(f"{name}: {message}", file=sys.stderr)
+def _fail(command: str, message: object, exit_code: int) -> int:
+    print(f"{short_name(command)}: {message}", file=sys.stderr)
     return exit_code

@@ -31,6 +31,7 @@ import time
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from dqt_dist.errors import SpokenError, UserError
 
@@ -66,7 +67,7 @@ def discover() -> Launch:
     env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
         return _from_torch_variables(env)
-    if "OMPI_COMM_WORLD_SIZE" in env or "MPI_LOCALNRANKS" in env:
+    if under_mpirun():
         return _from_mpi(env)
     if "SLURM_STEP_NUM_TASKS" in env:
         return _from_srun(env)
@@ -78,6 +79,23 @@ def discover() -> Launch:
             f"unset WORLD_SIZE (--dry-run --world-size plans for a number of processes)"
         )
     return Launch(0, 1, 0, 1, "none", LOOPBACK, _free_port())
+
+
+def under_mpirun() -> bool:
+    """Whether mpirun of Open MPI or of MPICH's family started this process."""
+    return "OMPI_COMM_WORLD_SIZE" in os.environ or "MPI_LOCALNRANKS" in os.environ
+
+
+def mpi() -> Any:
+    """mpi4py's MPI, which is started by the import. Raises UserError where no library is found."""
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise UserError(
+            f"started by mpirun, but mpi4py does not work here: {error}; load the module of this mpirun's MPI, "
+            f"or put its library on LD_LIBRARY_PATH; a machine without MPI gets one by pip install 'dqt_dist[mpi]'"
+        ) from error
+    return MPI
 
 
 def export(launch: Launch) -> None:
@@ -106,6 +124,19 @@ def leave_warnings_to_first_rank(launch: Launch) -> None:
     if launch.rank > 0 and not sys.warnoptions:
         warnings.simplefilter("ignore")
         logging.disable(logging.WARNING)
+
+
+def check_gpus(launch: Launch, visible: int) -> None:
+    """Raises UserError where this machine has more processes of the run than GPUs that one of them sees."""
+    if launch.local_world_size <= visible:
+        return
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES", "is not set")
+    raise UserError(
+        f"{launch.local_world_size} processes on {socket.gethostname()}, but this process sees {visible} GPU(s)"
+        f" (CUDA_VISIBLE_DEVICES: {shown}); start {visible}, let every process see all GPUs of the node, or train on"
+        " the CPU with DS_ACCELERATOR=cpu",
+        local=launch.local_rank == 0,
+    )
 
 
 def report(error: SpokenError, launch: Launch | None) -> int:
@@ -149,13 +180,7 @@ def _from_torch_variables(env: Mapping[str, str]) -> Launch:
 
 
 def _from_mpi(env: Mapping[str, str]) -> Launch:
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise UserError(
-            f"started by mpirun, but mpi4py does not work here: {error}; load the module of this mpirun's MPI, "
-            f"or put its library on LD_LIBRARY_PATH; a machine without MPI gets one by pip install 'dqt_dist[mpi]'"
-        ) from error
+    MPI = mpi()
     world = MPI.COMM_WORLD
     node = world.Split_type(MPI.COMM_TYPE_SHARED)
     one_node = node.size == world.size

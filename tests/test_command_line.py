@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from dqt_dist.command_line import RaisingArgumentParser, make_parser, run_tool
+from dqt_dist.command_line import SCRIPTS, RaisingArgumentParser, make_parser, run_tool
 from dqt_dist.errors import EXIT_CODE, RUN_ERROR_EXIT_CODE, RunError, UserError, naming, told
 
 ROOT = Path(__file__).parent.parent
@@ -25,30 +25,30 @@ def end_with(error: BaseException | None) -> int:
         if error is not None:
             raise error
 
-    return run_tool("tool", run, argparse.Namespace(), interrupted="interrupted; nothing is left")
+    return run_tool("dqt-evaluate", run, argparse.Namespace(), interrupted="interrupted; nothing is left")
 
 
 @pytest.mark.parametrize(
     ("error", "exit_code", "message"),
     [
         (None, 0, ""),
-        (UserError("no such file"), EXIT_CODE, "tool: no such file\n"),
-        (RunError("the loss is nan"), RUN_ERROR_EXIT_CODE, "tool: the loss is nan\n"),
-        (KeyboardInterrupt(), 130, "tool: interrupted; nothing is left\n"),
+        (UserError("no such file"), EXIT_CODE, "evaluate: no such file\n"),
+        (RunError("the loss is nan"), RUN_ERROR_EXIT_CODE, "evaluate: the loss is nan\n"),
+        (KeyboardInterrupt(), 130, "evaluate: interrupted; nothing is left\n"),
         (
             OSError(28, "No space left on device", "/out"),
             RUN_ERROR_EXIT_CODE,
-            f"tool: /out: No space left on device{AGAIN}",
+            f"evaluate: /out: No space left on device{AGAIN}",
         ),
-        (MemoryError(), RUN_ERROR_EXIT_CODE, f"tool: out of memory{MEMORY}"),
+        (MemoryError(), RUN_ERROR_EXIT_CODE, f"evaluate: out of memory{MEMORY}"),
         (
             RuntimeError(
                 "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nx"
             ),
             RUN_ERROR_EXIT_CODE,
-            "tool: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes." + MEMORY,
+            "evaluate: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes." + MEMORY,
         ),
-        (OSError(13, "Permission denied", "/out"), EXIT_CODE, f"tool: /out: Permission denied{OTHER_PATH}"),
+        (OSError(13, "Permission denied", "/out"), EXIT_CODE, f"evaluate: /out: Permission denied{OTHER_PATH}"),
     ],
     ids=str,
 )
@@ -131,10 +131,10 @@ def test_an_error_that_names_no_file_gets_the_name_of_what_was_written() -> None
 
 def test_the_launchers_parser_raises_and_the_tools_parser_exits(capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(UserError, match="command line: unrecognized arguments: --bad; --help explains"):
-        make_parser(None, "", RaisingArgumentParser).parse_args(["--bad"])
+        make_parser("dqt-pretrain", None, "", RaisingArgumentParser).parse_args(["--bad"])
     assert capsys.readouterr().err == ""
     with pytest.raises(SystemExit) as stop:
-        make_parser(None, "").parse_args(["--bad"])
+        make_parser("dqt-evaluate", None, "").parse_args(["--bad"])
     assert stop.value.code == EXIT_CODE and "unrecognized arguments: --bad" in capsys.readouterr().err
 
 
@@ -146,4 +146,4 @@ def test_every_tool_ends_through_it_under_its_own_name(name: str) -> None:
     tool = ROOT / f"dqt_dist/commands/{name}.py"
     calls = [node for node in ast.walk(ast.parse(tool.read_text())) if isinstance(node, ast.Call)]
     ends = [call for call in calls if isinstance(call.func, ast.Name) and call.func.id == "run_tool"]
-    assert [ast.literal_eval(call.args[0]) for call in ends] == [tool.stem]
+    assert [Path(SCRIPTS[ast.literal_eval(call.args[0])]).stem for call in ends] == [tool.stem]

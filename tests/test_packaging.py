@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from dqt_dist import command_line
+
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 SCRIPTS = sorted({*(ROOT / "launchers").rglob("*.py"), *(ROOT / "tools").glob("*.py")})
@@ -65,10 +67,11 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Installed:
     return Installed(wheel, folder)
 
 
-def test_the_wheel_holds_the_package_and_its_license(installed: Installed) -> None:
+def test_the_wheel_holds_the_package_its_configs_and_its_license(installed: Installed) -> None:
     names = set(zipfile.ZipFile(installed.wheel).namelist())
-    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "dqt_dist").rglob("*.py")}
-    assert {name for name in names if ".dist-info/" not in name} == modules
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / "dqt_dist").rglob("*.py")}
+    files |= {f"dqt_dist/config/shipped/{path.name}" for path in (ROOT / "configs").glob("*.json")}
+    assert {name for name in names if ".dist-info/" not in name} == files
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
 
 
@@ -81,8 +84,8 @@ def test_help_of_every_installed_command(command: str, installed: Installed) -> 
 
 
 def test_an_installed_command_works_outside_the_repository(installed: Installed, tmp_path: Path) -> None:
-    config = shutil.copy(ROOT / "configs/130m_ternary.json", tmp_path)
-    done = installed.run("dqt-pretrain", "--config", str(config), "--dry-run")
+    """With a config that came with it: the working folder has none."""
+    done = installed.run("dqt-pretrain", "--config", "configs/130m_ternary.json", "--dry-run")
     assert (done.returncode, done.stderr) == (0, "") and "84,934,656 weights" in done.stdout
     imported = "import dqt_dist.commands.pretrain as module; print(module.__file__)"
     done = subprocess.run(
@@ -96,6 +99,25 @@ def test_an_installed_command_works_outside_the_repository(installed: Installed,
     assert Path(done.stdout.strip()).is_relative_to(installed.folder)  # and not that of the clone
 
 
+def test_installed_commands_name_installed_commands(installed: Installed) -> None:
+    """In help and messages, where a script of the clone names scripts of the clone."""
+    missing = "1b_ternary.json: cannot be read: No such file or directory; a config is a JSON object as those in "
+    shipped = installed.folder / "dqt_dist/config/shipped"
+    for program, folder, prepare in (
+        (installed.folder / "bin/dqt-pretrain", shipped, "dqt-prepare-data --input"),
+        (ROOT / "launchers/pretrain.py", ROOT / "configs", "tools/prepare_data.py --input"),
+    ):
+        look = ("--dry-run", "--check-files")
+        said = installed.run(str(program), "--config", "configs/1b_ternary.json", *look).stderr
+        assert said.startswith("error: data.tokenizer: data/corpus/tokenizer.model does not exist; ")
+        assert said.endswith(f"{prepare} python-docs --vocab-size 32000 --output data/corpus\n")
+        assert installed.run(str(program), "--config", "1b_ternary.json").stderr == f"error: {missing}{folder}\n"
+        help_text = installed.run(str(program), "--help").stdout
+        assert ("launchers/" in help_text) == (folder != shipped)
+    said = installed.run("dqt-evaluate", "--checkpoint", "nowhere", "--data", "book.txt").stderr
+    assert said.startswith("dqt-evaluate: nowhere: ")
+
+
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
 def test_a_script_is_the_call_of_a_command_and_nothing_else(script: Path) -> None:
     commands = {module: command for command, module in COMMANDS.items()}
@@ -107,3 +129,7 @@ def test_a_script_is_the_call_of_a_command_and_nothing_else(script: Path) -> Non
 
 def test_every_command_has_its_script() -> None:
     assert set(COMMANDS.values()) == {f"dqt_dist.commands.{path.stem}:main" for path in SCRIPTS}
+    modules = {
+        command: f"dqt_dist.commands.{Path(script).stem}:main" for command, script in command_line.SCRIPTS.items()
+    }
+    assert modules == COMMANDS and {str(path.relative_to(ROOT)) for path in SCRIPTS} == {*command_line.SCRIPTS.values()}

@@ -9,7 +9,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
+
+from dqt_dist.commands import convert_ckpt
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -72,7 +75,11 @@ def test_help_teaches_with_an_example(command: str) -> None:
 
 @pytest.mark.slow
 def test_the_demo_command_trains_over_four_processes(tmp_path: Path) -> None:
-    """The script behind `make demo`, with 8 steps: text from this Python, deepspeed's launcher, TP 2 x PP 2, report."""
+    """The script behind `make demo`, with 8 steps: text from this Python, deepspeed's launcher, TP 2 x PP 2, report.
+
+    Its checkpoint goes out in every format, compared with the trainer's model; GGUF in Q2_0, whose blocks of 64 divide
+    its rows of 128.
+    """
     run = tmp_path / "run"
     settings = ["training.steps=8", "optimizer.warmup_steps=2", "training.eval_interval=0", "training.eval_batches=1"]
     # A worker of each rank's loader would import torch once more.
@@ -85,3 +92,8 @@ def test_the_demo_command_trains_over_four_processes(tmp_path: Path) -> None:
     assert summary["layout"]["tensor"] == summary["layout"]["pipeline"] == 2
     assert summary["last_loss"] < summary["first_loss"]
     assert "bytes per low-bit weight" in done.stdout and "what it writes" in done.stdout
+    for name in ("hf-bitnet", "hf-compressed", "hf", "gguf"):
+        arguments = ["--checkpoint", str(run), "--output", str(tmp_path / name), "--format", name]
+        assert convert_ckpt.main(arguments) == 0
+    types = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(tmp_path / "gguf/model.gguf").tensors}
+    assert {types[name] for name in types if re.search("attn_[qkvo]|ffn_(up|down|gate)", name)} == {"Q2_0"}

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from dqt_dist.command_line import drawing, make_parser, run_tool, save_picture
+from dqt_dist.command_line import drawing, make_parser, run_tool, save_picture, short_name
 from dqt_dist.errors import UserError
 
 EXAMPLES = """\
@@ -71,7 +71,7 @@ class Run:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__, EXAMPLES)
+    parser = make_parser("dqt-compare", __doc__, EXAMPLES)
     add = parser.add_argument
     add("runs", nargs="+", metavar="RUN", help="run folder, or NAME=RUN")
     picture = "the picture (default: compare_runs.png)"
@@ -143,7 +143,7 @@ def warn_of_gaps(found: Run, path: Path) -> None:
 
 
 def warn(text: str) -> None:
-    print(f"compare_runs: warning: {text}", file=sys.stderr)
+    print(f"{short_name('dqt-compare')}: warning: {text}", file=sys.stderr)
 
 
 def differences(runs: list[Run]) -> str:
@@ -206,4 +206,4 @@ def draw(pyplot: Any, runs: list[Run], title: str) -> Any:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_tool("compare_runs", run, parse_arguments(argv))
+    return run_tool("dqt-compare", run, parse_arguments(argv))

@@ -41,7 +41,7 @@ message and exit code 2, a result that is not the trained model with exit code 1
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__, EXAMPLES)
+    parser = make_parser("dqt-convert", __doc__, EXAMPLES)
     add = parser.add_argument
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument(
@@ -114,4 +114,4 @@ def main(argv: list[str] | None = None) -> int:
         # The comparison is defined in fp32 on the CPU; a GPU, which may be training, stays out of it.
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     interrupted = "interrupted; nothing was left behind"
-    return run_tool("convert_ckpt", run, parse_arguments(argv), interrupted)
+    return run_tool("dqt-convert", run, parse_arguments(argv), interrupted)

@@ -33,7 +33,7 @@ Wrong input ends with one message and exit code 2.
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__, EXAMPLES)
+    parser = make_parser("dqt-evaluate", __doc__, EXAMPLES)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="PATH", help="a run, a checkpoint, or an exported folder")
     add(
@@ -76,4 +76,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_tool("evaluate", run, parse_arguments(argv))
+    return run_tool("dqt-evaluate", run, parse_arguments(argv))

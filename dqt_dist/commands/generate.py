@@ -41,7 +41,7 @@ def number(kind: type, least: float, most: float = sys.float_info.max, above: bo
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__, EXAMPLES)
+    parser = make_parser("dqt-generate", __doc__, EXAMPLES)
     add = parser.add_argument
     add("--checkpoint", type=Path, required=True, metavar="PATH", help="a run, a checkpoint, or an exported folder")
     add("--prompt", required=True, metavar="TEXT", help="text to continue")
@@ -89,4 +89,4 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
-    return run_tool("generate", run, args)
+    return run_tool("dqt-generate", run, args)

@@ -48,7 +48,7 @@ MOST_COLUMNS = 1000
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__, EXAMPLES)
+    parser = make_parser("dqt-inspect", __doc__, EXAMPLES)
     parser.add_argument("path", metavar="PATH", type=Path, help="checkpoint, run folder or checkpoints folder")
     what = parser.add_mutually_exclusive_group()
     what.add_argument(
@@ -289,4 +289,4 @@ def plotter(file: Path) -> Callable[[list[MatrixFigures], Grid], None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_tool("inspect_ckpt", run, parse_arguments(argv))
+    return run_tool("dqt-inspect", run, parse_arguments(argv))

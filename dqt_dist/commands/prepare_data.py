@@ -11,7 +11,7 @@ with a manifest (indexed.py). In the output folder:
 All files are made in scratch folders inside the output folder (`.NAME.partial`, one a name, each locked by the run that
 uses it) and renamed at the end, manifests last: an interrupted run leaves what was there before, and runs of different
 names may go on at once. Nothing that another preparation made is replaced without --force. The same inputs give the
-same bytes, whatever --workers is.
+same bytes, whatever --workers is, and under mpirun, where the first rank reads and writes and the others tokenise.
 
 Every document is decoded again and compared: a tokenizer from which text does not come back is reported, and refused
 above --max-loss.
@@ -28,12 +28,14 @@ import os
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dqt_dist.command_line import make_parser, program_name, run_tool
+from dqt_dist.command_line import as_typed, make_parser, run_tool
 from dqt_dist.errors import UserError, naming
 from dqt_dist.folder_lock import LOCK_FILE, FolderLock
+from dqt_dist.launch import mpi, under_mpirun
 from dqt_dist.progress_line import ProgressLine
 
 if TYPE_CHECKING:  # the functions import what they need when they run, so that --help is quick
@@ -59,6 +61,9 @@ examples:
   %(prog)s --input book1.txt book2.txt.gz --tokenizer data/corpus/tokenizer.model \\
       --name books --output data/corpus
 
+  # the same over several nodes: the first rank reads and writes, the other ranks tokenise; --output is on a shared disk
+  mpirun -n 64 --hostfile HOSTFILE %(prog)s --input 'corpus/*.jsonl.zst' --vocab-size 32000 --output data/corpus
+
 Then set in the configuration: data.train = [{"path": "data/corpus/train", "weight": 1.0}],
 data.valid = [{"path": "data/corpus/valid", "weight": 1.0}], data.tokenizer = "data/corpus/tokenizer.model".
 
@@ -68,7 +73,7 @@ characters, or is one document when it is shorter. Only the field of --text-key 
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(DESCRIPTION, EXAMPLES)
+    parser = make_parser("dqt-prepare-data", DESCRIPTION, EXAMPLES)
     add = parser.add_argument
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument(
@@ -109,7 +114,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="hold out this part of the documents, chosen by a hash of their text (default: 0.02); 0 for none",
     )  # fmt: skip
     valid.add_argument("--valid-input", nargs="+", metavar="FILE", help="files of the validation documents, instead")
-    add("--workers", type=int, default=os.cpu_count(), metavar="N", help="tokenising processes (default: all cores)")
+    add(
+        "--workers",
+        type=int,
+        default=os.cpu_count(),
+        metavar="N",
+        help="tokenising processes (default: all cores; under mpirun all ranks but the first)",
+    )
     add(
         "--max-loss", type=float, default=0.001, metavar="SHARE",
         help="refuse a tokenizer that loses a larger share of tokens (unknown), characters or newlines of the text"
@@ -157,7 +168,7 @@ def prepare(args: argparse.Namespace) -> None:
         refuse_other_tokenizer(args, names, tokenizer)
         loss = write_tokens(args, tokenizer, source, valid_source, request, count, scratch)
         # Another name may have been prepared meanwhile: look again, and let nobody come between looking and doing.
-        with FolderLock(args.output, program_name(), wait=True):
+        with FolderLock(args.output, as_typed("dqt-prepare-data"), wait=True):
             refuse_other_data(args, names, request)
             refuse_other_tokenizer(args, names, tokenizer)
             install(tokenizer, scratch, args.output)
@@ -174,7 +185,7 @@ def scratch_folder(output: Path, name: str) -> Iterator[Path]:
             if path.name != LOCK_FILE:
                 path.unlink()
 
-    with contextlib.ExitStack() as cleared, FolderLock(folder, f"{program_name()} --name {name}"):
+    with contextlib.ExitStack() as cleared, FolderLock(folder, f"{as_typed('dqt-prepare-data')} --name {name}"):
         clear()  # what an interrupted run left
         cleared.callback(remove_if_empty, folder)
         try:
@@ -346,7 +357,7 @@ def write_tokens(
         bad_rows = BadRows(args.skip_bad_rows)
         with contextlib.closing(progress(read_documents(source, bad_rows), what, count)) as documents:
             for batch in encode_documents(
-                documents, tokenizer.path, workers=args.workers, valid_fraction=held_out_fraction
+                documents, tokenizer.path, workers=args.workers, valid_fraction=held_out_fraction, pool=args.pool
             ):
                 loss += batch.loss
                 if loss.characters >= _CHARACTERS_TO_JUDGE_BY:
@@ -436,5 +447,22 @@ def report(output: Path, names: list[str], loss: TextLoss, seconds: float) -> No
 
 
 def main(argv: list[str] | None = None) -> int:
-    interrupted = "interrupted; run it again to start over"
-    return run_tool("prepare_data", prepare, parse_arguments(argv), interrupted)
+    if argv is None and under_mpirun():
+        return run_under_mpirun()
+    return run(parse_arguments(argv))
+
+
+def run(args: argparse.Namespace, pool: Executor | None = None, workers: int | None = None) -> int:
+    args.pool, args.workers = pool, workers or args.workers
+    return run_tool("dqt-prepare-data", prepare, args, interrupted="interrupted; run it again to start over")
+
+
+def run_under_mpirun() -> int:
+    """The first rank runs the tool, and the other ranks, on whatever nodes, tokenise for it."""
+    world = mpi().COMM_WORLD
+    if world.size == 1:
+        return run(parse_arguments(None))
+    from mpi4py.futures import MPICommExecutor
+
+    with MPICommExecutor(world, root=0) as pool:  # the other ranks work in here, and have no pool
+        return 0 if pool is None else run(parse_arguments(None), pool, world.size - 1)

@@ -14,7 +14,7 @@ import subprocess
 from pathlib import Path
 
 from dqt_dist.command_line import make_parser, positive, run_tool
-from dqt_dist.config import check_world, load_config
+from dqt_dist.config import SHIPPED, check_world, load_config
 from dqt_dist.errors import UserError
 
 EXAMPLES = """\
@@ -36,9 +36,9 @@ SCRIPT = Path("launchers/slurm/pretrain.sbatch")
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__, EXAMPLES)
+    parser = make_parser("dqt-submit", __doc__, EXAMPLES)
     add = parser.add_argument
-    add("--config", required=True, metavar="FILE", help="JSON file of the run; see configs/")
+    add("--config", required=True, metavar="FILE", help=f"JSON file of the run, as those in {SHIPPED}")
     add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one value; may be repeated")
     add("--nodes", required=True, type=positive, metavar="N", help="number of nodes")
     add("--gpus-per-node", required=True, type=positive, metavar="N", help="GPUs of one node, with a process each")
@@ -81,4 +81,4 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    return run_tool("submit", run, parse_arguments(argv))
+    return run_tool("dqt-submit", run, parse_arguments(argv))

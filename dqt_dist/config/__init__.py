@@ -14,7 +14,7 @@ a run before the seconds that torch takes.
 """
 
 from dqt_dist.config.checks import ProcessGrid, check_world, process_grid, shown, uses_cuda_graph
-from dqt_dist.config.load import config_of, load_config, to_json, validated
+from dqt_dist.config.load import SHIPPED, config_of, load_config, to_json, validated
 from dqt_dist.config.schema import (
     CODES_PER_GROUP,
     DTYPE_BYTES,
@@ -39,6 +39,7 @@ from dqt_dist.config.schema import (
 __all__ = [
     "CODES_PER_GROUP",
     "DTYPE_BYTES",
+    "SHIPPED",
     "STATE_BLOCK",
     "Bits",
     "CheckpointConfig",

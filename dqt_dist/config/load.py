@@ -1,6 +1,7 @@
 """From a file to a complete config, and back to text.
 
-    file          -> values    JSON; a key that stands twice stops the run
+    file          -> values    JSON; a key that stands twice stops the run. configs/NAME.json that is not in the working
+                               folder is the one that came with the program
     --set         -> values    each `section.key=value` is written over what the file says
     values        -> fields    each value against its type and range (schema.py); an unknown key stops the run. First
                                what no field takes: numbers beyond 64 bits, text that is not printable, deep nesting
@@ -31,7 +32,10 @@ from dqt_dist.json_files import parse_json, read_json_object
 MOST_LEVELS = 32
 """Objects and lists inside one another; a config has 4."""
 
-ADVICE = "a config is a JSON object as in configs/"
+SHIPPED = (Path(__file__).parent / "shipped").resolve()
+"""The folder of the configs that come with the program: configs/ of a clone, which a wheel has copies of."""
+
+ADVICE = f"a config is a JSON object as those in {SHIPPED}"
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -41,9 +45,10 @@ _UNUSABLE_TEXT = re.compile("[\\0\ud800-\udfff]")
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read, override, validate and complete the JSON file at `path`; `overrides` are `section.key=value` texts.
 
-    Raises `UserError` with one line per problem. Paths inside the file stay as they are written.
+    configs/NAME.json that is not in the working folder is taken from `SHIPPED`. Raises `UserError` with one line per
+    problem. Paths inside the file stay as they are written.
     """
-    values = _read_json(Path(path))
+    values = _read_json(_found(Path(path)))
     raise_if(_apply_overrides(values, overrides), "--set")
     return config_of(values, path)
 
@@ -75,6 +80,12 @@ def to_json(config: Config) -> str:
 
 
 # ---- file and overrides ----
+
+
+def _found(path: Path) -> Path:
+    """`path`, or where what it names lies in `SHIPPED`, so that an installed program takes the commands of a clone."""
+    shipped = SHIPPED / path.name
+    return shipped if path.parent == Path("configs") and not path.exists() and shipped.exists() else path
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -15,17 +15,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import multiprocessing
 import os
+import shlex
 import signal
 import struct
 import threading
 import warnings
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from itertools import chain, islice
 from pathlib import Path
@@ -34,8 +36,9 @@ from typing import Any, TypeVar
 import numpy as np
 
 from dqt_dist import MEGATRON_NOTES
+from dqt_dist.command_line import as_typed
 from dqt_dist.config import DataConfig, shown
-from dqt_dist.data.tokenizer import Tokenizer, document_hash, load_tokenizer
+from dqt_dist.data.tokenizer import SentencePieceTokenizer, Tokenizer, document_hash, load_tokenizer
 from dqt_dist.errors import RunError, UserError
 from dqt_dist.json_files import parse_json, read_json_object
 from dqt_dist.progress_line import ProgressLine
@@ -101,7 +104,7 @@ class Manifest:
                 raise ValueError(f"format is {shown(fields.get('format'))}, expected {MANIFEST_FORMAT}")
             return _of_its_types(Manifest(**fields))
         except (ValueError, TypeError) as error:
-            raise UserError(f"{path}: not a manifest of tools/prepare_data.py ({error}); {PREPARE_AGAIN}") from error
+            raise UserError(f"{path}: not a manifest of prepared data ({error}); {PREPARE_AGAIN}") from error
 
 
 Record = TypeVar("Record")
@@ -215,31 +218,43 @@ def belongs_to_valid(text: str, valid_fraction: float) -> bool:
 
 
 def encode_documents(
-    documents: Iterable[str], tokenizer_path: Path, *, workers: int, valid_fraction: float = 0.0
+    documents: Iterable[str],
+    tokenizer_path: Path,
+    *,
+    workers: int,
+    valid_fraction: float = 0.0,
+    pool: Executor | None = None,
 ) -> Iterator[EncodedBatch]:
     """Tokenise documents in `workers` processes; batches come in input order. At most 4 batches a worker are in
-    memory."""
+    memory.
+
+    pool: workers that are there already, such as ranks of MPI that see the file of the tokenizer; else processes of
+    this machine are started.
+    """
     try:
-        yield from _encode_in_processes(documents, tokenizer_path, workers, valid_fraction)
+        with contextlib.nullcontext(pool) if pool else _processes(workers) as encoders:
+            yield from _encode(encoders, documents, tokenizer_path, workers, valid_fraction)
     except BrokenProcessPool as error:
         raise RunError(
             "a tokenising process was killed, perhaps for want of memory; run it again with a smaller --workers"
         ) from error
 
 
-def _encode_in_processes(
-    documents: Iterable[str], tokenizer_path: Path, workers: int, valid_fraction: float
+def _processes(workers: int) -> ProcessPoolExecutor:
+    # Reading text starts threads, which a fork would copy half-way.
+    return ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker)
+
+
+def _encode(
+    pool: Executor, documents: Iterable[str], tokenizer_path: Path, workers: int, valid_fraction: float
 ) -> Iterator[EncodedBatch]:
-    context = multiprocessing.get_context("spawn")  # reading text starts threads, which a fork would copy half-way
-    with ProcessPoolExecutor(workers, context, _start_worker, (str(tokenizer_path), valid_fraction)) as pool:
-        batches = _batched_by_characters(documents)
-        waiting: deque[Future[EncodedBatch]] = deque(
-            pool.submit(_encode_batch, b) for b in islice(batches, 4 * workers)
-        )
-        while waiting:
-            done = waiting.popleft().result()
-            waiting.extend(pool.submit(_encode_batch, b) for b in islice(batches, 1))
-            yield done
+    encode = functools.partial(_encode_batch, str(tokenizer_path.absolute()), valid_fraction)
+    batches = _batched_by_characters(documents)
+    waiting: deque[Future[EncodedBatch]] = deque(pool.submit(encode, b) for b in islice(batches, 4 * workers))
+    while waiting:
+        done = waiting.popleft().result()
+        waiting.extend(pool.submit(encode, b) for b in islice(batches, 1))
+        yield done
 
 
 def _batched_by_characters(documents: Iterable[str]) -> Iterator[list[str]]:
@@ -255,15 +270,9 @@ def _batched_by_characters(documents: Iterable[str]) -> Iterator[list[str]]:
         yield batch
 
 
-_worker: tuple[Tokenizer, float]  # of a worker process: its tokenizer and the validation fraction
-
-
-def _start_worker(tokenizer_path: str, valid_fraction: float) -> None:
-    global _worker
+def _start_worker() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallel ones
-    _worker = (load_tokenizer(tokenizer_path), valid_fraction)
 
 
 def _end_with_parent() -> None:
@@ -274,8 +283,14 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _encode_batch(texts: list[str]) -> EncodedBatch:
-    tokenizer, valid_fraction = _worker
+@functools.cache
+def _tokenizer_of_worker(path: str) -> Tokenizer:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the workers are the parallel ones
+    return load_tokenizer(path)
+
+
+def _encode_batch(tokenizer_path: str, valid_fraction: float, texts: list[str]) -> EncodedBatch:
+    tokenizer = _tokenizer_of_worker(tokenizer_path)
     encoded = tokenizer.encode_batch(texts)
     documents = [[*ids, tokenizer.eod_id] for ids in encoded]
     return EncodedBatch(
@@ -359,6 +374,13 @@ def check_files(data: DataConfig, vocab_size: int, cache_folder: Path) -> None:
 
 def check_tokenizer(path: str | Path, vocab_size: int) -> Tokenizer:
     """The tokenizer of a run. Raises UserError: no such file, or more pieces than the model's vocabulary."""
+    path = Path(path)
+    if path.name == SentencePieceTokenizer.file_name and not path.is_file():
+        raise UserError(
+            f"data.tokenizer: {path} does not exist; this command makes it, with data, from Python's documentation, or"
+            f" from your files in place of python-docs: {as_typed('dqt-prepare-data')} --input python-docs"
+            f" --vocab-size {vocab_size} --output {shlex.quote(str(path.parent))}"
+        )
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
@@ -467,7 +489,7 @@ def _check_exists(prefix: str, where: str) -> None:
     hint = (
         f"it is the path without suffix; {folder} holds {', '.join(there)}"
         if there
-        else "tools/prepare_data.py makes them"
+        else f"{as_typed('dqt-prepare-data')} makes them"
     )
     raise UserError(f"{message}; {hint}")
 

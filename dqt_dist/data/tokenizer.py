@@ -26,6 +26,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
+from dqt_dist.command_line import as_typed
 from dqt_dist.data.tokenizer_json import JsonTokenizer, looks_like_json
 from dqt_dist.errors import UserError
 
@@ -155,8 +156,8 @@ def load_tokenizer(path: str | Path, end_of_text: str | None = None) -> Tokenize
     path = Path(path)
     if not path.is_file():
         raise UserError(
-            f"tokenizer {path}: no such file; it must be a SentencePiece .model file (tools/prepare_data.py makes one)"
-            " or a tokenizer.json of Hugging Face"
+            f"tokenizer {path}: no such file; it must be a SentencePiece .model file"
+            f" ({as_typed('dqt-prepare-data')} makes one) or a tokenizer.json of Hugging Face"
         )
     model = path.read_bytes()
     if looks_like_json(model):

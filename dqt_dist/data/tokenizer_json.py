@@ -35,6 +35,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dqt_dist.command_line import as_typed
 from dqt_dist.errors import UserError
 from dqt_dist.json_files import parse_json, read_json_object, why_not_json
 
@@ -93,7 +94,8 @@ class JsonTokenizer:
             if self.eod_id in self.encode(text):
                 raise UserError(
                     f"tokenizer {self.path}: the text {text!r} has the id {self.eod_id} of {end}, which has to end"
-                    " documents and nothing else; take another token by --end-of-text of tools/prepare_data.py"
+                    " documents and nothing else; take another token by --end-of-text of"
+                    f" {as_typed('dqt-prepare-data')}"
                 )
 
     def encode(self, text: str) -> list[int]:
@@ -212,7 +214,7 @@ def _end_of_document(path: Path, values: dict[str, Any], fast: Any, given: str |
         why = f"{_some(usual)} may all be meant" if usual else f"it has the special tokens {_some(special)}"
         raise UserError(
             f"tokenizer {path}: cannot tell which token ends a document; {why}. Name it by --end-of-text of"
-            ' tools/prepare_data.py, or as "eos_token" in a tokenizer_config.json beside the file'
+            f' {as_typed("dqt-prepare-data")}, or as "eos_token" in a tokenizer_config.json beside the file'
         )
     where, end = found[0]
     if end not in special:

@@ -111,7 +111,9 @@ def require_packages(export_format: str, verified: bool) -> None:
     missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         hint = " (--no-verify needs less)" if verified else ""
-        raise UserError(f"--format {export_format}: not installed: {', '.join(missing)}; pip install '.[export]'{hint}")
+        raise UserError(
+            f"--format {export_format}: not installed: {', '.join(missing)}; pip install 'dqt_dist[export]'{hint}"
+        )
 
 
 def _check_weights(request: Request, reader: CheckpointReader) -> None:
@@ -193,24 +195,37 @@ def _verify_hf(folder: Path, weights: Weights, tokenizer: TokenizerModel, export
     with trainer_model(weights, "none") as trainer:
         floats = trainer(tokens)
 
-    def compare(wanted: Tensor, bound: verify.Bound, activation: str, quantization: dict[str, Any] | None) -> None:
-        found = verify.transformers_logits(folder, tokens, quantization)
-        what = f"transformers against the trainer's model, activations {activation}"
+    def compare(found: Tensor, wanted: Tensor, bound: verify.Bound, what: str) -> None:
         lines.append(f"{what}: {verify.compare(found, wanted, bound, what)}")
 
+    against = "transformers against the trainer's model, activations"
     if export_format == "hf":
         exact = weights.dtype == torch.float32 or all(map(verify.is_power_of_two, weights.scales().values()))
-        compare(floats, verify.FLOAT if exact else verify.ROUNDED, "none", None)
+        found = verify.transformers_logits(folder, tokens)
+        compare(found, floats, verify.FLOAT if exact else verify.ROUNDED, f"{against} none")
     elif export_format == "hf-bitnet":
         verify.check_bitnet_linears(folder, weights)
     else:
-        compare(floats, verify.FLOAT, "none", verify.without_activations(folder))
-    if export_format != "hf" and weights.config.quantization.activation != "none":
-        # The engine unchanged. Its 8-bit activations are int8, even for a run with e4m3. compressed-tensors scales
-        # activations by max/127.5 where training has max/127.
-        with trainer_model(weights, "int8") as trainer:
-            rounded = trainer(tokens)
-        compare(rounded, verify.eight_bit_bound(rounded, floats), "int8", None)
+        found = verify.transformers_logits(folder, tokens, verify.without_activations(folder))
+        compare(found, floats, verify.FLOAT, f"{against} none")
+    if export_format == "hf" or weights.config.quantization.activation == "none":
+        return lines
+    # The engine unchanged. Its 8-bit activations are int8, even for a run with e4m3.
+    found = verify.transformers_logits(folder, tokens)
+    with trainer_model(weights, "int8") as trainer:
+        rounded = trainer(tokens)
+    if export_format == "hf-bitnet":
+        compare(found, rounded, verify.eight_bit_bound(rounded, floats), f"{against} int8")
+        return lines
+    own = verify.rounded_logits(
+        folder, tokens, verify.without_activations(folder), weights.linears, compressed.round_activations
+    )
+    compare(found, own, verify.eight_bit_bound(own, floats), "transformers against inputs rounded as its format says")
+    apart = verify.difference(found, rounded)
+    lines.append(
+        f"{against} int8: logits differ by at most {float(apart.max()):.1e}, on average {float(apart.mean()):.1e} of "
+        "the largest, because this format scales activations by max/127.5 where training has max/127"
+    )
     return lines
 
 

@@ -8,6 +8,7 @@ run and starts at step 0.
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ import torch
 
 from dqt_dist.checkpoint.folder import Progress
 from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_SHA256, check_tokenizer
+from dqt_dist.command_line import as_typed
 from dqt_dist.config import Config, config_of, load_config, to_json
 from dqt_dist.data.tokenizer import kept_tokenizer, load_tokenizer
 from dqt_dist.errors import UserError
@@ -48,9 +50,8 @@ def import_hf(source: Path, output: Path, config_file: Path | None, tokenizer: P
             (scratch / loaded.file_name).write_bytes(loaded.model)
         (scratch / "config.json").write_text(to_json(config))
         _save(weights, config, scratch, progress, provenance)
-    print(
-        f"{output}: a checkpoint at step {progress.step}; train on: launchers/pretrain.py --config {output}/config.json"
-    )
+    train_on = f"{as_typed('dqt-pretrain')} --config {shlex.quote(str(output / 'config.json'))}"
+    print(f"{output}: a checkpoint at step {progress.step}; train on: {train_on}")
 
 
 def _config(folder: HfFolder, config_file: Path | None) -> Config:

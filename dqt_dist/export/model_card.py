@@ -73,7 +73,7 @@ Format `{export_format}`. {NOTES[export_format]}
 {opener}
 
 `dqt_dist.json` has the complete configuration of the run and the scale of every matrix;
-`tools/convert_ckpt.py --from-hf` turns the Hugging Face formats into a checkpoint again.
+`dqt-convert --from-hf` of dqt_dist turns the Hugging Face formats into a checkpoint again.
 """
 
 

@@ -9,8 +9,10 @@ Logits are compared where engine and trainer compute the same function. Only the
 the bound is tight (FLOAT). With activations rounded to 8 bits, most values also agree up to fp32 noise. A value near
 the border of two codes may take the other code, a difference of 1/127 of its token's maximum. Such differences grow
 from layer to layer, until the two models are as far apart as two independent roundings. `eight_bit_bound` measures this
-distance: the trainer's model runs with and without rounding. Errors that such a bound would hide are looked for in the
-weights themselves (`check_bitnet_linears`).
+distance: a model runs with and without rounding. Errors that such a bound would hide are looked for in the weights
+themselves: `check_bitnet_linears`, or the logits of the engine without its rounding. An engine that rounds in another
+way than training is compared with its own weights and inputs rounded in that way (`rounded_logits`), and what the two
+ways differ by is told.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,11 +54,11 @@ ROUNDED = Bound(5e-2, 5e-3, "scales that are no powers of two are rounded to the
 
 
 def eight_bit_bound(rounded: Tensor, exact: Tensor) -> Bound:
-    """The bound for two roundings of activations, from the trainer's logits with 8-bit activations and with exact ones.
+    """The bound for two roundings of activations, from logits with 8-bit activations and with exact ones.
 
     Independent errors of equal size are sqrt(2) times that size apart; the largest of many varies more than their mean.
     """
-    size = (rounded.double() - exact.double()).abs() / rounded.double().abs().max()
+    size = difference(exact, rounded)
     return Bound(2 * float(size.max()), 1.5 * float(size.mean()), "8-bit activations: what two roundings differ by")
 
 
@@ -77,13 +79,18 @@ class Comparison:
         )
 
 
+def difference(engine: Tensor, trainer: Tensor) -> Tensor:
+    """Of logits, relative to the largest one of the trainer."""
+    return (engine.double() - trainer.double()).abs() / trainer.double().abs().max()
+
+
 def compare(engine: Tensor, trainer: Tensor, bound: Bound, what: str) -> Comparison:
     """Raises VerificationError when logits [batch, sequence, vocabulary] are further apart than `bound`."""
     if engine.shape != trainer.shape:
         raise VerificationError(f"{what}: logits of shape {tuple(engine.shape)}, the trainer's {tuple(trainer.shape)}")
-    difference = (engine.double() - trainer.double()).abs() / trainer.double().abs().max()
+    apart = difference(engine, trainer)
     same = (engine.argmax(-1) == trainer.argmax(-1)).float().mean()
-    found = Comparison(float(difference.max()), float(difference.mean()), float(same), bound)
+    found = Comparison(float(apart.max()), float(apart.mean()), float(same), bound)
     # `not <=` also catches nan.
     if not (found.largest <= bound.largest and found.mean <= bound.mean):
         raise VerificationError(f"{what}: {found}")
@@ -186,6 +193,19 @@ def transformers_logits(
     """
     with quiet_transformers():
         return load_folder(folder, quantization, **load)(tokens).logits.float()
+
+
+@torch.no_grad()
+def rounded_logits(
+    folder: Path, tokens: Tensor, quantization: dict[str, Any], linears: Iterable[str], rounding: Callable
+) -> Tensor:
+    """Logits of transformers that rounds nothing itself: `rounding` gives the inputs of `linears`."""
+    with quiet_transformers():
+        model = load_folder(folder, quantization)
+        for name in linears:
+            linear = model.get_submodule(key(name, "")[:-1])
+            linear.register_forward_pre_hook(lambda _, inputs: (rounding(inputs[0]), *inputs[1:]))
+        return model(tokens).logits.float()
 
 
 @torch.no_grad()

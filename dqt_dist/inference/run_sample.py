@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from dqt_dist.command_line import as_typed
 from dqt_dist.config import Config
 from dqt_dist.errors import UserError
 from dqt_dist.inference.generate import Sampling, generate
@@ -67,7 +68,7 @@ def _command(checkpoint: Path, prompt: str, sampling: Sampling) -> str:
         "--top-p": sampling.top_p,
         "--seed": sampling.seed,
     }
-    return shlex.join(["tools/generate.py", *(str(word) for option in options.items() for word in option)])
+    return shlex.join([as_typed("dqt-generate"), *(str(word) for option in options.items() for word in option)])
 
 
 def _reason(error: BaseException) -> str:

@@ -41,8 +41,10 @@ def _initial_weights(config: Config, layout: ShardLayout, start: int, stop: int,
 def initialize(model_chunks: nn.ModuleList, config: Config, group: Group) -> None:
     """Sets norms to 1 and all other weights to normal draws of standard deviation init_std.
 
-    Low-bit weights are then quantised. All values are bit-identical in every layout.
+    Low-bit weights are then quantised. All values are bit-identical in every layout. On the meta device there are none.
     """
+    if any(parameter.tensor.is_meta for parameter in parameters(model_chunks)):
+        return
     for parameter in parameters(model_chunks):
         if parameter.layout.columns == 1:
             parameter.tensor.fill_(1.0)
@@ -60,6 +62,8 @@ def initial_latents(weight: LowBitMatrix, start: int, stop: int, config: Config)
     assert weight.layout is not None and weight.latent_grid is not None
     device = weight.codes.device
     latents = new_packed(stop - start, weight.columns, weight.latent_grid, device)
+    if device.type == "meta":
+        return latents
     for low, high in _row_blocks(weight.layout, device, start, stop):
         weights = _initial_weights(config, weight.layout, low, high, device)
         latents[low - start : high - start] = pack(weight.nearest_latents(weights, low), weight.latent_grid)

@@ -21,8 +21,8 @@ from dqt_dist.checkpoint.folder import RECENT_LOSSES, complete_checkpoints
 from dqt_dist.checkpoint.run_tokenizer import TOKENIZER_SHA256
 from dqt_dist.config import Config, ProcessGrid, process_grid
 from dqt_dist.data.dataset import build_datasets
+from dqt_dist.data.indexed import check_tokenizer
 from dqt_dist.data.loader import Loader
-from dqt_dist.data.tokenizer import load_tokenizer
 from dqt_dist.errors import RUN_ERROR_EXIT_CODE, RunError, told
 from dqt_dist.launch import Launch
 from dqt_dist.layers.build import build_model
@@ -131,7 +131,7 @@ class Trainer:
         self.config, self.groups, self.stop, self.watchdog = config, groups, stop, watchdog
         self.process_grid: ProcessGrid = process_grid(config, groups.world.size())
         check_wandb(config)
-        self.tokenizer = load_tokenizer(config.data.tokenizer)
+        self.tokenizer = check_tokenizer(config.data.tokenizer, config.model.vocab_size)
         store.check_tokenizer_of(checkpoint, self.tokenizer)
         self.progress = store.start_of(checkpoint)
         self.start_step = self.step

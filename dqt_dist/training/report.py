@@ -1,6 +1,6 @@
 """The report at the end of a run: results, cost, where the files are, what to do next.
 
-launchers/pretrain.py shows the parts in order: summary, sample, next.
+dqt_dist/commands/pretrain.py shows the parts in order: summary, sample, next.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from dqt_dist.command_line import as_typed
 from dqt_dist.config import Config
 
 
@@ -52,13 +53,13 @@ def show_next(config: Config) -> None:
     checkpoint, export = shlex.quote(str(run)), shlex.quote(str(run / "export"))
     prompt = shlex.quote(config.training.sample_prompt or "A list is")
     commands = [
-        f"tools/generate.py --checkpoint {checkpoint} --prompt {prompt}",
-        f"tools/convert_ckpt.py --checkpoint {checkpoint} --output {export}",
+        f"{as_typed('dqt-generate')} --checkpoint {checkpoint} --prompt {prompt}",
+        f"{as_typed('dqt-convert')} --checkpoint {checkpoint} --output {export}",
         f"the command of this run with --set training.steps={2 * config.training.steps} goes on from here",
     ]
     if config.data.valid is not None:
         valid = shlex.quote(config.data.valid[0].path)
-        commands.insert(0, f"tools/evaluate.py --checkpoint {checkpoint} --data {valid}")
+        commands.insert(0, f"{as_typed('dqt-evaluate')} --checkpoint {checkpoint} --data {valid}")
     if config.logging.tensorboard:
         commands.insert(0, f"tensorboard --logdir {shlex.quote(str(run / 'tb'))}")
     for lead, command in zip(["next: ", *["      "] * len(commands)], commands, strict=False):

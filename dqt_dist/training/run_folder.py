@@ -12,6 +12,7 @@ from pathlib import Path
 
 from dqt_dist.checkpoint import store
 from dqt_dist.checkpoint.collective import on_first_rank
+from dqt_dist.command_line import as_typed
 from dqt_dist.config import Config
 from dqt_dist.data.tokenizer import kept_tokenizer
 from dqt_dist.folder_lock import FolderLock
@@ -24,7 +25,7 @@ COURSE = ("checkpoints", "metrics.jsonl", "tb", "wandb", "traces", "summary.json
 def only_writer(config: Config) -> Iterator[None]:
     """Holds the lock of the run folder. Raises UserError naming the run that has it."""
     with contextlib.ExitStack() as held:
-        lock = FolderLock(Path(config.checkpoint.dir), "launchers/pretrain.py")
+        lock = FolderLock(Path(config.checkpoint.dir), as_typed("dqt-pretrain"))
 
         def take() -> None:
             held.enter_context(lock)

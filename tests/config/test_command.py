@@ -80,6 +80,8 @@ def test_dry_run_plans_for_any_number_of_processes(tmp_path: Path) -> None:
         (("--plan", "--gpu", "a100"), "needs fp8 units"),
         (("--dry-run", "--world-size", "3"), "training.global_batch_size: 256 is not a multiple"),
         (("--dry-run", "--check-files"), "tokenizer.model"),
+        (("--dry-run", "--world-size", "8", "--rank", "8"), "--rank 8: must be from 0 to 7, as --world-size is 8"),
+        (("--plan", "--rank", "0"), "--rank goes with --dry-run"),
         (("--suggest", "--set", "quantization.compute=fp32"), "was not measured on a GPU"),
     ],
 )

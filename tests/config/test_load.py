@@ -44,6 +44,22 @@ def test_a_default_follows_from_other_fields(file: Path, overrides: list[str], p
     assert getattr(getattr(load_config(file, overrides), section), field) == expected
 
 
+# ---- configs that come with the program ----
+
+
+def test_a_config_of_the_program_is_found_from_any_folder(
+    file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As configs/NAME.json, unless the working folder has one of its own; under no other name."""
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/1b_ternary.json").checkpoint.dir == "runs/1b_ternary"
+    for other in ("1b_ternary.json", "other/1b_ternary.json", "configs/nope.json"):
+        assert refusal(other).startswith(f"{other}: cannot be read: No such file or directory; ")
+    (tmp_path / "configs").mkdir()
+    file.rename(tmp_path / "configs/1b_ternary.json")
+    assert load_config("configs/1b_ternary.json").model.num_layers == 4
+
+
 # ---- overrides ----
 
 

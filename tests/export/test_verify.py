@@ -25,7 +25,7 @@ VERIFICATION_FAILED = 1
     [
         ("hf", (), ["activations none: logits differ by at most"]),
         ("hf-bitnet", (), ["activations int8: logits differ by at most"]),
-        ("hf-compressed", (bits(4),), ["activations none: logits", "activations int8: logits"]),
+        ("hf-compressed", (bits(4),), ["activations none: logits", "as its format says: logits", "int8: logits"]),
         ("gguf", (), ["transformers (GGUF as floats)", "activations none: logits"]),
         ("hf", (FREE_SCALE,), ["no powers of two are rounded to the precision of the file"]),
     ],
@@ -91,6 +91,18 @@ def unsigned_fields(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compressed, "pack_words", lambda codes, bits: pack(codes ^ -(1 << (bits - 1)), bits))
 
 
+def coarse_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs of 4 bits in place of 8."""
+    config = compressed.quantization_config
+
+    def wrong(weights: Any) -> dict[str, Any]:
+        found = config(weights)
+        found["config_groups"]["group_0"]["input_activations"]["num_bits"] = 4
+        return found
+
+    monkeypatch.setattr(compressed, "quantization_config", wrong)
+
+
 def rotary_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of q and k in Hugging Face's order."""
     monkeypatch.setattr(gguf_file, "swap_rotary_rows", lambda matrix, heads: matrix)
@@ -118,6 +130,7 @@ def forgotten_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
         ("hf", (), other_activation, "logits differ by at most"),
         ("hf", (), forgotten_tensor, "bits a weight make"),
         ("hf-compressed", (bits(4),), unsigned_fields, "logits differ by at most"),
+        ("hf-compressed", (bits(4),), coarse_activations, "as its format says: logits differ by at most"),
         ("gguf", (), rotary_order, "logits differ by at most"),
     ],
 )

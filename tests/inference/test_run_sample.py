@@ -43,7 +43,8 @@ def test_without_transformers_the_line_says_what_to_install(trained: Trained, mo
     assert sample.text is None
     assert sample.explanation.startswith("no sample: ") and "not installed: transformers" in sample.explanation
     assert (
-        "pip install '.[export]'" in sample.explanation and "; this makes one: tools/generate.py" in sample.explanation
+        "pip install 'dqt_dist[export]'" in sample.explanation
+        and "; this makes one: tools/generate.py" in sample.explanation
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from dqt_dist import launch as launch_module
 from dqt_dist.errors import RunError, UserError
-from dqt_dist.launch import Launch, discover, expand_nodelist, expand_tasks_per_node, export, report
+from dqt_dist.launch import Launch, check_gpus, discover, expand_nodelist, expand_tasks_per_node, export, report
 
 ROOT = Path(__file__).resolve().parents[2]
 EXPORTED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
@@ -220,3 +220,12 @@ def test_a_message_is_printed_once_and_says_who_is_to_blame(
     for rank in (0, 1):
         assert report(error, Launch(rank, 2, rank, 2, "tests", "", 0)) == exit_code
     assert capsys.readouterr().err == "error: what is wrong\n"
+
+
+def test_fewer_gpus_than_processes_is_one_message_of_each_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    for local_rank in (0, 1, 2):
+        with pytest.raises(UserError, match=r"3 processes on .* sees 2 GPU\(s\) .*: 0,1\); start 2") as said:
+            check_gpus(Launch(3 + local_rank, 6, local_rank, 3, "torchrun", "a", 7), 2)
+        assert said.value.local == (local_rank == 0)
+    check_gpus(Launch(0, 2, 0, 2, "torchrun", "a", 7), 2)
