@@ -46,7 +46,8 @@ def end_with(error: BaseException | None) -> int:
                 "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.\nx"
             ),
             RUN_ERROR_EXIT_CODE,
-            "evaluate: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes." + MEMORY,
+            "evaluate: [enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+            + MEMORY,
         ),
         (OSError(13, "Permission denied", "/out"), EXIT_CODE, f"evaluate: /out: Permission denied{OTHER_PATH}"),
     ],
