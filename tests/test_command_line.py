@@ -81,7 +81,7 @@ if sys.argv[1] == "run":
     run(None)
     print("goes on", file=sys.stderr)
 else:
-    sys.exit(run_tool("tool", run, argparse.Namespace()))
+    sys.exit(run_tool("evaluate", run, argparse.Namespace()))
 """
 
 
@@ -89,7 +89,7 @@ else:
 @pytest.mark.parametrize(
     ("who", "output", "ends"),
     [
-        ("tool", "> /dev/full", (RUN_ERROR_EXIT_CODE, f"tool: stdout: No space left on device{AGAIN}")),
+        ("tool", "> /dev/full", (RUN_ERROR_EXIT_CODE, f"evaluate: stdout: No space left on device{AGAIN}")),
         ("tool", "| head -c 9 > /dev/null; exit ${PIPESTATUS[0]}", (141, "")),
         ("tool", ">&-", (0, "")),
         ("run", "> /dev/full", (0, "goes on\n")),
