@@ -81,7 +81,7 @@ if sys.argv[1] == "run":
     run(None)
     print("goes on", file=sys.stderr)
 else:
-    sys.exit(run_tool("evaluate", run, argparse.Namespace()))
+    sys.exit(run_tool("dqt-evaluate", run, argparse.Namespace()))
 """
 
 
