@@ -146,7 +146,10 @@ def submit(cluster: SlurmCluster, folder: Path, on_signal: str = "", at_once: st
 @needs_slurm
 @pytest.mark.parametrize("code", [0, 2, 1, 139])
 def test_an_end_without_a_signal_is_final(cluster: SlurmCluster, tmp_path: Path, code: int) -> None:
-    job = submit(cluster, tmp_path, at_once=f"exit {code}")
+    # srun ends all tasks when one fails, also one that has not begun.
+    job = submit(
+        cluster, tmp_path, at_once=f"until [[ -e started-0 && -e started-1 ]]; do sleep 0.1; done; exit {code}"
+    )
     assert job.stopped() == ("FAILED" if code else "COMPLETED", str(code), "0")
 
 
