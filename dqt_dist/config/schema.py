@@ -61,9 +61,9 @@ class ModelConfig(Section):
     num_query_groups: PositiveInt = Field(default_factory=lambda data: data["num_attention_heads"])
     """Number of key/value heads, each of which serves as many query heads (grouped-query attention). Default:
     num_attention_heads, which is multi-head attention."""
-    vocab_size: PositiveInt
+    vocab_size: Annotated[int, Field(ge=1, le=10_000_000)]
     """Rows of the embedding and of the head (the last layer, which scores tokens); at least the tokenizer's
-    vocabulary."""
+    vocabulary. Published vocabularies have up to some 300,000 tokens."""
     seq_length: PositiveInt
     """Tokens of one training sample, and the longest text that the model reads at once."""
     sub_norm: bool = False
@@ -358,7 +358,7 @@ class TrainingConfig(Section):
     none."""
     eval_interval: NonNegativeInt = 0
     """Steps between validations; 0 for one at the end only."""
-    eval_batches: PositiveInt = 20
+    eval_batches: Annotated[int, Field(ge=1, le=1_000_000)] = 20
     """Global batches of one validation: always the same samples of a text, in most runs a small part of it.
     tools/evaluate.py scores a whole text."""
     sample_prompt: str | None = None

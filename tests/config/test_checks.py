@@ -288,6 +288,14 @@ FUSED = ("optimizer.fused_backward=true", "optimizer.max_grad_norm=0")
             ["deepspeed.prescale_gradients=true"],
             "deepspeed.prescale_gradients: unknown key; known here: ",
         ),
+        (
+            ["model.vocab_size=10000001"],
+            "model.vocab_size: 10000001 is not valid; should be less than or equal to 10000000",
+        ),
+        (
+            ["training.eval_batches=1000001"],
+            "eval_batches: 1000001 is not valid; should be less than or equal to 1000000",
+        ),
         (["model.num_layers=10001"], "model.num_layers: 10001 is not valid; should be less than or equal to 10000"),
         (["deepspeed.comms_logger=3"], "deepspeed.comms_logger: 3 is not valid; should be an object"),
         (["deepspeed.dump_state=yes"], 'deepspeed.dump_state: "yes" is not valid; should be true or false'),
