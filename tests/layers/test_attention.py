@@ -45,6 +45,19 @@ def written_out(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tens
     return out.flatten(2)
 
 
+def assert_forward_and_gradients(
+    ours: list[torch.Tensor], out: torch.Tensor, reference: list[torch.Tensor], expected: torch.Tensor
+) -> None:
+    """`out` of `ours` equals `expected` of `reference`, float64, and so do the gradients of query, key and value."""
+    ELEMENTWISE_FP32.assert_close(out.detach(), expected.detach(), "forward")
+    grad = torch.randn(out.shape)
+    out.backward(grad)
+    expected.backward(grad.double())
+    for x, y, name in zip(ours, reference, ("query", "key", "value"), strict=True):
+        assert x.grad is not None and y.grad is not None
+        ELEMENTWISE_FP32.assert_close(x.grad, y.grad, name)
+
+
 @pytest.mark.parametrize("query_groups", [6, 3, 2, 1])
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_equals_softmax_written_out(query_groups: int, scale: float | None) -> None:
@@ -54,13 +67,7 @@ def test_equals_softmax_written_out(query_groups: int, scale: float | None) -> N
     out = attention(scale)(*ours, attention_mask=None)
     expected = written_out(*reference, scale=scale or 1 / math.sqrt(WIDTH))
     assert out.shape == (SEQUENCE, BATCH, HEADS * WIDTH)
-    ELEMENTWISE_FP32.assert_close(out.detach(), expected.detach(), "forward")
-    grad = torch.randn(out.shape)
-    out.backward(grad)
-    expected.backward(grad.double())
-    for x, y, name in zip(ours, reference, ("query", "key", "value"), strict=True):
-        assert x.grad is not None and y.grad is not None
-        ELEMENTWISE_FP32.assert_close(x.grad, y.grad, name)
+    assert_forward_and_gradients(ours, out, reference, expected)
 
 
 def test_consecutive_heads_share_a_group() -> None:
@@ -101,13 +108,7 @@ def test_documents_are_attended_to_one_by_one() -> None:
         for begin, end in itertools.pairwise([*begins, SEQUENCE]):
             document = (x[begin:end, sample : sample + 1] for x in reference)
             expected[begin:end, sample : sample + 1] = written_out(*document, scale=1 / math.sqrt(WIDTH))
-    ELEMENTWISE_FP32.assert_close(out.detach(), expected.detach(), "forward")
-    grad = torch.randn(out.shape)
-    out.backward(grad)
-    expected.backward(grad.double())
-    for x, y, name in zip(ours, reference, ("query", "key", "value"), strict=True):
-        assert x.grad is not None and y.grad is not None
-        ELEMENTWISE_FP32.assert_close(x.grad, y.grad, name)
+    assert_forward_and_gradients(ours, out, reference, expected)
 
 
 def test_a_sample_that_is_one_document_is_attended_to_as_without_documents() -> None:
