@@ -423,14 +423,16 @@ def swiglu_quantize(
 
 def operand_scale(x: Tensor, operand_dtype: torch.dtype) -> Tensor:
     """See quantize.py."""
-    _, scale, _ = _launch(x, x.shape[1], operand_dtype, None, IDENTITY, write_codes=False)
-    assert scale is not None
-    return scale
+    return _scale(x, x.shape[1], operand_dtype, IDENTITY)
 
 
 def swiglu_scale(gate_up: Tensor, operand_dtype: torch.dtype) -> Tensor:
     """See quantize.py."""
-    _, scale, _ = _launch(gate_up, gate_up.shape[1] // 2, operand_dtype, None, SWIGLU, write_codes=False)
+    return _scale(gate_up, gate_up.shape[1] // 2, operand_dtype, SWIGLU)
+
+
+def _scale(x: Tensor, features: int, operand_dtype: torch.dtype, prologue: tl.constexpr) -> Tensor:
+    _, scale, _ = _launch(x, features, operand_dtype, None, prologue, write_codes=False)
     assert scale is not None
     return scale
 
